@@ -1,0 +1,797 @@
+"""Plumbing that the ten scripts share: command line, one `Run` per process, language-model helpers. No method lives here.
+
+Reading order: `Config` and `parse_config` (a dataclass becomes the command line), `Run` (ranks, seeds, output folder,
+checkpoints, jobs, claims), then the language-model helpers `load_lm`, `generate` and `token_logprobs`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import functools
+import hashlib
+import inspect
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can mend; `Run` prints it as one line and exits with code 2."""
+
+
+@dataclass
+class Config:
+    """Settings that every script has; a script inherits them and adds its own, one commented line a field."""
+
+    config: str = "demo"  # rung of the ladder that the other defaults come from
+    seed: int = 0  # seed of every random number generator
+    device: str = "auto"  # auto: CUDA if there is one, else CPU; or cpu, cuda, mps
+    dtype: str = "auto"  # auto: bfloat16 autocast on CUDA, float32 elsewhere; or float32, bfloat16
+    compile: bool = False  # torch.compile the hot step, with CUDA graphs on a GPU
+    workers: int = 1  # processes that share the independent jobs of one rank
+    out: str = "out"  # folder that holds the run folders
+    resume: bool = False  # go on from the run folder's checkpoints and skip its finished jobs
+    log_every: int = 10  # steps between two lines of metrics.jsonl
+    save_every: int = 100  # steps between two checkpoints
+    tensorboard: bool = False  # write TensorBoard events beside metrics.jsonl
+    dry_run: bool = False  # print sizes, memory, FLOPs and steps of this config, load nothing, exit
+
+
+MAY_CHANGE = {
+    "device",
+    "compile",
+    "workers",
+    "out",
+    "resume",
+    "log_every",
+    "save_every",
+    "tensorboard",
+}  # on resume
+
+
+def parse_value(hint, text: str):
+    """Read `text` as a `hint` (int, float, str, bool, Literal, tuple[x, ...] or x | None); raise ValueError."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return tuple(parse_value(args[0], part) for part in text.split(",") if part)
+    if type(None) in args:
+        return None if text.lower() == "none" else parse_value(args[0], text)
+    choices = args if origin is typing.Literal else ("true", "false") if hint is bool else ()
+    if choices and text not in choices:
+        raise ValueError(f"choose from {', '.join(choices)}")
+    return text == "true" if hint is bool else text if choices else hint(text)
+
+
+def parse_config(configs: dict[str, Config], argv: Sequence[str] | None = None) -> Config:
+    """Build a script's Config from the command line: `--config NAME` picks a rung, any field can be set on top.
+
+    Booleans: `--flag`, `--flag false` or `--no_flag`. A bad name or value is one line and exit code 2.
+    """
+    default = "demo" if "demo" in configs else next(iter(configs))
+    cls = type(configs[default])
+    hints, about = typing.get_type_hints(cls), (sys.modules[cls.__module__].__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(Path(inspect.getfile(cls)).name, description=about, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage block
+    sources = [inspect.getsource(c) for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]
+    comments = dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", "\n".join(sources), re.M))
+    for name, hint in hints.items():
+        kind = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
+        text = f"{comments.get(name, '')} [{default}: {getattr(configs[default], name)}]".replace("%", "%%")
+        optional = {"nargs": "?", "const": "true"} if hint is bool else {}
+        parser.add_argument(f"--{name}", metavar=kind.upper(), help=text, **optional)
+        if hint is bool:
+            parser.add_argument(
+                f"--no_{name}", dest=name, action="store_const", const="false", help=argparse.SUPPRESS
+            )
+    given, unknown = parser.parse_known_args(argv)
+    nearest = functools.partial(difflib.get_close_matches, n=1, cutoff=0.0)
+    if unknown:
+        near = nearest(unknown[0].split("=")[0].lstrip("-"), hints)[0]
+        parser.error(f"unknown argument {unknown[0]}; the nearest is --{near} (--help lists all)")
+    chosen = given.config or default
+    if chosen not in configs:
+        parser.error(
+            f"--config {chosen}: the nearest is {nearest(chosen, configs)[0]} (there are {', '.join(configs)})"
+        )
+    values, flag = {"config": chosen}, ""
+    try:
+        for name, text in vars(given).items():
+            if text is not None and name != "config":
+                flag = f"--{name} {text}: "
+                values[name] = parse_value(hints[name], text)
+        flag = ""
+        return dataclasses.replace(configs[chosen], **values)
+    except ValueError as e:
+        parser.error(f"{flag}{e}")
+
+
+def finite_or_null(data):
+    """Copy nested `data` for JSON: tensors and arrays become lists, NaN and infinities None."""
+    if isinstance(data, dict):
+        return {str(k): finite_or_null(v) for k, v in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [finite_or_null(v) for v in data]
+    if isinstance(data, (np.generic, np.ndarray, Tensor)):
+        return finite_or_null(data.tolist())
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def write_atomic(path: Path, data: bytes | Callable[[typing.BinaryIO], object]) -> None:
+    """Write bytes (or call a writer) on a temporary file, fsync, rename: a reader sees the old file or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        data(file) if callable(data) else file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, data) -> None:
+    """Write `data` as JSON, atomically."""
+    write_atomic(path, json.dumps(finite_or_null(data), indent=1).encode())
+
+
+def read_jsonl(path: str | Path, required: Sequence[str]) -> list[dict]:
+    """Read one JSON object a line; UserError names file, line and field where one of `required` is no filled string."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    lines = [(i, x) for i, x in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1) if x.strip()]
+    if not lines:
+        raise UserError(f"{path}: no rows")
+    rows = []
+    for number, line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as e:
+            raise UserError(f"{path}, line {number}: not JSON ({e.msg})") from None
+        for field in required:
+            value = rows[-1].get(field) if isinstance(rows[-1], dict) else None
+            if not isinstance(value, str) or not value.strip():
+                raise UserError(f"{path}, line {number}: field {field!r} is missing, empty or no string")
+    return rows
+
+
+class Run:
+    """The process: rank, device, precision, seeds, and the output folder with metrics, checkpoints and results.
+
+    Use it as `with Run(cfg) as run:`; a UserError inside becomes one line and exit code 2. `stage` and `jobs` hand out
+    child runs with their own subfolder, checkpoint and seeds: a part of a script gives the same numbers whether the
+    parts before it ran just now or were restored.
+    """
+
+    def __init__(self, cfg: Config, worker: int | None = None):
+        self.cfg, self.script, self.name, self.worker = cfg, Path(inspect.getfile(type(cfg))).stem, "", worker
+        distributed, local_rank = (
+            "RANK" in os.environ and worker is None,
+            int(os.environ.get("LOCAL_RANK", 0)),
+        )
+        device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if distributed and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        self.talks, self.sharded, self.signals = (
+            not self.rank and not worker,
+            False,
+            [],
+        )  # signals: shared by children
+        self.amp = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and self.device.type == "cuda")
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * cfg.workers
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.amp
+        self.folder = Path(cfg.out) / f"{self.script}-{cfg.config}-s{cfg.seed}"
+        self.results: dict = {"table": [], "claims": [], "speed": {}}
+        self._begin()
+
+    def _begin(self) -> None:
+        """What a run and each child has for itself: clock, seeds, pending numbers."""
+        self.started, self.is_main, self.seconds, self._pending = time.time(), self.rank == 0, {}, []
+        self.generators: dict[str, torch.Generator] = {}
+        random.seed(self.stream("python"))
+        np.random.seed(self.stream("numpy") % 2**32)
+        torch.manual_seed(self.stream("torch"))
+
+    def __enter__(self) -> Run:
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._on_signal)
+        with self._one_line_errors():
+            if self.is_main and self.worker is None and not self.cfg.dry_run:
+                self._open_folder()
+        self.barrier()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        with self._one_line_errors():
+            if isinstance(error, UserError):
+                raise error
+        if kind is None and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def _one_line_errors(self):
+        try:
+            yield
+        except UserError as e:
+            sys.exit(sys.stderr.write(f"{self.script}.py: {e}\n") and 2)
+
+    def _on_signal(self, number, frame) -> None:
+        self.signals.append(number)  # `steps` ends the step and saves
+        signal.signal(number, signal.SIG_DFL)  # a second one does not wait
+
+    def _open_folder(self) -> None:
+        """Make the folder. With --resume the settings must agree; without, what is there is kept as `<folder>.bak`."""
+        file, now = self.folder / "config.json", finite_or_null(dataclasses.asdict(self.cfg))
+        if self.cfg.resume and file.exists():
+            before = json.loads(file.read_text())
+            if changed := [k for k in now if k not in MAY_CHANGE and before.get(k) != now[k]]:
+                raise UserError(f"--resume: {file} has other values of {', '.join(changed)}")
+        elif self.folder.exists():
+            backup = self.folder.with_name(self.folder.name + ".bak")
+            shutil.rmtree(backup, ignore_errors=True)
+            self.folder.rename(backup)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, now)
+
+    # randomness and ranks
+
+    def stream(self, name: str) -> int:
+        """A seed for `name` that depends on cfg.seed and on this run's name, the same on all ranks."""
+        key = f"{self.cfg.seed}/{self.name}/{name}"
+        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little")
+
+    def generator(self, name: str) -> torch.Generator:
+        """The CPU generator called `name`, the same on all ranks; checkpoints carry its state."""
+        if name not in self.generators:
+            self.generators[name] = torch.Generator().manual_seed(self.stream(name))
+        return self.generators[name]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def mean(self, x: Tensor | float) -> Tensor:
+        """Mean over the ranks of a tensor or number, in a new tensor on its device."""
+        x = torch.as_tensor(x).detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(x)
+        return x / self.world_size
+
+    def gather(self, obj) -> list:
+        """The `obj` of every rank, in rank order, on every rank."""
+        everyone = [obj] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(everyone, obj)
+        return everyone
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Data parallelism: DDP over the ranks, or the model itself when there is one rank."""
+        if self.world_size == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(
+            model, [self.device] if self.device.type == "cuda" else None
+        )
+
+    def shard(
+        self, model: nn.Module, layers: Iterable[nn.Module], dtype=torch.float32, offload=False
+    ) -> nn.Module:
+        """FSDP2: cast each of `layers`, then the rest of `model`, to `dtype`, and shard it over the ranks.
+
+        Forward passes run in bfloat16 if the run's precision is that; gradients are averaged in float32. `offload`
+        keeps the shards in CPU memory. On one rank the model is only moved to the device.
+        """
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+        if self.world_size == 1:
+            return model.to(self.device, dtype)
+        mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
+        precision = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if self.amp else None, reduce_dtype=torch.float32
+        )
+        for part in (*layers, model):
+            policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+            fully_shard(part.to(dtype), mesh=mesh, mp_policy=precision, offload_policy=policy)
+        self.sharded = True
+        return model
+
+    def autocast(self):
+        """bfloat16 autocast where the run's precision asks for it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+
+    # parts of a run
+
+    def stage(self, name: str, alone: bool = False) -> Run:
+        """A child run in the subfolder `name`, on the same ranks or `alone` (world size 1)."""
+        child = object.__new__(Run)
+        child.__dict__ |= self.__dict__ | {
+            "folder": self.folder / name,
+            "name": f"{self.name}/{name}".lstrip("/"),
+        }
+        if alone:
+            child.rank, child.world_size = 0, 1
+        child._begin()
+        if child.is_main:
+            child.folder.mkdir(parents=True, exist_ok=True)
+        child.barrier()
+        return child
+
+    def jobs(self, names: Iterable[str], work: Callable[[str, Run], dict]) -> dict[str, dict]:
+        """Run `work(name, child)` for each independent job and return {name: result} on every rank.
+
+        Jobs are dealt to the ranks, then to cfg.workers processes a rank, so `work` must be importable; a child is
+        alone. A finished job leaves <name>/result.json, and a rerun with --resume skips it. Ranks on several nodes
+        need the output folder on a shared disk.
+        """
+        names = list(names)
+        share = names[self.rank :: self.world_size]
+        if self.cfg.workers > 1 and len(share) > 1:
+            processes = mp.spawn(
+                _job_process,
+                (self.cfg, self.folder, share, work),
+                min(self.cfg.workers, len(share)),
+                join=False,
+            )
+            try:
+                while not processes.join(timeout=0.1):
+                    for process in processes.processes if self.signals else ():
+                        process.terminate()  # Ctrl-C reaches the workers by itself, SIGTERM does not
+            except mp.ProcessExitedException as e:
+                sys.exit(e.exit_code)
+            self.leave_if_stopped()
+        for name in share:
+            self._job(name, work)
+        self.barrier()
+        return {name: json.loads((self.folder / name / "result.json").read_text()) for name in names}
+
+    def _job(self, name: str, work: Callable[[str, Run], dict]) -> None:
+        file, begin = self.folder / name / "result.json", time.time()
+        if not file.exists():
+            write_json(file, work(name, self.stage(name, alone=True)))
+            print(f"  {name}: {time.time() - begin:.0f} s", flush=True)
+
+    def steps(self, total: int, **state) -> Iterator[int]:
+        """Yield the steps still to do; the loop around it needs no other bookkeeping.
+
+        `state` (modules, optimizers, or dicts of plain data) is restored before the first step when the run resumes
+        and saved every cfg.save_every steps, after the last, and when SIGTERM or SIGINT came (exit code 0 or 130).
+        """
+        first = self.restore(**state) if self.cfg.resume else 0
+        self.last, live = total - 1, self.talks and sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total, initial=first, desc=self.name or self.script, disable=not live, leave=False
+        )
+        for step in range(first, total):
+            yield step
+            self.bar.update()
+            stop = bool(self.mean(float(len(self.signals))))
+            if stop or (step + 1) % self.cfg.save_every == 0 or step == self.last:
+                self.read_numbers()
+                self.save(step + 1, **state)
+            if stop:
+                self.leave_if_stopped()
+        self.bar.close()
+
+    def leave_if_stopped(self) -> None:
+        """Exit on all ranks if a signal came: with 130 after SIGINT, 0 after SIGTERM."""
+        numbers = sum(self.gather(self.signals), [])
+        if numbers:
+            self.print(f"stopped after a saved step; --resume goes on from {self.folder}")
+            sys.exit(130 if signal.SIGINT in numbers else 0)
+
+    def save(self, step: int, **state) -> None:
+        """Write checkpoint.pt atomically: step, state and the RNGs of all ranks; the one before is kept beside it.
+
+        A sharded model is gathered into rank 0's CPU memory, so that any number of ranks can resume.
+        """
+        rng = self.gather(rng_state(self.generators))
+        data = {"step": step, "rng": rng, "state": {k: self._state(k, v, state) for k, v in state.items()}}
+        file = self.folder / "checkpoint.pt"
+        if self.is_main:
+            if file.exists():
+                previous = self.folder / "checkpoint.previous.pt"
+                previous.unlink(missing_ok=True)
+                os.link(file, previous)
+            write_atomic(file, lambda f: torch.save(data, f))
+
+    def restore(self, **state) -> int:
+        """Load checkpoint.pt into `state` and the RNGs and return its step, 0 where there is none.
+
+        Lines of metrics.jsonl from that step on are dropped. A torn file is a UserError.
+        """
+        file, metrics = self.folder / "checkpoint.pt", self.folder / "metrics.jsonl"
+        if not file.exists():
+            metrics.unlink(missing_ok=True)
+            return 0
+        try:
+            data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
+            kept = self.folder / "checkpoint.previous.pt"
+            hint = f"; the one before it is whole: mv {kept} {file}" if kept.exists() else ""
+            raise UserError(
+                f"{file} is truncated or no checkpoint ({str(e).splitlines()[0][:80]}){hint}"
+            ) from None
+        for key, target in state.items():
+            self._state(key, target, state, load=data["state"][key])
+        if len(data["rng"]) == self.world_size:
+            set_rng_state(data["rng"][self.rank], self)
+        if self.is_main and metrics.exists():
+            lines = [x for x in metrics.read_text().splitlines() if x.endswith("}")]
+            write_atomic(
+                metrics, "".join(x + "\n" for x in lines if json.loads(x)["step"] < data["step"]).encode()
+            )
+        return data["step"]
+
+    def _state(self, key: str, target, state: dict, load=None):
+        """The state of one entry of a checkpoint; with `load`, set it. An optimizer belongs to the entry `model`."""
+        if isinstance(target, dict):
+            return target if load is None else target.update(load)
+        if not self.sharded or not isinstance(target, (nn.Module, torch.optim.Optimizer)):
+            return target.state_dict() if load is None else target.load_state_dict(load)
+        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=load is None)
+        kind, args = (
+            ("model", (target,)) if isinstance(target, nn.Module) else ("optimizer", (state["model"], target))
+        )
+        if load is None:
+            return getattr(dcp, f"get_{kind}_state_dict")(*args, options=options)
+        return getattr(dcp, f"set_{kind}_state_dict")(*args, load, options=options)
+
+    # numbers
+
+    def print(self, *parts) -> None:
+        """Print on rank 0, above the progress bar."""
+        if self.talks:
+            tqdm.write(" ".join(map(str, parts)), file=sys.stdout)
+            sys.stdout.flush()
+
+    def log(self, step: int, **numbers: Tensor | float) -> None:
+        """Write numbers to metrics.jsonl every cfg.log_every steps, with one GPU sync a line.
+
+        A non-finite number with "loss" or "reward" in its name stops the run, also at a step that is not written.
+        """
+        self._pending.append(
+            (step, {k: v.detach() if isinstance(v, Tensor) else v for k, v in numbers.items()})
+        )
+        if not self.is_main or (step % self.cfg.log_every and step != self.last):
+            return
+        numbers = self.read_numbers()
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(finite_or_null({"step": step} | numbers)) + "\n")
+        self.bar.set_postfix({k: f"{v:.3g}" for k, v in list(numbers.items())[:5]})
+        if self.bar.disable:
+            self.print(
+                f"{self.name} {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in list(numbers.items())[:8])
+            )
+        if self.cfg.tensorboard:
+            writer = tensorboard_writer(self.folder)
+            for k, v in numbers.items():
+                writer.add_scalar(k, v, step)
+
+    def read_numbers(self) -> dict[str, float]:
+        """Numbers logged since the last read, the newest of each name; stop at the first non-finite loss or reward."""
+        flat = [(step, k, v) for step, numbers in self._pending for k, v in numbers.items()]
+        tensors = [v.double().reshape(()) for _, _, v in flat if isinstance(v, Tensor)]
+        values, numbers, self._pending = iter(torch.stack(tensors).tolist() if tensors else ()), {}, []
+        for step, key, value in flat:
+            numbers[key] = next(values) if isinstance(value, Tensor) else float(value)
+            if not math.isfinite(numbers[key]) and ("loss" in key or "reward" in key):
+                file = self.folder / "checkpoint.pt"
+                good = (
+                    f"the last good checkpoint is {file}" if file.exists() else "there is no checkpoint yet"
+                )
+                raise UserError(f"{self.name or self.script}, step {step}: {key} is {numbers[key]}; {good}")
+        return numbers
+
+    @contextlib.contextmanager
+    def timed(self, phase: str):
+        """Add the seconds spent inside to self.seconds[phase]; a GPU's queue is drained at both ends."""
+        sync = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        sync()
+        begin = time.perf_counter()
+        yield
+        sync()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
+
+    def claim(
+        self, text: str, ours: Sequence, theirs: Sequence, better: str = "higher", margin: float = 0.0
+    ) -> dict:
+        """Record one sentence of the paper with the numbers of both sides, paired by seed or problem.
+
+        diff is the mean of ours - theirs, se its standard error (sd with n - 1, over sqrt n). Holds when: "higher" or
+        "lower", diff lies beyond `margin` by 2 se on that side (a negative margin makes it "not worse by more than");
+        "same", |diff| + 2 se < margin. One pair has no standard error and never holds.
+        """
+        if len(ours) != len(theirs) or not len(ours) or better not in ("higher", "lower", "same"):
+            raise ValueError("a claim needs paired numbers, and better is higher, lower or same")
+        pairs = np.asarray(ours, float) - np.asarray(theirs, float)
+        diff, se = pairs.mean(), pairs.std(ddof=1) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
+        gain = diff if better == "higher" else -diff
+        holds = abs(diff) + 2 * se < margin if better == "same" else gain - 2 * se > margin
+        row = {"text": text, "ours": np.mean(ours), "theirs": np.mean(theirs), "diff": diff, "se": se}
+        row |= {"better": better, "margin": margin, "n": len(pairs), "holds": bool(holds)}
+        self.results["claims"].append(finite_or_null(row))
+        return row
+
+    def table(self, rows: Sequence[dict], title: str) -> None:
+        """Print rows of equal keys as an aligned table and keep them for results.json."""
+        self.results["table"] += [{"table": title} | row for row in rows]
+        cell = lambda v: f"{v:.3g}" if isinstance(v, float) else "" if v is None else str(v)  # noqa: E731
+        lines = [list(rows[0]), *([cell(v) for v in row.values()] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) for line in lines)
+        self.print(f"\n{title}\n{text}")
+
+    def figure(self, name: str, draw: Callable, size: tuple[float, float] = (8, 4)) -> None:
+        """Save `draw(figure)` as <name>.png in the run folder; without matplotlib one line says what to install."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return self.print(f'no {name}.png: pip install -e ".[plots]"')
+        if self.is_main:
+            figure = Figure(figsize=size, layout="constrained")
+            draw(figure)
+            figure.savefig(self.folder / f"{name}.png", dpi=110)
+            self.print(f"figure: {self.folder / name}.png")
+
+    def finish(self, **speed: float) -> None:
+        """Print the claims and write results.json; `speed` is e.g. tokens_per_s=..."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        head = {
+            "script": self.script,
+            "config": self.cfg.config,
+            "seed": self.cfg.seed,
+            "world_size": self.world_size,
+        }
+        head |= {"device": device, "seconds": round(time.time() - self.started, 1)}
+        if self.is_main:
+            write_json(self.folder / "results.json", head | self.results | {"speed": speed})
+        if claims := self.results["claims"]:
+            keys = ("text", "ours", "theirs", "diff", "se", "n", "holds")
+            self.table([{k: c[k] for k in keys} for c in claims], "claims")
+        self.print(f"\n{head['seconds']:.0f} s on {device}; results in {self.folder / 'results.json'}")
+
+
+def _job_process(
+    index: int, cfg: Config, folder: Path, share: list[str], work: Callable[[str, Run], dict]
+) -> None:
+    """Worker process `index` of `Run.jobs`: its part of the jobs, on a run of its own."""
+    with Run(cfg, worker=index) as run:
+        run.folder = folder
+        for name in share[index :: cfg.workers]:
+            run._job(name, work)
+
+
+@functools.cache
+def tensorboard_writer(folder: Path):
+    """The event writer of a run folder."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError('--tensorboard needs: pip install -e ".[tensorboard]"') from None
+    return SummaryWriter(folder)
+
+
+def rng_state(generators: dict[str, torch.Generator]) -> dict:
+    """Every random number generator of the process, as tensors and plain data."""
+    kind, keys, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest]}
+    state["cuda"] = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return state | {
+        "torch": torch.get_rng_state(),
+        "named": {k: g.get_state() for k, g in generators.items()},
+    }
+
+
+def set_rng_state(state: dict, run: Run) -> None:
+    """Undo `rng_state`."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    for name, saved in state["named"].items():
+        run.generator(name).set_state(saved)
+
+
+# --- language models
+
+
+class CharTokenizer:
+    """One character, one token, behind the part of the Hugging Face tokenizer interface that the scripts use.
+
+    `eos` is the character that ends a turn. A character outside `alphabet` raises ValueError.
+    """
+
+    is_fast, chat_template, all_special_tokens = True, None, ()
+
+    def __init__(self, alphabet: str, eos: str):
+        self.alphabet, self.eos_token, self.eos_token_id = alphabet, eos, alphabet.index(eos)
+        self.index = {c: i for i, c in enumerate(alphabet)}
+
+    def __len__(self) -> int:
+        return len(self.alphabet)
+
+    def __call__(
+        self, texts: list[str], return_offsets_mapping=False, add_special_tokens=False
+    ) -> dict[str, list]:
+        if unknown := set("".join(texts)) - set(self.alphabet):
+            raise ValueError(f"not in the alphabet: {sorted(unknown)}")
+        out = {"input_ids": [[self.index[c] for c in text] for text in texts]}
+        if return_offsets_mapping:
+            out["offset_mapping"] = [[(i, i + 1) for i in range(len(text))] for text in texts]
+        return out
+
+    def encode(self, text: str, add_special_tokens=False) -> list[int]:
+        return self([text])["input_ids"][0]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens=False) -> str:
+        return "".join(self.alphabet[i] for i in ids)
+
+
+def tiny_lm(vocab: int, width: int, layers: int, heads: int = 4, context: int = 512, **more):
+    """A transformers LlamaForCausalLM from scratch: what hooks into it hooks into the real ones."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = dict(vocab_size=vocab, hidden_size=width, intermediate_size=more.pop("mlp", 4 * width))
+    size |= dict(num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=context)
+    return LlamaForCausalLM(LlamaConfig(**size | dict(bos_token_id=None, eos_token_id=None) | more))
+
+
+def load_lm(name: str, dtype: torch.dtype = torch.float32):
+    """Load (model, tokenizer) from a local folder, a .gguf file or a hub id; UserError says what is missing."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, where = Path(name).expanduser(), {}
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise UserError(f"{name}: no such file")
+        name, where = str(path.parent), {"gguf_file": path.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where)
+    except ImportError as e:
+        raise UserError(f'{name}: {str(e).strip().splitlines()[0]} (pip install -e ".[lm]")') from None
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"{name}: not a local model and not to be had from the hub ({str(e).splitlines()[0]})"
+        ) from None
+    if getattr(model.config, "final_logit_softcapping", None) or getattr(model.config, "logit_scale", None):
+        raise UserError(f"{name}: models that rescale their logits are not supported by token_logprobs")
+    return model.eval(), tokenizer
+
+
+def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF sample of softmax(logits / temperature): logits (B, V), uniform (B,) -> tokens, log-probs (B,).
+
+    Temperature 0 is greedy, its log-probs those of temperature 1. The log-probs are those before the top_p cut.
+    """
+    logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        return logp.argmax(-1), logp.amax(-1)
+    p, order = logp.double().exp(), None
+    if top_p < 1:
+        p, order = p.sort(-1, descending=True)
+        p = p * (p.cumsum(-1) - p < top_p)  # the smallest set that holds top_p
+    cdf = p.cumsum(-1)
+    token = torch.searchsorted(cdf, uniform[:, None].double() * cdf[:, -1:], right=True).clamp_(
+        max=p.shape[1] - 1
+    )
+    token = token if order is None else order.gather(1, token)
+    return token[:, 0], logp.gather(1, token)[:, 0]
+
+
+@torch.no_grad()
+def generate(
+    model, prompts: list[list[int]], uniforms: Tensor, temperature=1.0, top_p=1.0, eos=-1, compile=False
+):
+    """Sample completions with a static KV cache; every sampling setting is explicit, generation_config is not read.
+
+    prompts: P lists of ids. uniforms: (P * n, T) numbers in [0, 1): they decide the samples, n consecutive rows a
+    prompt, T tokens at most. Each prompt is run once, its keys and values are shared out to its n samples.
+    Returns tokens (P * n, T'), mask (true up to and including the first `eos`) and fp32 log-probs at `temperature`.
+    """
+    from transformers import StaticCache
+
+    device, (rows, steps) = model.device, uniforms.shape
+    n, longest, uniforms = rows // len(prompts), max(map(len, prompts)), uniforms.to(device)
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # left-padded
+    pads = torch.tensor([longest - len(p) for p in prompts], device=device)
+    place = torch.arange(longest + steps, device=device)
+    seen = place[:longest] >= pads[:, None]  # (P, longest)
+    start = model(ids, attention_mask=seen.long(), position_ids=(place[:longest] - pads[:, None]).clamp(min=0),
+                  use_cache=True, logits_to_keep=1)  # fmt: skip
+    cache = StaticCache(config=model.config, max_cache_len=longest + steps)
+    for layer, filled in enumerate(start.cache.layers):
+        cache.update(filled.keys.repeat_interleave(n, 0), filled.values.repeat_interleave(n, 0), layer)
+    logits, pads = start.logits[:, -1].repeat_interleave(n, 0), pads.repeat_interleave(n)
+    step_model = torch.compile(model, mode="reduce-overhead") if compile else model
+    tokens = torch.full((rows, steps), max(eos, 0), device=device)
+    mask, logps = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros(rows, steps, device=device)
+    done = torch.zeros(rows, dtype=torch.bool, device=device)
+    for t in range(steps):
+        token, logp = draw_tokens(logits, uniforms[:, t], temperature, top_p)
+        mask[:, t], tokens[:, t], logps[:, t] = ~done, torch.where(done, tokens[:, t], token), logp * ~done
+        done |= token == eos
+        if t + 1 == steps or (t % 16 == 15 and done.all()):  # a look at the GPU every 16 tokens
+            break
+        visible = (place >= pads[:, None]) & (place <= longest + t)
+        logits = step_model(tokens[:, t : t + 1], attention_mask=visible[:, None, None], cache=cache,
+                            position_ids=(longest + t - pads)[:, None]).logits[:, -1]  # fmt: skip
+    return tokens[:, : t + 1], mask[:, : t + 1], logps[:, : t + 1]
+
+
+def _gather_logprobs(
+    hidden: Tensor, targets: Tensor, head: nn.Module, temperature: float
+) -> tuple[Tensor, Tensor]:
+    logp = (head(hidden).float() / temperature).log_softmax(-1)
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.detach().exp() * logp.detach()).sum(-1)
+
+
+def token_logprobs(
+    model, ids: Tensor, mask: Tensor | None = None, temperature: float = 1.0, chunk: int = 1024
+):
+    """log softmax(z / temperature) of each next token: ids (B, T) right-padded -> fp32 log-probs and entropies (B, T-1).
+
+    The head runs over `chunk` positions at a time and again in the backward pass: (B, T, V) is never held.
+    """
+    hidden = (
+        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        .last_hidden_state[:, :-1]
+        .flatten(0, 1)
+    )
+    head, targets = model.get_output_embeddings(), ids[:, 1:].flatten()
+    parts = [
+        checkpoint(_gather_logprobs, h, y, head, temperature, use_reentrant=False)
+        for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    ]
+    logp, entropy = (torch.cat(x).view(len(ids), -1) for x in zip(*parts, strict=True))
+    return logp, entropy
+
+
+def peak_flops(device: torch.device) -> float:
+    """Dense bfloat16 FLOP/s of a known GPU (data sheets); elsewhere what a float32 matrix product reaches here."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for key, flops in (
+        ("H200", 989e12),
+        ("H100", 989e12),
+        ("A100", 312e12),
+        ("L40", 181e12),
+        ("4090", 165e12),
+    ):
+        if key in name:
+            return flops
+    a = torch.randn(1024, 1024, device=device)
+    (a @ a).sum().item()
+    begin = time.perf_counter()
+    for _ in range(5):
+        b = a @ a
+    b.sum().item()
+    return 5 * 2 * 1024**3 / (time.perf_counter() - begin)
