@@ -264,8 +264,7 @@ class Run:
 
     def stream(self, name: str) -> int:
         """A seed for `name` that depends on cfg.seed and on this run's name, the same on all ranks."""
-        key = f"{self.cfg.seed}/{self.name}/{name}"
-        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little")
+        return stable_hash(f"{self.cfg.seed}/{self.name}/{name}")
 
     def generator(self, name: str) -> torch.Generator:
         """The CPU generator called `name`, the same on all ranks; checkpoints carry its state."""
@@ -352,12 +351,9 @@ class Run:
         names = list(names)
         share = names[self.rank :: self.world_size]
         if self.cfg.workers > 1 and len(share) > 1:
-            processes = mp.spawn(
-                _job_process,
-                (self.cfg, self.folder, share, work),
-                min(self.cfg.workers, len(share)),
-                join=False,
-            )
+            taken = mp.get_context("spawn").Value("i", 0)  # jobs that some worker has begun
+            count, work_args = min(self.cfg.workers, len(share)), (self.cfg, self.folder, share, work, taken)
+            processes = mp.spawn(_job_process, work_args, count, join=False)
             try:
                 while not processes.join(timeout=0.1):
                     for process in processes.processes if self.signals else ():
@@ -577,14 +573,21 @@ class Run:
         self.print(f"\n{head['seconds']:.0f} s on {device}; results in {self.folder / 'results.json'}")
 
 
-def _job_process(
-    index: int, cfg: Config, folder: Path, share: list[str], work: Callable[[str, Run], dict]
-) -> None:
-    """Worker process `index` of `Run.jobs`: its part of the jobs, on a run of its own."""
+def stable_hash(text: str) -> int:
+    """56 bits of SHA-256: a seed that does not change from one process to the next, as hash() does."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+
+
+def _job_process(index: int, cfg: Config, folder: Path, share: list[str], work: Callable, taken) -> None:
+    """Worker process `index` of `Run.jobs`: takes the next job until none is left, on a run of its own."""
     with Run(cfg, worker=index) as run:
         run.folder = folder
-        for name in share[index :: cfg.workers]:
-            run._job(name, work)
+        while True:
+            with taken.get_lock():
+                mine, taken.value = taken.value, taken.value + 1
+            if mine >= len(share):
+                break
+            run._job(share[mine], work)
 
 
 @functools.cache

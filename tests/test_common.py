@@ -1,0 +1,425 @@
+"""common.py: command line, files, checkpoints, jobs, claims, and the language-model helpers."""
+
+import dataclasses
+import json
+import math
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+import common
+from common import Run, UserError, parse_config
+
+
+@dataclass
+class Config(common.Config):
+    width: int = 64  # of the model, in units (d)
+    rate: float = 1e-3  # step size
+    mode: Literal["fast", "slow"] = "fast"  # how
+    sizes: tuple[int, ...] = (1, 2)  # of the layers
+    name: str | None = None  # of a file
+    flag: bool = True  # a switch
+
+
+CONFIGS = {"smoke": Config(width=2), "demo": Config()}
+
+
+# --- command line
+
+
+def test_any_field_can_be_set_on_top_of_a_config():
+    line = "--config smoke --rate 0.5 --mode slow --sizes 3,4 --name x --no_flag --seed=7".split()
+    cfg = parse_config(CONFIGS, line)
+    assert (cfg.config, cfg.width, cfg.rate, cfg.mode, cfg.sizes, cfg.name, cfg.flag, cfg.seed) == (
+        "smoke", 2, 0.5, "slow", (3, 4), "x", False, 7,
+    )  # fmt: skip
+    assert parse_config(CONFIGS, []).config == "demo"
+    assert parse_config(CONFIGS, ["--flag", "false", "--name", "none"]).name is None
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--widht 3", ["--widht", "--width"]),
+        ("--width three", ["--width", "three"]),
+        ("--mode sloww", ["--mode", "fast, slow"]),
+        ("--config dem", ["dem", "demo"]),
+        ("--flag maybe", ["--flag", "true, false"]),
+        ("stray", ["stray"]),
+    ],
+)
+def test_a_bad_argument_is_one_line_with_exit_code_2(line, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_config(CONFIGS, line.split())
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and message.count("\n") == 1 and all(w in message for w in words), message
+
+
+def test_a_value_that_the_config_itself_refuses_is_one_line(capsys):
+    @dataclass
+    class Picky(Config):
+        def __post_init__(self):
+            if self.width < 1:
+                raise ValueError("--width must be positive")
+
+    with pytest.raises(SystemExit) as end:
+        parse_config({"demo": Picky()}, ["--width", "0"])
+    assert end.value.code == 2 and "--width must be positive" in capsys.readouterr().err
+
+
+def test_help_lists_every_field_with_its_comment_and_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_config(CONFIGS, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name} " in text
+    assert "of the model, in units (d) [demo: 64]" in text and "seed of every random number generator" in text
+
+
+# --- files
+
+
+def test_atomic_write_leaves_the_old_file_when_the_writer_fails(tmp_path):
+    file = tmp_path / "x"
+    common.write_atomic(file, b"old")
+
+    def fail(f):
+        f.write(b"half of the new")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        common.write_atomic(file, fail)
+    assert file.read_bytes() == b"old"
+
+
+def test_json_has_null_where_a_number_is_not_finite(tmp_path):
+    common.write_json(tmp_path / "x", {"a": math.nan, "b": [math.inf, np.float32(1.5)], "c": torch.tensor([1, 2])})
+    assert json.loads((tmp_path / "x").read_text()) == {"a": None, "b": [None, 1.5], "c": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"q": "1"}\n{"q": ""}\n', ["line 2", "'q'"]),
+        ('{"q": "1"}\n\n{"p": "2"}\n', ["line 3", "'q'"]),
+        ('{"q": "1"}\n{"q": \n', ["line 2", "not JSON"]),
+        ('{"q": 3}\n', ["line 1", "'q'"]),
+        ("[1]\n", ["line 1", "'q'"]),
+        ("\n", ["no rows"]),
+    ],
+)
+def test_a_broken_jsonl_names_file_line_and_field(text, words, tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        common.read_jsonl(file, ["q"])
+    assert all(w in str(error.value) for w in [str(file), *words])
+
+
+def test_jsonl_rows_may_hold_unicode_line_separators(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"q": "a\u2028b"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert common.read_jsonl(tmp_path / "x.jsonl", ["q"]) == [{"q": "a\u2028b"}]
+
+
+# --- runs, checkpoints, jobs
+
+
+def open_run(tmp_path, **settings):
+    return Run(Config(out=str(tmp_path), config="demo", **settings))
+
+
+def test_checkpoint_round_trip_restores_state_and_every_generator(tmp_path):
+    with open_run(tmp_path) as run:
+        model, data = torch.nn.Linear(3, 2), {"seen": [1, 2]}
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        run.generator("a")
+        run.save(5, model=model, optimizer=optimizer, data=data)
+
+        def draws():
+            named = torch.rand(2, generator=run.generator("a")).tolist()
+            return [torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random(), named]
+
+        expected, weight = draws(), model.weight.detach().clone()
+        torch.nn.init.zeros_(model.weight)
+        data["seen"] = []
+        assert run.restore(model=model, optimizer=optimizer, data=data) == 5
+        assert draws() == expected
+        assert torch.equal(model.weight, weight) and data["seen"] == [1, 2]
+        assert optimizer.state_dict()["state"][0]["step"] == 1
+
+
+def test_a_generator_made_after_the_restore_goes_on_where_it_was(tmp_path):
+    with open_run(tmp_path) as run:
+        torch.rand(3, generator=run.generator("late"))
+        run.save(1)
+        expected = torch.rand(3, generator=run.generator("late"))
+    with open_run(tmp_path, resume=True) as run:
+        run.restore()
+        assert torch.equal(torch.rand(3, generator=run.generator("late")), expected)
+
+
+def test_a_torn_checkpoint_is_one_error_and_the_one_before_is_kept(tmp_path):
+    with open_run(tmp_path) as run:
+        run.save(1, data={"x": 1})
+        run.save(2, data={"x": 2})
+        file = run.folder / "checkpoint.pt"
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(UserError, match="truncated") as error:
+            run.restore(data={})
+        assert "checkpoint.previous.pt" in str(error.value) and "\n" not in str(error.value)
+        (run.folder / "checkpoint.previous.pt").rename(file)
+        assert run.restore(data={}) == 1
+
+
+def test_checkpoints_are_loaded_with_weights_only(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (print, ("this must never run",))
+
+    with open_run(tmp_path) as run:
+        torch.save({"step": 1, "rng": [], "state": {"x": Payload()}}, run.folder / "checkpoint.pt")
+        with pytest.raises(UserError, match="no checkpoint"):
+            run.restore()
+
+
+def test_steps_go_on_after_the_saved_one_and_drop_later_lines(tmp_path):
+    def train(stop_at, **settings):
+        with open_run(tmp_path, save_every=2, log_every=1, **settings) as run:
+            for step in run.steps(6, state=(state := {"total": 0})):
+                state["total"] += step + float(torch.rand(()))
+                run.log(step, total=state["total"])
+                if step == stop_at:
+                    return run.folder
+            return run.folder
+
+    whole = (train(None) / "metrics.jsonl").read_text()
+    folder = train(4)  # dies in step 4; the checkpoint holds steps 0 to 3
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 5
+    train(None, resume=True)
+    assert (folder / "metrics.jsonl").read_text() == whole and len(whole.splitlines()) == 6
+
+
+def test_resume_with_other_settings_names_them(tmp_path, capsys):
+    with open_run(tmp_path):
+        pass
+    with pytest.raises(SystemExit) as end, open_run(tmp_path, resume=True, width=3):
+        pass
+    assert end.value.code == 2 and "width" in capsys.readouterr().err
+
+
+def test_a_second_run_without_resume_keeps_the_first_as_backup(tmp_path):
+    with open_run(tmp_path) as run:
+        (run.folder / "precious").write_text("1")
+    with open_run(tmp_path) as run:
+        assert not (run.folder / "precious").exists()
+        assert (run.folder.with_name(run.folder.name + ".bak") / "precious").exists()
+
+
+def test_a_non_finite_loss_stops_with_step_term_and_checkpoint(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end, open_run(tmp_path, save_every=1, log_every=100) as run:
+        for step in run.steps(5):
+            run.log(step, loss_q=torch.tensor(math.nan if step == 3 else 1.0), other=math.nan)
+    message = capsys.readouterr().err
+    assert end.value.code == 2
+    assert "step 3" in message and "loss_q" in message and "checkpoint.pt" in message
+
+
+def test_stages_have_their_own_seeds_whatever_ran_before(tmp_path):
+    with open_run(tmp_path) as run:
+        torch.rand(100)
+        run.stage("a")
+        first = torch.rand(3)
+        run.stage("b")
+        assert not torch.equal(torch.rand(3), first)
+        run.stage("a")
+        assert torch.equal(torch.rand(3), first)
+
+
+def work(name, run):
+    if name == "bad" and not (run.folder.parent / "mended").exists():
+        raise UserError("bad fails")
+    with open(run.folder.parent / "calls", "a") as f:
+        f.write(f"{name}\n")
+    return {"name": name, "draw": torch.rand(()).item(), "world": run.world_size}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_jobs_run_once_and_a_rerun_does_only_those_without_result(workers, tmp_path):
+    names = ["a", "b", "bad"]
+    with pytest.raises(SystemExit), open_run(tmp_path, workers=workers) as run:
+        run.jobs(names, work)
+    (run.folder / "mended").touch()
+    with open_run(tmp_path, workers=workers, resume=True) as run:
+        results = run.jobs(names, work)
+    assert sorted((run.folder / "calls").read_text().split()) == ["a", "b", "bad"]
+    assert [results[n]["name"] for n in names] == names and all(r["world"] == 1 for r in results.values())
+
+
+def test_jobs_give_the_same_numbers_in_any_number_of_processes(tmp_path):
+    found = []
+    for workers in (1, 2):
+        with open_run(tmp_path / str(workers), workers=workers) as run:
+            found.append(run.jobs(["a", "b", "c"], work))
+    assert found[0] == found[1]
+
+
+# --- claims
+
+
+def test_claim_arithmetic_is_the_paired_standard_error(tmp_path):
+    ours, theirs = [3.0, 4.0, 8.0], [1.0, 3.0, 5.0]  # differences 2, 1, 3: mean 2, sd 1, se 1 / sqrt 3
+    with open_run(tmp_path) as run:
+        row = run.claim("more", ours, theirs)
+        assert (row["ours"], row["theirs"], row["diff"], row["holds"]) == (5.0, 3.0, 2.0, True)
+        assert row["se"] == pytest.approx(1 / math.sqrt(3))
+        assert not run.claim("less", ours, theirs, better="lower")["holds"]
+        assert run.claim("less", theirs, ours, better="lower")["holds"]
+        assert not run.claim("by more than 1", ours, theirs, margin=1.0)["holds"]  # 2 - 2 se = 0.85
+        assert run.claim("not worse by more than 4", theirs, ours, margin=-4.0)["holds"]  # -2 - 2 se = -3.15
+        assert not run.claim("not worse by more than 3", theirs, ours, margin=-3.0)["holds"]
+        assert run.claim("the same within 3.2", ours, theirs, better="same", margin=3.2)["holds"]
+        assert not run.claim("the same within 3.1", ours, theirs, better="same", margin=3.1)["holds"]
+        assert not run.claim("one pair", [9.0], [1.0])["holds"]
+        with pytest.raises(ValueError, match="paired"):
+            run.claim("unpaired", [1.0, 2.0], [1.0])
+        run.finish(tokens_per_s=3.0)
+    data = json.loads((run.folder / "results.json").read_text())
+    assert {"script", "config", "seed", "world_size", "device", "seconds", "table", "claims", "speed"} <= set(data)
+    assert data["speed"] == {"tokens_per_s": 3.0} and len(data["claims"]) == 9 and data["claims"][-1]["se"] is None
+
+
+# --- language models
+
+
+def test_char_tokenizer_round_trip_and_offsets():
+    tok = common.CharTokenizer("abc$", eos="$")
+    out = tok(["cab$", ""], return_offsets_mapping=True)
+    assert out["input_ids"] == [[2, 0, 1, 3], []] and out["offset_mapping"][0] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert tok.decode(tok.encode("cab$")) == "cab$" and tok.decode([2, 3], skip_special_tokens=True) == "c"
+    assert len(tok) == 4 and tok.eos_token_id == 3
+    with pytest.raises(ValueError, match="z"):
+        tok.encode("az")
+
+
+@pytest.fixture(params=["untied", "tied"])
+def lm(request):
+    torch.manual_seed(1)
+    model = common.tiny_lm(11, 16, 2, heads=2, context=64, tie_word_embeddings=request.param == "tied")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4)  # far from uniform, so that mistakes show
+    return model.eval()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 1000])
+def test_token_logprobs_equal_the_full_log_softmax_with_gradients(lm, chunk):
+    lm = lm.double()
+    ids = torch.randint(11, (3, 7))
+    mask = torch.arange(7) < torch.tensor([[7], [4], [2]])
+    logits = lm(ids, attention_mask=mask.long()).logits[:, :-1] / 0.7
+    full = logits.log_softmax(-1)
+    expected = full.gather(2, ids[:, 1:, None])[..., 0]
+    logp, entropy = common.token_logprobs(lm, ids, mask, 0.7, chunk)
+    keep = mask[:, 1:]
+    torch.testing.assert_close(logp[keep].double(), expected[keep], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy[keep].double(), -(full.exp() * full).sum(-1)[keep], rtol=1e-5, atol=1e-5)
+    grads = torch.autograd.grad((logp * keep).sum(), list(lm.parameters()))
+    wanted = torch.autograd.grad((expected * keep).sum(), list(lm.parameters()))
+    for g, w in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+
+def test_token_logprobs_never_holds_a_full_vocabulary_tensor():
+    """The largest tensor that any operator makes stays at chunk x V, forward and backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    vocabulary, chunk = 5000, 8
+    model, ids = common.tiny_lm(vocabulary, 8, 1, heads=1), torch.randint(5000, (4, 65))
+    largest = {"rows": 0}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[-1] == vocabulary:
+                    largest["rows"] = max(largest["rows"], x.numel() // vocabulary)
+            return out
+
+    with Watch():
+        logp, _ = common.token_logprobs(model, ids, chunk=chunk)
+        logp.sum().backward()
+    assert largest["rows"] == chunk
+
+
+def test_generated_logprobs_equal_a_teacher_forced_forward(lm):
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    tokens, mask, logp = common.generate(lm, prompts, torch.rand(6, 12), temperature=0.7, eos=0)
+    for row in range(6):
+        n = int(mask[row].sum())
+        ids = torch.tensor([prompts[row // 2] + tokens[row, :n].tolist()])
+        expected, _ = common.token_logprobs(lm, ids, temperature=0.7)
+        torch.testing.assert_close(logp[row, :n], expected[0, -n:], rtol=1e-4, atol=1e-5)
+        assert (tokens[row, : n - 1] != 0).all() and (logp[row, n:] == 0).all()
+    assert (~mask).any(), "no row ended early: the test saw no padding"
+
+
+def test_generate_does_not_depend_on_the_batch_it_runs_in(lm):
+    prompts, uniforms = [[1, 2, 3], [4], [5, 6, 7, 8, 9]], torch.rand(3, 10)
+    tokens, mask, _ = common.generate(lm, prompts, uniforms, eos=0)
+    for i, prompt in enumerate(prompts):
+        alone, alone_mask, _ = common.generate(lm, [prompt], uniforms[i : i + 1], eos=0)
+        assert alone[alone_mask].tolist() == tokens[i][mask[i]].tolist()
+
+
+def test_greedy_generation_takes_the_argmax(lm):
+    tokens, _, _ = common.generate(lm, [[1, 2]], torch.rand(1, 5), temperature=0.0)
+    ids = [1, 2]
+    for _ in range(5):
+        ids.append(int(lm(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert tokens[0].tolist() == ids[2:]
+
+
+def test_sampling_follows_softmax_whatever_the_generation_config_says(lm):
+    lm.generation_config.update(do_sample=True, top_k=1, repetition_penalty=2.0, temperature=0.1)
+    n = 20_000
+    tokens, _, _ = common.generate(lm, [[3, 3, 3]], torch.rand(n, 1), temperature=0.7)
+    p = (lm(torch.tensor([[3, 3, 3]])).logits[0, -1] / 0.7).softmax(-1)
+    expected, observed = n * p, torch.bincount(tokens[:, 0], minlength=11)
+    keep = expected > 5
+    chi2 = ((observed - expected)[keep] ** 2 / expected[keep]).sum().item()
+    assert chi2 < 40, "the 99.99 % quantile of chi^2 with 10 degrees of freedom is 35.6"
+    assert keep.sum() > 3
+
+
+def test_top_p_keeps_the_smallest_set_that_holds_it():
+    logits = torch.log(torch.tensor([[0.1, 0.5, 0.15, 0.25]])).expand(10_000, 4)
+    tokens, logp = common.draw_tokens(logits, torch.rand(10_000), 1.0, top_p=0.7)
+    share = torch.bincount(tokens, minlength=4) / 10_000
+    torch.testing.assert_close(share, torch.tensor([0.0, 2 / 3, 0.0, 1 / 3]), atol=0.02, rtol=0)
+    torch.testing.assert_close(logp[tokens == 1][0], torch.tensor(0.5).log())
+
+
+def test_load_lm_says_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        common.load_lm(str(tmp_path / "model.gguf"))
+    with pytest.raises(UserError, match="nobody/nothing"):
+        common.load_lm("nobody/nothing")
+
+
+def test_load_lm_reads_a_local_folder(tmp_path, lm):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    lm.save_pretrained(tmp_path)
+    tok = Tokenizer(models.WordLevel({f"w{i}": i for i in range(11)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tok).save_pretrained(tmp_path)
+    loaded, tokenizer = common.load_lm(str(tmp_path))
+    ids = torch.tensor([tokenizer.encode("w3")])
+    assert ids.tolist() == [[3]] and torch.equal(loaded(ids).logits, lm(ids).logits)
