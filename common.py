@@ -427,7 +427,7 @@ class Run:
             return 0
         try:
             data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
+        except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as e:
             kept = self.folder / "checkpoint.previous.pt"
             hint = f"; the one before it is whole: mv {kept} {file}" if kept.exists() else ""
             raise UserError(
@@ -656,7 +656,7 @@ class CharTokenizer:
         return self([text])["input_ids"][0]
 
     def decode(self, ids: Iterable[int], skip_special_tokens=False) -> str:
-        return "".join(self.alphabet[i] for i in ids)
+        return "".join(self.alphabet[i] for i in ids if not (skip_special_tokens and i == self.eos_token_id))
 
 
 def tiny_lm(vocab: int, width: int, layers: int, heads: int = 4, context: int = 512, **more):
@@ -743,7 +743,9 @@ def generate(
         token, logp = draw_tokens(logits, uniforms[:, t], temperature, top_p)
         mask[:, t], tokens[:, t], logps[:, t] = ~done, torch.where(done, tokens[:, t], token), logp * ~done
         done |= token == eos
-        if t + 1 == steps or (t % 16 == 15 and done.all()):  # a look at the GPU every 16 tokens
+        if t + 1 == steps or (
+            (t % 16 == 15 or device.type == "cpu") and done.all()
+        ):  # a GPU sync in 16 tokens
             break
         visible = (place >= pads[:, None]) & (place <= longest + t)
         logits = step_model(tokens[:, t : t + 1], attention_mask=visible[:, None, None], cache=cache,

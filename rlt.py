@@ -2,42 +2,43 @@
 
 Cetin, Zhao, Tang, "Reinforcement Learning Teachers of Test Time Scaling", NeurIPS 2025, arXiv 2506.08388.
 
-The claim. RL on correctness needs a model that already solves the task now and then, and it makes solvers, while the
-models it makes are mostly used as teachers. An RLT is given the question AND the solution and gets a dense reward for
-an explanation that makes the solution likely to a frozen student. Students distilled from its raw explanations beat
-students of far larger reasoning models, and correctness RL that starts from them gets further.
+The claim. RL on correctness needs a model that already solves the task now and then, and it makes solvers,
+while the models it makes are mostly used as teachers. An RLT gets the question AND the solution, and a dense
+reward for an explanation that makes the solution likely to a frozen student. Students distilled from its raw
+explanations beat students of far larger reasoning models; correctness RL that starts from them gets further.
 
-Question q, solution s, explanation t; teacher pi_theta, frozen student pi_S, all log-probs at temperature tau:
-  eq. (1)  r_SS = mean_k l_k + alpha min_k l_k,  l_k = log pi_S(s_k | q, t, s_<k)           can the student solve it?
-  eq. (2)  r_KL = mean_j d_j + alpha max_j d_j,  d_j = log pi_theta(t_j | q, s, t_<j) - log pi_S(t_j | q, t_<j)
+Question q, solution s, explanation t; teacher pi_theta, frozen student pi_S; log-probs at temperature tau:
+  eq. (1)  r_SS = mean_k l_k + alpha min_k l_k,   l_k = log pi_S(s_k | q, t, s_<k)
+           can the student get to the solution?
+  eq. (2)  r_KL = mean_j d_j + alpha max_j d_j,   d_j = log pi_theta(t_j | q, s, t_<j) - log pi_S(t_j | q, t_<j)
            is every step natural to somebody who does not see s?
   eq. (3)  r = r_SS - lambda r_KL + penalty where the closing tag is missing
-  eq. (4)  GRPO: A = (r - mean) / (std + 1e-4) over the G explanations of one question; the loss is the mean over
+  eq. (4)  GRPO: A = (r - mean) / (std + 1e-4) over the G explanations of a question; the loss is the mean over
            explanations of the mean over their tokens of -(exp(lp - sg lp) A - beta (e^rho - rho - 1)),
            lp = log pi_theta, rho = log pi_ref - lp
 
 How to run
-  python rlt.py                                     the effect in miniature, against its baselines, on two CPU cores
-  python rlt.py --easy                              only the control: a task where correctness RL needs no teacher
-  python rlt.py --teacher M --student M --data F    real models and problems: M hub id, folder or .gguf, F .jsonl
-  python rlt.py --show                              one explanation of the newest teacher, with what each token costs
-  python rlt.py --score F                           rank any (question, solution, reasoning_trace) .jsonl by the reward
+  python rlt.py                                     the effect in miniature, with its baselines, on two CPU cores
+  python rlt.py --easy                              only the control: correctness RL needs no teacher there
+  python rlt.py --teacher M --student M --data F    real models, M: hub id, folder or .gguf; F: .jsonl
+  python rlt.py --show                              an explanation of the newest teacher, with each token's cost
+  python rlt.py --score F                           rank (question, solution, reasoning_trace) lines by the reward
   torchrun --nproc_per_node=8 rlt.py --config full  Qwen2.5-7B on Bespoke-Stratos-17k, the paper's setting
-Rungs: smoke, demo, gpu (ranks share a grid of runs); text, small, full (ranks share one run, --shard for FSDP2).
+Rungs: smoke, demo, gpu (ranks share a grid of runs); text, small, full (ranks share one run; --shard for FSDP2).
 
 Where this file departs from the paper and its code
-- The paper writes a KL divergence; like its code we take the log-ratio at the sampled token (--exact_kl sums over the
-  vocabulary). Also from the code, not the formulas: tau inside r_SS; the reference model moves 0.9 of the way to the
-  policy every 32 updates; -1 for a missing closing tag; an empty explanation has mean and max KL of 1.
-- The explanation is found by character offsets; a token that straddles a tag is left out. The code searches for its
-  ids, and so finds the question if the explanation only repeats that. When an explanation does not encode back to the
-  sampled ids, `full` scores the re-encoded text as the code does, --no_retokenize the sampled ids.
+- The paper writes a KL divergence; like its code we take the log-ratio at the sampled token (--exact_kl sums over
+  the vocabulary). From the code, too: tau inside r_SS; the reference model moves 0.9 of the way to the policy
+  every 32 updates; -1 for a missing closing tag; an empty explanation counts 1 for mean and for max.
+- The explanation is found by character offsets, and a token that straddles a tag is left out. The code searches
+  for its ids, so it finds the question if the explanation only repeats that. Where a text does not encode back to
+  the sampled ids, `full` scores the re-encoded text as the code does, --no_retokenize the sampled ids.
 - Log-softmax in float32, no pad token in any loss, rewards in batches (the code: bfloat16, pads, one by one).
-- The teacher's system prompt is our own text of the same structure. MATH answers are compared by a small normaliser.
-- Sampling is an inverse CDF of uniform numbers that all ranks draw alike: the number of ranks changes no result.
-- A sharded checkpoint is one file gathered on rank 0. Running out of GPU memory stops the run.
-- The demo's task, pointer chasing, is ours and selected: exploration must fail. With half the chains (--easy) it does
-  not, and correctness RL wins. Only the paper's claim for the first regime is tested.
+- The teacher's system prompt is ours, of the same structure. MATH answers are compared by a small normaliser.
+- Sampling is an inverse CDF of uniform numbers that all ranks draw alike: their number changes no result.
+- A sharded checkpoint is one file, gathered on rank 0. Running out of GPU memory stops the run.
+- The demo's task, pointer chasing, is ours and was selected: exploration must fail. With half the chains it does
+  not, and correctness RL wins (--easy). Only the paper's claim for the first regime is tested.
 
 Reading order: Config, the built-in task, Format (the two prompts), rlt_reward, grpo_loss, train_grpo, main.
 """
@@ -74,14 +75,10 @@ SYMBOLS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-"
 class Config(common.Config):
     # models and data; without a teacher, the built-in task
     teacher: str | None = None  # model that becomes the teacher: hub id, folder or .gguf
-    student: str = (
-        "self"  # frozen model that computes the reward (pi_S); self: the teacher before any training
-    )
-    learner: str = "self"  # model that is distilled; self: the teacher before any training
+    student: str = "self"  # frozen model that computes the reward (pi_S); self: the teacher as it starts
+    learner: str = "self"  # model that is distilled; self: the teacher as it starts
     data: str = ""  # .jsonl with question, solution and maybe reasoning_trace; Stratos or GSM8K; or countdown
-    bench: str = (
-        ""  # math500, aime24, gpqa, countdown or a .jsonl to evaluate on; empty: held-out rows of data
-    )
+    bench: str = ""  # math500, aime24, gpqa, countdown or a .jsonl to evaluate on; empty: held-out rows
     holdout: int = 0  # rows of data kept for evaluation
     stages: tuple[str, ...] = STAGES  # with a real teacher: the parts to run
     # built-in task
@@ -107,16 +104,14 @@ class Config(common.Config):
     group: int = 16  # completions a question (G)
     max_new: int = 64  # tokens a completion, at most
     temperature: float = 1.0  # of sampling and of every log-prob (tau)
-    lr: float = 1e-3  # constant, AdamW
+    lr: float = 1e-3  # AdamW, constant
     beta: float = 0.04  # weight of the KL to the reference model
     sync_every: int = 32  # updates between two moves of the reference model
     sync_mix: float = 0.9  # how far it moves towards the policy
     alpha: float = 0.01  # weight of the min in r_SS and of the max in r_KL
     lam: float = 3.0  # weight of r_KL (lambda)
     penalty: float = -1.0  # reward for a missing closing tag
-    exact_kl: bool = (
-        False  # d_j summed over the vocabulary, the paper's formula, instead of at the sampled token
-    )
+    exact_kl: bool = False  # d_j summed over the vocabulary as the paper writes it, not at the sampled token
     retokenize: bool = False  # score re-encoded texts, not the sampled ids, where the two differ
     # distillation
     traces: int = 512  # explanations to collect and distil from
@@ -129,12 +124,12 @@ class Config(common.Config):
     # evaluation
     eval_problems: int = 512  # problems, at most
     eval_samples: int = 1  # answers a problem (avg@k)
-    eval_temperature: float = 0.7  # of an answer; the built-in task also measures at 0 and 1
+    eval_temperature: float = 0.7  # of an answer; the built-in task is also measured at 0 and 1
     eval_top_p: float = 1.0  # nucleus of an answer
     eval_new: int = 64  # tokens an answer, at most
     # memory and speed
     context: int = 128  # tokens of the longest text; problems that may not fit are dropped and counted
-    micro_tokens: int = 16384  # padded tokens in one forward and backward pass
+    micro_tokens: int = 4096  # padded tokens in one forward and backward pass
     sample_batch: int = 1024  # sequences decoded together on a rank
     sampler: Literal["hf", "vllm"] = "hf"  # in-script decoding, or a vLLM engine on each GPU
     shard: bool = False  # FSDP2 over the ranks for teacher, reference, student and learner
@@ -154,21 +149,21 @@ class Config(common.Config):
 
 # fmt: off
 DEMO = Config(workers=2, save_every=1000)
-SMALL = Config(teacher="HuggingFaceTB/SmolLM2-135M-Instruct", data="openai/gsm8k", holdout=256, updates=100, max_new=512,
-    temperature=0.7, lr=1e-6, retokenize=True, warmup_steps=200, warmup_batch=16, warmup_lr=1e-5, traces=2000,
-    distil_steps=200, distil_batch=32, distil_lr=1e-5, eval_problems=256, eval_new=512, context=2048, sample_batch=128,
-    log_every=1, save_every=20)
+SMALL = Config(teacher="HuggingFaceTB/SmolLM2-135M-Instruct", data="openai/gsm8k", holdout=256, updates=100,
+    max_new=512, temperature=0.7, lr=1e-6, retokenize=True, warmup_steps=200, warmup_batch=16, warmup_lr=1e-5,
+    traces=2000, distil_steps=200, distil_batch=32, distil_lr=1e-5, eval_problems=256, eval_new=512, context=2048,
+    micro_tokens=16384, sample_batch=128, log_every=1, save_every=20)
 CONFIGS = {
     "smoke": replace(DEMO, workers=1, symbols=6, chains=2, seeds=2, width=32, textbook_steps=20, web_steps=10,
         base_check=False, warmup_steps=3, warmup_batch=8, updates=3, prompts=2, group=4, traces=8, distil_steps=3,
         distil_batch=8, cold_traces=4, cold_steps=2, cold_updates=2, eval_problems=8, log_every=1),
     "demo": DEMO,
-    "gpu": replace(DEMO, workers=1, symbols=64, chains=16, width=256, heads=8, textbook_steps=3000, web_steps=1000,
-        base_lr=1e-3, warmup_lr=1e-3, updates=125, prompts=16, group=64, max_new=112, lr=3e-4, traces=2048,
-        distil_steps=300, distil_lr=5e-4, eval_new=112, context=256, micro_tokens=262144),
-    "text": replace(SMALL, stages=("warmup", "rl"), holdout=8, warmup_steps=4, warmup_batch=4, updates=4, prompts=2,
-        group=4, max_new=64, traces=16, distil_steps=4, distil_batch=4, eval_problems=8, eval_new=96, context=1024,
-        micro_tokens=2048),
+    "gpu": replace(DEMO, workers=1, symbols=64, chains=16, width=256, heads=8, textbook_steps=3000,
+        web_steps=1000, base_lr=1e-3, warmup_lr=1e-3, updates=125, prompts=16, group=64, max_new=112, lr=3e-4,
+        traces=2048, distil_steps=300, distil_lr=5e-4, eval_new=112, context=256, micro_tokens=262144),
+    "text": replace(SMALL, stages=("warmup", "rl"), holdout=8, warmup_steps=4, warmup_batch=4, updates=4,
+        prompts=2, group=4, max_new=64, traces=16, distil_steps=4, distil_batch=4, eval_problems=8, eval_new=96,
+        context=1024, micro_tokens=2048),
     "small": SMALL,
     "full": replace(SMALL, teacher="Qwen/Qwen2.5-7B-Instruct", student="bespokelabs/Bespoke-Stratos-7B",
         learner="Qwen/Qwen2.5-7B-Instruct", data="bespokelabs/Bespoke-Stratos-17k", bench="math500", holdout=0,
@@ -206,75 +201,59 @@ class Task:
     def encode(self, texts: list[str]) -> list[tuple[list[int], np.ndarray]]:
         """Ids and character offsets (T, 2) of each text."""
         out = self.tok(texts, return_offsets_mapping=True, add_special_tokens=False)
-        return [
-            (i, np.array(o).reshape(-1, 2))
-            for i, o in zip(out["input_ids"], out["offset_mapping"], strict=True)
-        ]
+        offsets = [np.array(o).reshape(-1, 2) for o in out["offset_mapping"]]
+        return list(zip(out["input_ids"], offsets, strict=True))
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text."""
         return self.tok(texts, add_special_tokens=False)["input_ids"]
 
 
-# --- the built-in task, pointer chasing -------------------------------------------------------------------------------
+# --- the built-in task, pointer chasing ---
 # q is an array f (a permutation of M symbols) and W starts, s the W symbols f(f(f(x))), t a chain x, f(x), f(f(x)),
-# f(f(f(x))) for each start, whose intermediate symbols may be elided ("~"). One hop is one attention lookup; two at once
-# are beyond a model of two layers, so an elision is a leap that neither teacher nor student can follow.
+# f(f(f(x))) for each start, whose intermediate symbols may be elided ("~"). One hop is one attention lookup; two at
+# once are beyond a model of two layers, so an elision is a leap that neither teacher nor student can follow.
 
 
-def make_problems(
-    n: int, cfg: Config, generator: torch.Generator, p_write: float | None = None
-) -> list[Example]:
+def make_problems(n: int, cfg: Config, generator: torch.Generator, p_write: float) -> list[Example]:
     """n problems, each with a corpus trace that writes an intermediate symbol with probability p_write."""
     f = torch.rand(n, cfg.symbols, generator=generator).argsort(1)
     x = [torch.rand(n, cfg.symbols, generator=generator).argsort(1)[:, : cfg.chains]]
     for _ in range(3):
         x.append(f.gather(1, x[-1]))
-    trace = torch.stack(x, 2)  # (n, W, 4)
-    elided = torch.rand(n, cfg.chains, 4, generator=generator) >= (
-        cfg.p_write if p_write is None else p_write
-    )
+    elided = torch.rand(n, cfg.chains, 4, generator=generator) >= p_write
     elided[..., [0, 3]] = False
+    trace = torch.stack(x, 2).masked_fill(elided, cfg.symbols).flatten(1)  # (n, 4 W)
     alphabet = np.array([*SYMBOLS[: cfg.symbols], "~"])
-    columns = (torch.cat([f, x[0]], 1), x[3], trace.masked_fill(elided, cfg.symbols).flatten(1))
-    rows = (["".join(row) for row in alphabet[c.numpy()]] for c in columns)
-    return [Example(*row) for row in zip(*rows, strict=True)]
+    spelled = (["".join(row) for row in alphabet[c.numpy()]] for c in (torch.cat([f, x[0]], 1), x[3], trace))
+    return [Example(*row) for row in zip(*spelled, strict=True)]
 
 
 def hop_model(cfg: Config) -> LogProbLM:
     """A GPT-2 of two layers; embeddings this large are what makes it learn to copy and to look up."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    size = {
-        "vocab_size": cfg.symbols + 10,
-        "n_positions": cfg.context,
-        "n_embd": cfg.width,
-        "n_inner": 2 * cfg.width,
-    }
-    size |= {
-        "n_layer": 2,
-        "n_head": cfg.heads,
-        "activation_function": "gelu_pytorch_tanh",
-        "tie_word_embeddings": False,
-    }
+    size = dict(vocab_size=cfg.symbols + 10, n_positions=cfg.context, n_embd=cfg.width, n_inner=2 * cfg.width)
+    size |= dict(
+        n_layer=2, n_head=cfg.heads, activation_function="gelu_pytorch_tanh", tie_word_embeddings=False
+    )
     size |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     lm = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=None, eos_token_id=None))
     for name, p in lm.named_parameters():
+        std = 0.5 if "wte" in name or "wpe" in name else 0.06 if "lm_head" in name else 0.07
         if p.dim() == 2:
-            nn.init.normal_(
-                p, std=0.5 if "wte" in name or "wpe" in name else 0.06 if "lm_head" in name else 0.07
-            )
+            nn.init.normal_(p, std=std)
     return LogProbLM(lm).eval()
 
 
 @torch.no_grad()
 def hop_accuracy(model: LogProbLM, examples: list[Example], task: Task) -> dict[str, float]:
-    """Teacher-forced accuracy in the student's format: starts, single hops, and the last symbol after an elision."""
+    """Teacher-forced accuracy in the student's format: starts, single hops, last symbols after an elision."""
     ids = torch.tensor(task.ids([task.fmt.student(e, e.t)[0] for e in examples]), device=task.run.device)
     first, length = len(task.fmt.student_prompt(examples[0])) + 1, len(examples[0].t)
     logits = model.lm(ids).logits[:, first - 1 : first - 1 + length]
     elision = task.tok.index["~"]
-    logits[..., elision] = -torch.inf  # the symbol it would write
+    logits[..., elision] = -torch.inf  # which symbol, if it must be one
     truth = ids[:, first : first + length].unflatten(1, (-1, 4))  # (n, W, 4)
     right, written = (logits.argmax(-1).unflatten(1, (-1, 4)) == truth).float(), truth != elision
     found = {f"hop {k}": right[..., k][written[..., k] & written[..., k - 1]] for k in (1, 2, 3)}
@@ -282,7 +261,7 @@ def hop_accuracy(model: LogProbLM, examples: list[Example], task: Task) -> dict[
     return {k: v.mean().item() for k, v in found.items()}
 
 
-# --- problems as text -------------------------------------------------------------------------------------------------
+# --- problems as text ---
 
 
 def pad(text: str) -> str:
@@ -291,7 +270,7 @@ def pad(text: str) -> str:
 
 
 def load_hub(name: str, split: str = "train", subset: str | None = None):
-    """A `datasets` table from a hub id or a local folder; UserError says what to install or to give instead."""
+    """A `datasets` table from a hub id or a local folder; UserError says what to install or give instead."""
     try:
         import datasets
     except ImportError:
@@ -301,7 +280,7 @@ def load_hub(name: str, split: str = "train", subset: str | None = None):
     except Exception as e:  # the library raises a dozen kinds
         why = (str(e).splitlines() or [type(e).__name__])[0][:120]
         raise UserError(
-            f"{name}: no local folder, and not to be had from the hub ({why}); a .jsonl does too"
+            f"{name}: no local folder, nor to be had from the hub ({why}); or give a .jsonl"
         ) from None
 
 
@@ -313,27 +292,21 @@ def load_examples(data: str, seed: int) -> tuple[list[Example], str]:
         return countdown(2048, seed), STUDENT_SYSTEM
     if data.endswith(".jsonl"):
         rows = common.read_jsonl(data, ("question", "solution"))
-        traces = [pad(t) if (t := r.get("reasoning_trace")) else None for r in rows]
-        return [
-            Example(r["question"], pad(r["solution"]), t) for r, t in zip(rows, traces, strict=True)
-        ], STUDENT_SYSTEM
+        parts = [(r["question"], r["solution"], r.get("reasoning_trace")) for r in rows]
+        return [Example(q, pad(s), pad(t) if t else None) for q, s, t in parts], STUDENT_SYSTEM
     rows = load_hub(data, subset="main" if "gsm8k" in data else None)
     if {"question", "answer"} <= set(rows.column_names):  # GSM8K: rationale #### number
         parts = [(r["question"], *r["answer"].rsplit("####", 1)) for r in rows]
-        return [
-            Example(q, pad(rf"The answer is \boxed{{{s.strip()}}}"), pad(t)) for q, t, s in parts
-        ], STUDENT_SYSTEM
+        made = [Example(q, pad(rf"The answer is \boxed{{{s.strip()}}}"), pad(t)) for q, t, s in parts]
+        return made, STUDENT_SYSTEM
     if not {"system", "conversations"} <= set(rows.column_names):
         raise UserError(
-            f"{data}: no columns system and conversations (Stratos), nor question and answer (GSM8K)"
+            f"{data}: neither Stratos (system, conversations) nor GSM8K (question, answer) columns"
         )
     if len(set(rows["system"])) != 1:
         raise UserError(f"{data}: the column system varies, so there is no one student prompt")
-    (a, b), (c, d) = Format.thought, Format.solution
-    block, examples = (
-        re.compile(rf"{re.escape(a)}(.*){re.escape(b)}\s*{re.escape(c)}(.*){re.escape(d)}", re.S),
-        [],
-    )
+    (a, b), (c, d) = ([re.escape(tag) for tag in pair] for pair in (Format.thought, Format.solution))
+    block, examples = re.compile(rf"{a}(.*){b}\s*{c}(.*){d}", re.S), []
     for i, turns in enumerate(rows["conversations"]):
         if (found := block.search(turns[1]["value"])) is None:
             raise UserError(f"{data}, row {i}: field conversations has no thought and solution block")
@@ -342,7 +315,7 @@ def load_examples(data: str, seed: int) -> tuple[list[Example], str]:
 
 
 def countdown(n: int, seed: int) -> list[Example]:
-    """n Countdown problems of 3 or 4 numbers (the zero-shot transfer), each with a solution by exhaustive search."""
+    """n Countdown problems of 3 or 4 numbers (the zero-shot transfer), solved by exhaustive search."""
     rng, examples = np.random.default_rng(seed), []
     while len(examples) < n:
         numbers = [int(x) for x in rng.integers(1, 100, rng.integers(3, 5))]
@@ -363,32 +336,32 @@ def countdown_values(numbers: list[int]) -> list[tuple[Fraction, str]]:
             values.setdefault(*terms[0])
         for i, j in product(range(len(terms)), repeat=2):
             (a, x), (b, y) = terms[i], terms[j]
-            made = [(a - b, f"({x} - {y})")] + ([(a / b, f"({x} / {y})")] if b else []) if i != j else []
+            made = [(a - b, f"({x} - {y})"), *([(a / b, f"({x} / {y})")] if b else [])] if i != j else []
             made += [(a + b, f"({x} + {y})"), (a * b, f"({x} * {y})")] if i < j else []
             rest = [t for k, t in enumerate(terms) if k not in (i, j)]
             todo += [[*rest, m] for m in made]
     return list(values.items())
 
 
-# --- the two prompts --------------------------------------------------------------------------------------------------
+# --- the two prompts ---
 
 TEACHER_SYSTEM = (
-    "You explain how problems are solved. Your answer has two sections. The Solution section states the final solution "
-    "between <|begin_of_solution|> and <|end_of_solution|>. The Explanation section, between <|begin_of_explanation|> "
-    "and <|end_of_explanation|>, sets out the systematic thinking that leads from the question to that solution: "
-    "analysing the problem, working through every step, checking it, and reconsidering where needed."
+    "You explain how problems are solved. Your answer has two sections. The Solution section states the final "
+    "solution between <|begin_of_solution|> and <|end_of_solution|>. The Explanation section, between "
+    "<|begin_of_explanation|> and <|end_of_explanation|>, sets out the systematic thinking that leads from the "
+    "question to that solution: analysing the problem, working through every step, checking it, and reconsidering."
 )
 STUDENT_SYSTEM = (
     "You solve problems by thinking them through. Your answer has two sections. The Thought section, between "
-    "<|begin_of_thought|> and <|end_of_thought|>, sets out your reasoning step by step. The Solution section, between "
-    "<|begin_of_solution|> and <|end_of_solution|>, states the final solution, with its result in \\boxed{}."
+    "<|begin_of_thought|> and <|end_of_thought|>, sets out your reasoning step by step. The Solution section, "
+    "between <|begin_of_solution|> and <|end_of_solution|>, states the solution, its result in \\boxed{}."
 )
 
 
 @dataclass(frozen=True)
 class Format:
-    """How q, s and t become the texts of teacher and student. Spans come from concatenation, never from a search: the
-    system prompts mention the tags."""
+    """How q, s and t become the texts of teacher and student. Spans come from concatenation, never from a search:
+    the system prompts mention the tags."""
 
     chat: Callable[[str, str], str]  # (system, user) -> text up to where the assistant's turn begins
     end_of_turn: str
@@ -400,14 +373,14 @@ class Format:
     gap: str = "\n\n"
 
     def teacher(self, e: Example, t: str) -> tuple[str, tuple[int, int], int]:
-        """Teacher's text, character span of t in it, and where generation begins: after the gap that t starts with."""
+        """Teacher's text, span of t in it, and where generation begins: after the gap that t starts with."""
         head = self.chat(self.teacher_system, e.q) + self.solution[0] + e.s + self.solution[1] + self.gap
         head += self.explanation[0]
         text = head + t + self.explanation[1] + self.end_of_turn
         return text, (len(head), len(head) + len(t)), len(head) + len(self.gap)
 
     def student(self, e: Example, t: str) -> tuple[str, tuple[int, int], tuple[int, int], int]:
-        """Student's text, character spans of t and of s in it, and where the assistant's turn begins."""
+        """Student's text, spans of t and of s in it, and where the assistant's turn begins."""
         turn = self.student_prompt(e)
         head = turn + self.thought[0]
         middle = head + t + self.thought[1] + self.gap + self.solution[0]
@@ -435,33 +408,32 @@ class Format:
 
 
 HOP_FORMAT = Format(lambda system, q: system + q, "$", "!", "?", ("[", "]"), ("(", ")"), ("{", "}"), "")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def chat_format(tok, student_system: str) -> Format:
     """The Format of a chat model. UserError if its tokenizer or template cannot carry the spans."""
     if not tok.is_fast:
         raise UserError(
-            "the tokenizer has no fast version and so no character offsets: take a model that has one"
+            "the tokenizer has no fast version, so no character offsets: take a model that has one"
         )
     tags = [tag for pair in (Format.solution, Format.thought, Format.explanation) for tag in pair]
     if special := [tag for tag in tags if tag in tok.all_special_tokens]:
         raise UserError(f"{special[0]} is a special token of this model and would vanish in decoding")
     if tok.chat_template is None:
         sys.stderr.write("rlt.py: the model has no chat template, taking ChatML\n")
-        tok.chat_template = (
-            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-        )
+        tok.chat_template = CHATML
 
     def chat(system: str, q: str) -> str:
         turns = [{"role": "system", "content": system}, {"role": "user", "content": q}]
         return tok.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
-    turns = [
-        {"role": r, "content": c}
-        for r, c in (("system", "S"), ("user", "Q"), ("assistant", "\n\nA <|x|>\n\n"))
-    ]
-    whole, head = tok.apply_chat_template(turns, tokenize=False), chat("S", "Q") + turns[2]["content"]
+    words = {"system": "S", "user": "Q", "assistant": "\n\nA <|x|>\n\n"}
+    whole = tok.apply_chat_template([{"role": r, "content": c} for r, c in words.items()], tokenize=False)
+    head = chat("S", "Q") + words["assistant"]
     if not whole.startswith(head) or whole == head:
         raise UserError("the chat template alters the assistant's text, so spans cannot be kept")
     return Format(chat, whole.removeprefix(head), student_system=student_system)
@@ -479,19 +451,18 @@ def token_offsets(tok, ids: list[int]) -> np.ndarray:
     for i, token in enumerate(ids):
         group.append(token)
         text = tok.decode(group, skip_special_tokens=True)
-        if (
-            not text.endswith("\ufffd") or len(group) > 4 or i + 1 == len(ids)
-        ):  # a UTF-8 character has 4 bytes at most
-            spans += [(at, at + len(text))] * len(group)
-            at, group = at + len(text), []
+        if text.endswith("\ufffd") and len(group) < 4 and i + 1 < len(ids):
+            continue  # bytes of an unfinished UTF-8 character
+        spans += [(at, at + len(text))] * len(group)
+        at, group = at + len(text), []
     return np.array(spans).reshape(-1, 2)
 
 
-# --- log-probs, and the batches they come in --------------------------------------------------------------------------
+# --- log-probs, and the batches they come in ---
 
 
 class LogProbLM(nn.Module):
-    """A causal LM whose forward gives log-probs. Sharded as a whole, so that FSDP's root holds embeddings and head."""
+    """A causal LM whose forward gives log-probs. Sharded as a whole: FSDP's root holds embeddings and head."""
 
     def __init__(self, lm: nn.Module):
         super().__init__()
@@ -505,7 +476,7 @@ class LogProbLM(nn.Module):
 def micro_batches(lengths: list[int], task: Task) -> list[np.ndarray]:
     """Length-sorted groups of indices, each at most cfg.micro_tokens padded tokens (or a single sequence).
 
-    Every rank gets equally many, since FSDP makes the ranks meet in each forward pass: some end with empty groups.
+    Every rank gets equally many, since FSDP makes them meet in each forward pass: some end with empty groups.
     """
     groups, group = [], []
     for i in np.argsort(lengths, kind="stable"):
@@ -517,7 +488,7 @@ def micro_batches(lengths: list[int], task: Task) -> list[np.ndarray]:
 
 
 def collate(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and mask (B, T). The mask comes from lengths: a pad id may be a real token. No rows: a dummy."""
+    """Right-padded ids and mask (B, T); masks come from lengths, a pad id may be a real token. No rows: a dummy."""
     lengths = torch.tensor([len(x) for x in sequences] or [2])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     ids = torch.zeros(mask.shape, dtype=torch.long)
@@ -527,7 +498,7 @@ def collate(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, T
 
 @torch.no_grad()
 def score(model: nn.Module, sequences: list[list[int]], task: Task) -> Tensor:
-    """Log-probs (N, T - 1) of all next tokens of N sequences at cfg.temperature, computed in micro-batches."""
+    """Log-probs (N, T - 1) of all next tokens of N sequences at cfg.temperature, in micro-batches."""
     device = task.run.device
     out = torch.zeros(len(sequences), max(map(len, sequences)) - 1, device=device)
     for group in micro_batches([len(x) for x in sequences], task):
@@ -538,7 +509,7 @@ def score(model: nn.Module, sequences: list[list[int]], task: Task) -> Tensor:
     return out
 
 
-# --- the reward -------------------------------------------------------------------------------------------------------
+# --- the reward ---
 
 
 @dataclass
@@ -556,10 +527,10 @@ class Aligned:
 
 
 def align(e: Example, completion: list[int], task: Task) -> Aligned:
-    """Find the tokens of a sampled explanation (ids, with or without EOS) in the teacher's and the student's text.
+    """Find the tokens of a sampled explanation (ids, with or without EOS) in the teacher's and student's text.
 
     A text that encodes back to the sampled ids is scored as encoded; so is any other if cfg.retokenize, else its
-    sampled ids are set into both contexts. Where two encodings of t differ, the tokens that they share are kept.
+    sampled ids are set into both contexts. Where two encodings of t differ, the tokens they share are kept.
     """
     t, closed = task.fmt.split_completion(task.tok.decode(completion, skip_special_tokens=True))
     text_t, span_t, begin = task.fmt.teacher(e, t)
@@ -573,14 +544,12 @@ def align(e: Example, completion: list[int], task: Task) -> Aligned:
         offsets = np.concatenate([offsets_p, begin + token_offsets(task.tok, completion)])
         ids_t, think_t = sampled, tokens_in_span(offsets, *span_t)
         edges = (offsets[think_t[0], 0], offsets[think_t[-1], 1]) if len(think_t) else (span_t[0], span_t[0])
-        cut = [
-            span_s[0] + x - span_t[0] for x in edges
-        ]  # what lies outside the sampled tokens is encoded as text
+        cut = [span_s[0] + x - span_t[0] for x in edges]  # text outside the sampled tokens is encoded as text
         (before, _), (after, offsets_after) = task.encode([text_s[: cut[0]], text_s[cut[1] :]])
         ids_s = before + [sampled[i] for i in think_t] + after
         think_s = len(before) + np.arange(len(think_t))
         solution = (
-            len(before) + len(think_t) + tokens_in_span(offsets_after, *(x - cut[1] for x in span_solution))
+            tokens_in_span(offsets_after, *(x - cut[1] for x in span_solution)) + len(before) + len(think_t)
         )
     else:
         key_t = [(ids_t[i], *(offsets_t[i] - span_t[0])) for i in think_t]
@@ -601,17 +570,15 @@ def at(logp: Tensor, positions: list[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 
 def reduce_scores(x: Tensor, mask: Tensor, alpha: float, kind: Literal["min", "max"]) -> Tensor:
-    """mean + alpha min (or max) over the masked entries of each row, (B, L) -> (B,); a row without entries is NaN."""
-    mean = torch.where(mask, x, 0).sum(1) / mask.sum(1)
-    extreme = (
-        x.masked_fill(~mask, torch.inf).amin(1) if kind == "min" else x.masked_fill(~mask, -torch.inf).amax(1)
-    )
-    return mean + alpha * extreme
+    """mean + alpha min (or max) over the masked entries of each row, (B, L) -> (B,); NaN for a row without any."""
+    sign = 1.0 if kind == "max" else -1.0
+    extreme = sign * (sign * x).masked_fill(~mask, -torch.inf).amax(1)
+    return torch.where(mask, x, 0).sum(1) / mask.sum(1) + alpha * extreme
 
 
 @torch.no_grad()
 def exact_kl(teacher: LogProbLM, student: LogProbLM, rows: list[Aligned], task: Task) -> Tensor:
-    """KL(pi_theta || pi_S) over the whole vocabulary at each token of t, (B, J), in chunks. Not for sharded models."""
+    """KL(pi_theta || pi_S) over the whole vocabulary at each token of t, (B, J). Not for sharded models."""
     out = torch.zeros(len(rows), max(1, *(len(r.think_teacher) for r in rows)), device=task.run.device)
     for group in micro_batches([len(r.teacher_ids) for r in rows], task):
         hidden = []
@@ -619,11 +586,11 @@ def exact_kl(teacher: LogProbLM, student: LogProbLM, rows: list[Aligned], task: 
             ids, mask = collate([getattr(rows[i], f"{side}_ids") for i in group], task.run.device)
             h = model.lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             hidden.append([x[getattr(rows[i], f"think_{side}") - 1] for i, x in zip(group, h, strict=True)])
-        for i, h_teacher, h_student in zip(group, *hidden, strict=True):
-            logits = (
-                m.lm.get_output_embeddings()(h) for m, h in ((teacher, h_teacher), (student, h_student))
-            )
-            log_p, log_q = ((z.float() / task.cfg.temperature).log_softmax(-1) for z in logits)  # (J, V) each
+        for i, *both in zip(group, *hidden, strict=True):
+            logits = [
+                m.lm.get_output_embeddings()(h).float() for m, h in zip((teacher, student), both, strict=True)
+            ]
+            log_p, log_q = ((z / task.cfg.temperature).log_softmax(-1) for z in logits)  # (J, V) each
             out[i, : len(log_p)] = (log_p.exp() * (log_p - log_q)).sum(-1)
     return out
 
@@ -631,48 +598,44 @@ def exact_kl(teacher: LogProbLM, student: LogProbLM, rows: list[Aligned], task: 
 def rlt_reward(
     examples: list[Example], completions: list[list[int]], teacher: nn.Module, student: nn.Module, task: Task
 ) -> tuple[Tensor, dict[str, Tensor], dict]:
-    """Eqs. (1) to (3) for B explanations (sampled ids) -> reward (B,), its parts (B,) each, and what each token got.
+    """Eqs. (1) to (3) for B explanations (sampled ids) -> reward (B,), its parts (B,), what each token got.
 
     One pass of the student gives the solution's log-probs and its half of d. No gradient flows.
     """
     cfg, rows = task.cfg, [align(e, c, task) for e, c in zip(examples, completions, strict=True)]
-    logp_student = score(student, [r.student_ids for r in rows], task)
-    solution, solution_mask = at(logp_student, [r.solution for r in rows])  # l_k, (B, K)
-    d, think = at(logp_student, [r.think_student for r in rows])  # (B, J)
+    student_logp = score(student, [r.student_ids for r in rows], task)
+    solution, solution_mask = at(student_logp, [r.solution for r in rows])  # l_k, (B, K)
+    student_think, think = at(student_logp, [r.think_student for r in rows])  # (B, J)
     if cfg.exact_kl:
         d = exact_kl(teacher, student, rows, task)
     else:
-        d = (
-            at(score(teacher, [r.teacher_ids for r in rows], task), [r.think_teacher for r in rows])[0] - d
-        )  # d_j
-    closed, canonical = (
-        torch.tensor(x, device=d.device) for x in zip(*((r.closed, r.canonical) for r in rows), strict=True)
-    )
+        teacher_logp = score(teacher, [r.teacher_ids for r in rows], task)
+        d = at(teacher_logp, [r.think_teacher for r in rows])[0] - student_think  # d_j, (B, J)
+    closed = torch.tensor([r.closed for r in rows], device=d.device)
     r_ss = reduce_scores(solution, solution_mask, cfg.alpha, "min")  # eq. (1)
     r_kl = reduce_scores(d, think, cfg.alpha, "max")  # eq. (2)
     r_kl = torch.where(think.any(1), r_kl, 1 + cfg.alpha)
     reward = r_ss - cfg.lam * r_kl + cfg.penalty * ~closed  # eq. (3)
     kl_max = torch.where(think.any(1), d.masked_fill(~think, -torch.inf).amax(1), 1.0)
+    canonical = torch.tensor([float(r.canonical) for r in rows], device=d.device)
     parts = {"r_ss": r_ss, "r_kl": r_kl, "kl_mean": r_kl - cfg.alpha * kl_max, "kl_max": kl_max}
-    parts |= {"length": think.sum(1).float(), "closed": closed.float(), "canonical": canonical.float()}
+    parts |= {"length": think.sum(1).float(), "closed": closed.float(), "canonical": canonical}
     return reward, parts, {"rows": rows, "l": solution, "d": d}
 
 
-def correctness_reward(
-    examples: list[Example], completions: list[list[int]], task: Task
-) -> tuple[Tensor, dict, dict]:
-    """The baseline's sparse reward: 1 where a student's completion (ids) ends in the right answer, else 0; (B,)."""
+def correctness_reward(examples: list[Example], completions: list[list[int]], task: Task):
+    """The baseline's sparse reward: 1 where a student's completion (ids) has the right answer, else 0; (B,)."""
     texts = [task.tok.decode(c, skip_special_tokens=True) for c in completions]
     right = [float(task.correct(e, text)) for e, text in zip(examples, texts, strict=True)]
     length = torch.tensor([float(len(c)) for c in completions])
     return torch.tensor(right, device=task.run.device), {"length": length}, {}
 
 
-# --- GRPO -------------------------------------------------------------------------------------------------------------
+# --- GRPO ---
 
 
 def group_advantage(reward: Tensor, group: int) -> Tensor:
-    """(r - mean) / (std + 1e-4) over each `group` consecutive completions, std with n - 1: (B,) -> (B,), in eq. (4).
+    """(r - mean) / (std + 1e-4) over each `group` consecutive completions, std with n - 1: (B,) -> (B,). Eq. (4).
 
     A group of equal rewards has advantage 0 exactly.
     """
@@ -682,18 +645,18 @@ def group_advantage(reward: Tensor, group: int) -> Tensor:
 
 
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """e^rho - rho - 1, rho = ref_logp - logp: the non-negative one-sample estimate of KL(policy || reference)."""
+    """e^rho - rho - 1, rho = ref_logp - logp: a non-negative one-sample estimate of KL(policy || reference)."""
     rho = ref_logp - logp
     return rho.exp() - rho - 1
 
 
 def mean_by_row(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over rows of the mean over each row's masked entries: (B, T) -> (); a row without entries counts 0."""
+    """Mean over rows of the mean over each row's masked entries: (B, T) -> (); a row without any counts 0."""
     return (torch.where(mask, x, 0).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
 def grpo_loss(logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """Eq. (4): logp, ref_logp and mask (B, T), advantage (B,) -> (). Its gradient in logp is -A + beta (1 - e^rho)."""
+    """Eq. (4): logp, ref_logp, mask (B, T), advantage (B,) -> (). The gradient in logp is -A + beta (1 - e^rho)."""
     ratio = (logp - logp.detach()).exp()  # 1, but it carries the gradient
     return mean_by_row(-(ratio * advantage[:, None] - beta * k3(logp, ref_logp)), mask)
 
@@ -712,18 +675,16 @@ def full_weights(lm: nn.Module):
 
 
 class Sampler:
-    """Completions of a policy. A sharded one is copied into a whole bfloat16 model on each rank before every batch."""
+    """Completions of a policy. A sharded one is copied into a whole bfloat16 model on each rank first."""
 
     def __init__(self, policy: LogProbLM, task: Task):
         self.policy, self.task, self.lm = policy, task, policy.lm
         if task.run.sharded:
-            dtype = torch.bfloat16 if task.run.amp else torch.float32
             with torch.device(task.run.device):
-                self.lm = type(policy.lm)(policy.lm.config).to(dtype).eval()
+                lm = type(policy.lm)(policy.lm.config)
+            self.lm = lm.to(torch.bfloat16 if task.run.amp else torch.float32).eval()
 
-    def __call__(
-        self, prompts: list[list[int]], uniforms: Tensor, temperature: float, top_p=1.0
-    ) -> list[list[int]]:
+    def __call__(self, prompts: list[list[int]], uniforms: Tensor, temperature: float, top_p=1.0):
         """uniforms (N, T) decide the samples, N / len(prompts) rows a prompt -> N lists of ids, ending with EOS."""
         cfg, run, out = self.task.cfg, self.task.run, [None] * len(uniforms)
         if self.lm is not self.policy.lm:
@@ -733,21 +694,19 @@ class Sampler:
         n = len(uniforms) // len(prompts)
         m = (
             n if n <= cfg.sample_batch else math.gcd(n, cfg.sample_batch)
-        )  # a large group is decoded in pieces
+        )  # large groups are decoded in pieces
         prompts = [p for p in prompts for _ in range(n // m)]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        share = max(1, cfg.sample_batch // m)
+        order, share = (
+            sorted(range(len(prompts)), key=lambda i: len(prompts[i])),
+            max(1, cfg.sample_batch // m),
+        )
+        settings = {"temperature": temperature, "top_p": top_p, "eos": self.task.eos, "compile": cfg.compile}
         for part in (order[i : i + share] for i in range(0, len(order), share)):
             rows = [i * m + j for i in part for j in range(m)]
+            self.lm.eval()
             with run.autocast():
                 tokens, mask, _ = common.generate(
-                    self.lm.eval(),
-                    [prompts[i] for i in part],
-                    uniforms[rows],
-                    temperature,
-                    top_p,
-                    self.task.eos,
-                    cfg.compile,
+                    self.lm, [prompts[i] for i in part], uniforms[rows], **settings
                 )
             for row, ids, length in zip(rows, tokens.tolist(), mask.sum(1).tolist(), strict=True):
                 out[row] = ids[:length]
@@ -755,7 +714,7 @@ class Sampler:
 
 
 class VLLMSampler:
-    """The same from a vLLM engine on this rank's GPU, which sleeps while the models train (extra "vllm")."""
+    """The same from a vLLM engine on this rank's GPU, asleep while the models train (extra "vllm")."""
 
     def __init__(self, policy: LogProbLM, task: Task):
         try:
@@ -763,57 +722,40 @@ class VLLMSampler:
         except ImportError:
             raise UserError('--sampler vllm needs: pip install -e ".[vllm]"') from None
         self.policy, self.task, self.vllm = policy, task, vllm
-        engine = {
-            "enable_sleep_mode": True,
-            "distributed_executor_backend": "external_launcher",
-            "dtype": "bfloat16",
-        }
-        engine |= {
-            "gpu_memory_utilization": 0.4,
-            "generation_config": "vllm",
-            "max_model_len": task.cfg.context,
-        }
-        self.engine = vllm.LLM(task.cfg.teacher, seed=task.run.rank, **engine)
+        settings = dict(dtype="bfloat16", max_model_len=task.cfg.context, generation_config="vllm")
+        settings |= dict(distributed_executor_backend="external_launcher", gpu_memory_utilization=0.4)
+        self.engine = vllm.LLM(task.cfg.teacher, seed=task.run.rank, enable_sleep_mode=True, **settings)
 
-    def __call__(
-        self, prompts: list[list[int]], uniforms: Tensor, temperature: float, top_p=1.0
-    ) -> list[list[int]]:
+    def __call__(self, prompts: list[list[int]], uniforms: Tensor, temperature: float, top_p=1.0):
         self.engine.wake_up()
         worker = self.engine.llm_engine.model_executor.driver_worker
         worker.model_runner.model.load_weights(full_weights(self.policy.lm))
         self.engine.reset_prefix_cache()
         n = len(uniforms) // len(prompts)
-        limits = {
-            "n": n,
-            "max_tokens": uniforms.shape[1],
-            "stop_token_ids": [self.task.eos],
-            "detokenize": False,
-        }
-        limits |= {"temperature": temperature, "top_p": top_p, "top_k": 0, "repetition_penalty": 1.0}
+        settings = dict(n=n, max_tokens=uniforms.shape[1], stop_token_ids=[self.task.eos], detokenize=False)
+        settings |= dict(temperature=temperature, top_p=top_p, top_k=0, repetition_penalty=1.0)
         seeds = (uniforms[::n, 0] * 2**31).long().tolist()
-        settings = [self.vllm.SamplingParams(**limits, seed=seed) for seed in seeds]
-        outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], settings, use_tqdm=False)
+        params = [self.vllm.SamplingParams(**settings, seed=seed) for seed in seeds]
+        outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         self.engine.sleep(level=1)
         return [list(c.token_ids) for o in outputs for c in o.outputs]
 
 
 def rows_of(step: int, batch: int, n: int, seed: int) -> list[int]:
     """Row numbers of batch `step` on a walk through n rows, in a new order every epoch: no state to save."""
-    places = range(step * batch, (step + 1) * batch)
-    orders = {
-        e: torch.randperm(n, generator=torch.Generator().manual_seed(seed + e))
-        for e in {i // n for i in places}
-    }
-    return [int(orders[i // n][i % n]) for i in places]
+    places, shuffled = range(step * batch, (step + 1) * batch), {}
+    for epoch in {i // n for i in places}:
+        shuffled[epoch] = torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+    return [shuffled[i // n][i % n] for i in places]
 
 
 def train_grpo(
-    policy: LogProbLM, examples: list[Example], kind: Literal["rlt", "sparse"], student, task: Task
-) -> dict:
+    policy: LogProbLM, examples: list[Example], kind: str, student, task: Task
+) -> dict[str, float]:
     """cfg.updates steps of GRPO on `policy`, in place: one loop for the paper's reward and its baselines.
 
-    "rlt": the policy explains given solutions and gets eq. (3) from the frozen `student` (lambda = 0 is an ablation);
-    "sparse": it answers and gets 1 for a right answer. Returns means over the last quarter of the updates, and speed.
+    kind "rlt": the policy explains given solutions, the frozen `student` rewards by eq. (3), lambda = 0 included;
+    "sparse": it answers, 1 for a right answer. Returns means over the last quarter of the updates, and speed.
     """
     cfg, run, reference = task.cfg, task.run, copy_frozen(policy, task)
     model = policy if run.sharded else run.wrap(policy)
@@ -821,7 +763,7 @@ def train_grpo(
     sampler = (VLLMSampler if cfg.sampler == "vllm" else Sampler)(policy, task)
     prompt = task.fmt.teacher_prompt if kind == "rlt" else task.fmt.student_prompt
     share, history = cfg.prompts // run.world_size, {"names": [], "rows": [], "tokens": 0}
-    mine = slice(run.rank * share, (run.rank + 1) * share)  # whole groups: the advantage needs no other rank
+    mine = slice(run.rank * share, (run.rank + 1) * share)  # whole groups: advantages need no other rank
     for step in run.steps(
         cfg.updates, model=policy, optimizer=optimizer, reference=reference, history=history
     ):
@@ -842,16 +784,17 @@ def train_grpo(
             parts |= grpo_update(model, reference, prompts, completions, advantage, optimizer, task)
         if (step + 1) % cfg.sync_every == 0:
             sync_ref(reference, policy, cfg.sync_mix)
-        parts = {"reward": reward, "signal": advantage.view(-1, cfg.group).ne(0).any(1).float()} | parts
+        signal = (
+            advantage.view(-1, cfg.group).ne(0).any(1).float()
+        )  # groups that say which completion is better
+        parts = {"reward": reward, "signal": signal} | parts
         means = run.mean(torch.stack([v.mean().to(run.device) for v in parts.values()]))
         history["names"], history["tokens"] = list(parts), history["tokens"] + sum(map(len, completions))
         history["rows"].append(means)
         run.log(step, **dict(zip(parts, means.unbind(), strict=True)))
-    if not history["rows"]:
-        return {}
-    last = torch.stack([x.to(run.device) for x in history["rows"][-max(1, cfg.updates // 4) :]]).mean(0)
-    means = dict(zip(history["names"], last.tolist(), strict=True))
-    if means["signal"] == 0:
+    last = [x.to(run.device) for x in history["rows"][-max(1, cfg.updates // 4) :]]
+    means = dict(zip(history["names"], torch.stack(last).mean(0).tolist(), strict=True)) if last else {}
+    if means.get("signal") == 0:
         run.print(f"{run.name}: no group had two different rewards lately, so the policy did not move")
     return means | speed(policy, history["tokens"], run)
 
@@ -859,17 +802,18 @@ def train_grpo(
 def grpo_update(
     model, reference, prompts, completions, advantage: Tensor, optimizer, task: Task
 ) -> dict[str, Tensor]:
-    """One optimizer step on this rank's completions (lists of ids) in micro-batches; gradients average over ranks."""
-    cfg, run, sequences = task.cfg, task.run, [p + c for p, c in zip(prompts, completions, strict=True)]
+    """One optimizer step on this rank's completions (lists of ids), in micro-batches, averaged over the ranks."""
+    cfg, run, device = task.cfg, task.run, task.run.device
+    sequences = [p + c for p, c in zip(prompts, completions, strict=True)]
     model.train(run.sharded)  # which turns on gradient checkpointing; no model here has dropout
-    stats = {k: torch.zeros((), device=run.device) for k in ("loss", "kl_ref", "entropy")}
+    stats = {k: torch.zeros((), device=device) for k in ("loss", "kl_ref", "entropy")}
     for group in micro_batches([len(x) for x in sequences], task):
-        ids, valid = collate([sequences[i] for i in group], run.device)
-        first = torch.tensor([len(prompts[i]) for i in group] or [2], device=run.device)
+        ids, valid = collate([sequences[i] for i in group], device)
+        first = torch.tensor([len(prompts[i]) for i in group] or [2], device=device)
         mask = valid[:, 1:] & (
-            torch.arange(1, ids.shape[1], device=run.device) >= first[:, None]
-        )  # completions, EOS too
-        a = advantage[torch.from_numpy(group).to(run.device)] if len(group) else advantage[:1] * 0
+            torch.arange(1, ids.shape[1], device=device) >= first[:, None]
+        )  # completions to EOS
+        a = advantage[torch.from_numpy(group).to(device)] if len(group) else torch.zeros(1, device=device)
         weight = len(group) / len(sequences)  # in the mean over completions; a dummy has none
         with run.autocast():
             with torch.no_grad():
@@ -888,7 +832,7 @@ def grpo_update(
 
 
 def place(lm: nn.Module, task: Task, trainable: bool) -> LogProbLM:
-    """Put a model on this rank's device, or shard it (cfg.shard): a trained one in float32, a frozen one in bfloat16."""
+    """A model on this rank's device, or sharded (cfg.shard): trained in float32, frozen in bfloat16."""
     lm.requires_grad_(trainable)
     if not task.cfg.shard or task.run.world_size == 1:
         return LogProbLM(lm.float() if trainable else lm).to(task.run.device).eval()
@@ -914,22 +858,19 @@ def stop_at_bad_reward(reward: Tensor, batch, completions, detail: dict, task: T
     for i in torch.nonzero(~reward.isfinite()).flatten().tolist():
         e, text = batch[i], task.tok.decode(completions[i])
         sys.stdout.write(f"question {e.q!r}\nsolution {e.s!r}\nexplanation {text!r}\n")
-        sys.stdout.writelines(
-            f"{name}: {detail[name][i].tolist()}\n" for name in ("l", "d") if name in detail
-        )
+        sys.stdout.writelines(f"{k}: {detail[k][i].tolist()}\n" for k in ("l", "d") if k in detail)
         raise UserError(f"{task.run.name}: the reward of the example printed above is {reward[i].item()}")
 
 
 def speed(policy: LogProbLM, tokens: int, run: Run) -> dict[str, float]:
-    """Tokens/s of each phase on this rank. MFU counts 2N FLOP for a sampled token, 6N to score it, 6N to train on it."""
+    """Tokens/s of each phase on this rank. MFU counts 2N FLOP to sample a token, 6N to score it, 6N to train."""
     phases = {k: run.seconds.get(k, math.nan) for k in ("sample", "reward", "update")}
-    flops = 14 * sum(p.numel() for p in policy.parameters()) * tokens
-    total = sum(phases.values())
+    flops, total = 14 * sum(p.numel() for p in policy.parameters()) * tokens, sum(phases.values())
     rates = {"mfu": flops / total / common.peak_flops(run.device), "rl_seconds": total}
     return rates | {f"{k}_tokens_per_s": tokens / v for k, v in phases.items()}
 
 
-# --- the supervised stages --------------------------------------------------------------------------------------------
+# --- the supervised stages ---
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float, floor: float = 0.0) -> float:
@@ -954,7 +895,7 @@ def sft(
 ):
     """Train in place: batch_of(step) is the global batch as (text, character where the loss begins).
 
-    Loss: mean over the supervised tokens of the batch. Texts are cut at cfg.context. `done(step)` may end it early.
+    Loss: mean over the supervised tokens of the batch. Texts are cut at cfg.context. `done(step)` may end it.
     """
     cfg, run, ended = task.cfg, task.run, {"early": False}
     wrapped = model if run.sharded else run.wrap(model)
@@ -965,9 +906,7 @@ def sft(
         rows = batch_of(step)[run.rank :: run.world_size]
         codes = [(i[: cfg.context], o[: cfg.context]) for i, o in task.encode([text for text, _ in rows])]
         masks = [torch.from_numpy(o[:, 0] >= begin) for (_, o), (_, begin) in zip(codes, rows, strict=True)]
-        supervised = float(
-            run.mean(sum(m.sum() for m in masks).double())
-        )  # by rank, since gradients are averaged
+        supervised = float(run.mean(sum(m.sum() for m in masks).double()))  # a rank; gradients are averaged
         loss = torch.zeros((), device=run.device)
         wrapped.train(run.sharded)
         for group in micro_batches([len(i) for i, _ in codes], task):
@@ -991,7 +930,7 @@ def sft(
 
 
 def sft_on(model: LogProbLM, rows: list[tuple[str, int]], stage: str, steps: int, task: Task) -> None:
-    """Stage 1 ("warmup") and stage 4 ("distil"), with their own optimizer settings, on a fixed list of texts."""
+    """Stage 1 ("warmup") or 4 ("distil") on a fixed list of texts, with that stage's optimizer settings."""
     cfg, seed = task.cfg, task.run.stream("sft")
     batch, peak = (
         (cfg.warmup_batch, cfg.warmup_lr) if stage == "warmup" else (cfg.distil_batch, cfg.distil_lr)
@@ -1000,7 +939,7 @@ def sft_on(model: LogProbLM, rows: list[tuple[str, int]], stage: str, steps: int
     rate = functools.partial(learning_rate, total=steps, peak=peak, warmup=warmup)
     sft(
         model,
-        lambda step: [rows[i] for i in rows_of(step, batch, len(rows), seed)],
+        lambda i: [rows[j] for j in rows_of(i, batch, len(rows), seed)],
         steps,
         rate,
         betas,
@@ -1024,54 +963,52 @@ def distil(learner: LogProbLM, traces: list[Example], task: Task, steps: int) ->
     sft_on(learner, rows, "distil", steps, task)
 
 
-def collect(teacher: LogProbLM, student, examples: list[Example], task: Task) -> list[Example]:
-    """Stage 3: one raw explanation of each example, with its reward, appended to traces.jsonl; done ones are kept."""
-    cfg, run, file = task.cfg, task.run, task.run.folder / "traces.jsonl"
-    done = run.gather(file.read_text().count("\n") if file.exists() and cfg.resume else 0)[0]
-    chunk, sampler = cfg.sample_batch * run.world_size, Sampler(teacher, task)
-    if run.is_main and not done:
-        file.write_text("")
-    for start in range(done, len(examples), chunk):
-        part = examples[start : start + chunk]
-        part = (
-            part + (part * run.world_size)[: -len(part) % run.world_size]
-        )  # equal shares; repeats are dropped below
-        uniforms = torch.rand(
-            chunk, cfg.max_new, generator=torch.Generator().manual_seed(run.stream(f"from {start}"))
-        )
-        mine, uniforms = part[run.rank :: run.world_size], uniforms[: len(part)][run.rank :: run.world_size]
-        completions = sampler(task.ids([task.fmt.teacher_prompt(e) for e in mine]), uniforms, cfg.temperature)
-        reward, parts, detail = rlt_reward(mine, completions, teacher, student, task)
-        numbers = {k: v.tolist() for k, v in ({"reward": reward} | parts).items()}
-        rows = [
-            {"question": e.q, "solution": e.s, "reasoning_trace": r.t}
-            for e, r in zip(mine, detail["rows"], strict=True)
-        ]
-        rows = run.gather([row | {k: v[i] for k, v in numbers.items()} for i, row in enumerate(rows)])
-        if run.is_main:
-            ordered = [
-                rows[i % run.world_size][i // run.world_size]
-                for i in range(min(chunk, len(examples) - start))
-            ]
-            with open(file, "a") as f:
-                f.writelines(json.dumps(common.finite_or_null(r)) + "\n" for r in ordered)
-        run.leave_if_stopped()
-    run.barrier()
+def read_traces(file: Path) -> list[Example]:
+    """The explanations that `collect` wrote."""
     rows = common.read_jsonl(file, ("question", "solution"))
     return [Example(r["question"], r["solution"], r["reasoning_trace"]) for r in rows]
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------
+def collect(teacher: LogProbLM, student, examples: list[Example], task: Task) -> list[Example]:
+    """Stage 3: one raw explanation of each example, with its reward, added to traces.jsonl; done ones are kept."""
+    cfg, run, file, sampler = task.cfg, task.run, task.run.folder / "traces.jsonl", Sampler(teacher, task)
+    if run.is_main:  # an interrupted write may have left half a line
+        kept = file.read_text() if cfg.resume and file.exists() else ""
+        common.write_atomic(file, kept[: kept.rfind("\n") + 1].encode())
+    run.barrier()
+    done, chunk = file.read_text().count("\n"), cfg.sample_batch * run.world_size
+    for start in range(done, len(examples), chunk):
+        part = examples[start : start + chunk]
+        part = part + (part * run.world_size)[: -len(part) % run.world_size]  # equal shares; repeats go below
+        generator = torch.Generator().manual_seed(run.stream(f"from {start}"))
+        uniforms = torch.rand(len(part), cfg.max_new, generator=generator)[run.rank :: run.world_size]
+        mine = part[run.rank :: run.world_size]
+        completions = sampler(task.ids([task.fmt.teacher_prompt(e) for e in mine]), uniforms, cfg.temperature)
+        reward, parts, detail = rlt_reward(mine, completions, teacher, student, task)
+        numbers = {k: v.tolist() for k, v in ({"reward": reward} | parts).items()}
+        texts = [{"question": e.q, "solution": e.s} for e in mine]
+        rows = [x | {"reasoning_trace": r.t} for x, r in zip(texts, detail["rows"], strict=True)]
+        rows = run.gather([row | {k: v[i] for k, v in numbers.items()} for i, row in enumerate(rows)])
+        ordered = [row for rank_rows in zip(*rows, strict=True) for row in rank_rows][: len(examples) - start]
+        if run.is_main:
+            with open(file, "a") as f:
+                f.writelines(json.dumps(common.finite_or_null(r)) + "\n" for r in ordered)
+        run.leave_if_stopped()
+    run.barrier()
+    return read_traces(file)
+
+
+# --- evaluation ---
 
 
 def extract_boxed(text: str) -> str | None:
     """Content of the last \\boxed{...}, braces matched; None if there is none."""
-    begin = text.rfind("\\boxed{") + len("\\boxed{")
+    _, box, rest = text.rpartition("\\boxed{")
     depth = 0
-    for i in range(begin, len(text) if begin > len("\\boxed{") - 1 else 0):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
+    for i, c in enumerate(rest if box else ""):
+        depth += {"{": 1, "}": -1}.get(c, 0)
         if depth < 0:
-            return text[begin:i]
+            return rest[:i]
     return None
 
 
@@ -1079,11 +1016,8 @@ def equal_answers(a: str | None, b: str | None) -> bool:
     """Whether two short answers agree: as numbers if both are, else as LaTeX without spacing and decoration."""
 
     def plain(x: str) -> str:
-        x = re.sub(
-            r"\\(left|right|displaystyle|[!,;:$]|q?quad)|\\(text|mathrm|mbox)(?=\{)|[\s$]|\^\{?\\circ\}?|\\?%",
-            "",
-            x,
-        )
+        x = re.sub(r"\\(left|right|displaystyle|[!,;:$]|q?quad)|\\(text|mathrm|mbox)(?=\{)|[\s$]", "", x)
+        x = re.sub(r"\^\{?\\circ\}?|\\?%", "", x)
         x = re.sub(r"\\[dt]?frac(\d)(\d)", r"\\frac{\1}{\2}", x)
         x = re.sub(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}", r"(\1)/(\2)", x)
         return re.sub(r"(?<=\d),(?=\d{3}\b)", "", x).strip("{}.")
@@ -1134,19 +1068,14 @@ def benchmark(name: str, heldout: list[Example], cfg: Config) -> list[Example]:
     if name.endswith(".jsonl") or name == "countdown":
         rows, _ = load_examples(name, seed=10**6)
     elif name in ("math500", "aime24"):
-        table = (
-            load_hub("HuggingFaceH4/MATH-500", "test")
-            if name == "math500"
-            else load_hub("HuggingFaceH4/aime_2024")
-        )
+        hub, split = {"math500": ("MATH-500", "test"), "aime24": ("aime_2024", "train")}[name]
+        table = load_hub(f"HuggingFaceH4/{hub}", split)
         rows = [Example(r["problem"], rf"\boxed{{{r['answer']}}}") for r in table]
     elif name == "gpqa":
         rng, rows = np.random.default_rng(0), []
         for r in load_hub("Idavidrein/gpqa", subset="gpqa_diamond"):
-            options, order = (
-                [r["Correct Answer"], *(r[f"Incorrect Answer {i}"] for i in (1, 2, 3))],
-                rng.permutation(4),
-            )
+            options = [r["Correct Answer"], *(r[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
+            order = rng.permutation(4)
             lines = [f"{letter}) {options[i].strip()}" for letter, i in zip("ABCD", order, strict=True)]
             question = "\n".join([r["Question"], *lines, "Box the letter of the right answer."])
             rows.append(Example(question, rf"\boxed{{{'ABCD'[order.tolist().index(0)]}}}"))
@@ -1166,17 +1095,17 @@ def accuracy(
     cfg, run = task.cfg, task.run
     generator = torch.Generator().manual_seed(run.stream(f"accuracy at {temperature}"))
     uniforms = torch.rand(len(examples), k, cfg.eval_new, generator=generator)
-    todo = [i for i in range(len(examples) + -len(examples) % run.world_size)][run.rank :: run.world_size]
-    mine = [examples[i % len(examples)] for i in todo]  # equal shares for sharded models
-    uniforms = uniforms[[i % len(examples) for i in todo]].flatten(0, 1)
+    places = range(run.rank, len(examples) + -len(examples) % run.world_size, run.world_size)
+    todo = [i % len(examples) for i in places]  # equal shares: sharded models move together
+    mine = [examples[i] for i in todo]
     prompts = task.ids([task.fmt.student_prompt(e) for e in mine])
-    completions = Sampler(model, task)(prompts, uniforms, temperature, cfg.eval_top_p)
+    completions = Sampler(model, task)(prompts, uniforms[todo].flatten(0, 1), temperature, cfg.eval_top_p)
     right, _, _ = correctness_reward([e for e in mine for _ in range(k)], completions, task)
     shares = run.gather(right.view(-1, k).mean(1).tolist())
     return np.array([shares[i % run.world_size][i // run.world_size] for i in range(len(examples))])
 
 
-# --- the study on the built-in task: a grid of jobs on one base model --------------------------------------------------
+# --- the study on the built-in task: a grid of jobs on one base model ---
 
 LABELS = {
     "start": "base model",
@@ -1196,8 +1125,8 @@ def hop_task(cfg: Config, run: Run) -> Task:
 
 def hop_problems(cfg: Config, n: int, purpose: str, p_write: float | None = None) -> list[Example]:
     """n problems that depend on cfg.seed and their purpose only: all rows of the table share one test set."""
-    seed = common.stable_hash(f"{cfg.seed} {purpose}")
-    return make_problems(n, cfg, torch.Generator().manual_seed(seed), p_write)
+    generator = torch.Generator().manual_seed(common.stable_hash(f"{cfg.seed} {purpose}"))
+    return make_problems(n, cfg, generator, cfg.p_write if p_write is None else p_write)
 
 
 def easy(cfg: Config) -> Config:
@@ -1221,29 +1150,29 @@ def hop_base(task: Task) -> dict:
     spelled = hop_problems(cfg, 256, "gate", p_write=1.0)
     hops = ("starts", "hop 1", "hop 2", "hop 3")
 
-    def batch_of(step: int, stage: Run, p_write: float) -> list[tuple[str, int]]:
-        problems = make_problems(64, cfg, stage.generator("data"), p_write)
+    def batch_of(step: int, p_write: float) -> list[tuple[str, int]]:
+        generator = torch.Generator().manual_seed(run.stream(f"{step} {p_write}"))
+        problems = make_problems(64, cfg, generator, p_write)
         texts = [(task.fmt.student if i % 2 else task.fmt.teacher)(e, e.t)[0] for i, e in enumerate(problems)]
         return [(text, cfg.symbols + cfg.chains + 1) for text in texts]  # the loss begins after the question
 
     def learned(step: int) -> bool:
-        found = hop_accuracy(base, spelled, task) if step % 25 == 24 else {}
-        return min((found[k] for k in hops), default=0) >= 0.99 if found else False
+        if step % 25 != 24:
+            return False
+        found = hop_accuracy(base, spelled, task)
+        return min(found[k] for k in hops) >= 0.99
 
-    settings = ((0.9, 0.98), 0.01)
-    rates = (
-        (lambda i: cfg.base_lr * min(1, (i + 1) / 30)),
-        (lambda i: learning_rate(i, cfg.web_steps, cfg.base_lr, 0, 0.05)),
-    )
-    sft(base, functools.partial(batch_of, stage=textbook, p_write=1.0), cfg.textbook_steps, rates[0], *settings,
-        replace(task, run=textbook), learned)  # fmt: skip
-    sft(base, functools.partial(batch_of, stage=web, p_write=cfg.p_write), cfg.web_steps, rates[1], *settings,
-        replace(task, run=web))  # fmt: skip
+    constant = lambda i: cfg.base_lr * min(1, (i + 1) / 30)  # noqa: E731
+    cosine = lambda i: learning_rate(i, cfg.web_steps, cfg.base_lr, 0.0, 0.05)  # noqa: E731
+    all_written, as_found = (functools.partial(batch_of, p_write=p) for p in (1.0, cfg.p_write))
+    betas, decay, at_textbook, at_web = (0.9, 0.98), 0.01, replace(task, run=textbook), replace(task, run=web)
+    sft(base, all_written, cfg.textbook_steps, constant, betas, decay, at_textbook, learned)
+    sft(base, as_found, cfg.web_steps, cosine, betas, decay, at_web)
     gate = hop_accuracy(base, test, task) | {"solves": accuracy(base, test, task, 1.0).mean()}
     if cfg.base_check and not (min(gate[k] for k in hops) >= 0.97 and gate["leap"] < 3 / cfg.symbols):
         found = ", ".join(f"{k} {v:.2f}" for k, v in gate.items())
         raise UserError(
-            f"{run.name}: every later number needs single hops and no leaps, not {found}: try another --seed"
+            f"{run.name}: later numbers need single hops without leaps, not {found}; try another --seed"
         )
     weights = {"base": copy.deepcopy(base.state_dict())}
     corpus = hop_problems(cfg, cfg.warmup_batch * cfg.warmup_steps, "warm-up")
@@ -1308,76 +1237,62 @@ def hop_study(cfg: Config, run: Run) -> None:
     chains = [(cfg if not prefix else easy(cfg)).chains for prefix in grid]
     for name, gate in run.jobs([f"base-{c}" for c in chains], hop_job).items():
         run.print(f"  {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in gate.items()))
-    cells = {
+    cells = {(p, "start"): [f"{p}start-0"] for p in grid}
+    cells |= {
         (p, m): [f"{p}{m}-{i}" for i in range(cfg.seeds)] for p, methods in grid.items() for m in methods
     }
-    cells |= {(p, "start"): [f"{p}start-0"] for p in grid}
-    results = run.jobs([name for names in cells.values() for name in names], hop_job)
-    column = lambda prefix, method, key: [results[n][key] for n in cells[prefix, method] if key in results[n]]  # noqa: E731
-    keys, modes = (
-        ("greedy", "tau .7", "tau 1", "written", "r_ss", "r_kl", "signal"),
-        ("greedy", "tau .7", "tau 1"),
+    results = run.jobs(
+        sorted((n for names in cells.values() for n in names), key=lambda n: "rlt" not in n), hop_job
     )
-    rows = []
-    for (prefix, method), c in (
-        (k, c) for p, c in zip(grid, chains, strict=True) for k in cells if k[0] == p for c in (c,)
-    ):
-        rows.append(
-            {"chains": c, "row": LABELS[method]} | {k: mean_se(column(prefix, method, k)) for k in keys}
-        )
+
+    def column(prefix: str, method: str, key: str, inner: str | None = None) -> list[float]:
+        found = (results[n][inner] if inner else results[n] for n in cells[prefix, method])
+        return [x[key] for x in found if key in x]
+
+    keys, rows = ("greedy", "tau .7", "tau 1", "written", "r_ss", "r_kl", "signal"), []
+    for prefix, method in sorted(cells, key=lambda cell: cell[0]):
+        count = cfg.chains if not prefix else easy(cfg).chains
+        numbers = {k: mean_se(column(prefix, method, k)) for k in keys}
+        rows.append({"chains": count, "row": LABELS[method]} | numbers)
     for when in () if cfg.easy else ("before RL", "after RL"):
-        found = column("", "rlt", f"cold start, {when}")
-        label = f"cold start from {cfg.cold_traces} RLT traces, {when}"
+        numbers = {k: mean_se(column("", "rlt", k, f"cold start, {when}")) for k in keys}
         rows.append(
-            {"chains": cfg.chains, "row": label}
-            | dict.fromkeys(keys)
-            | {k: mean_se([x[k] for x in found]) for k in modes}
+            {"chains": cfg.chains, "row": f"cold start, {cfg.cold_traces} RLT traces, {when}"} | numbers
         )
     run.table(
         rows,
-        f"accuracy on {cfg.eval_problems} fresh problems, +- s.e. over {cfg.seeds} seeds on one base model",
+        f"accuracy on {cfg.eval_problems} fresh problems, +- s.e. over {cfg.seeds} seeds, one base model",
     )
     if not cfg.easy:
         hop_claims(column, run)
         example = results["rlt-0"]["example"]
         run.print("\none explanation of the trained teacher\n" + describe(example, cfg))
         run.figure(
-            "rlt",
-            functools.partial(draw_study, folder=run.folder, seeds=cfg.seeds, example=example),
-            (11, 4.6),
+            "rlt", functools.partial(draw_study, folder=run.folder, seeds=cfg.seeds, example=example), (11, 5)
         )
-    run.claim("control, half the chains: correctness RL alone beats distilling from RLT (sampled, tau 1)",
-              column("easy-", "sparse", "tau 1"), column("easy-", "rlt", "tau 1"))  # fmt: skip
-    rates = {
-        k: float(np.mean(column(next(iter(grid)), "rlt", k)))
-        for k in results[next(iter(results))]
-        if "per_s" in k or k == "mfu"
-    }
-    seconds = np.mean(column(next(iter(grid)), "rlt", "rl_seconds"))
-    run.finish(**rates, updates_per_s=cfg.updates / seconds)
+    sparse, rlt = (column("easy-", method, "tau 1") for method in ("sparse", "rlt"))
+    run.claim(
+        "control, half the chains: correctness RL alone beats distilling from RLT (at tau 1)", sparse, rlt
+    )
+    first = next(iter(grid))
+    rates = [k for k in results[f"{first}rlt-0"] if "per_s" in k or k == "mfu"]
+    numbers = {k: float(np.mean(column(first, "rlt", k))) for k in [*rates, "rl_seconds"]}
+    run.finish(updates_per_s=cfg.updates / numbers.pop("rl_seconds"), **numbers)
 
 
 def hop_claims(column: Callable, run: Run) -> None:
-    """The paper's sentences, paired by seed: greedy accuracy of the student distilled from RLT against the others."""
-    ours = column("", "rlt", "greedy")
-    run.claim(
-        "a student distilled from RLT beats correctness RL from the same start",
-        ours,
-        column("", "sparse", "greedy"),
-    )
+    """The paper's sentences, paired by seed: greedy accuracy of the student distilled from RLT against the rest."""
+    ours, sparse = column("", "rlt", "greedy"), column("", "sparse", "greedy")
+    run.claim("a student distilled from RLT beats correctness RL from the same start", ours, sparse)
     run.claim("... beats one distilled from the corpus", ours, column("", "corpus", "greedy"))
     run.claim("... beats one distilled from the teacher before RL", ours, column("", "warm", "greedy"))
     run.claim(
         "without the KL term (theirs: lambda = 0) teaching is worse", ours, column("", "lam0", "greedy")
     )
-    run.claim("... though r_SS without it (ours) is at least as high, by a margin of 0.05",
-              column("", "lam0", "r_ss"), column("", "rlt", "r_ss"), margin=-0.05)  # fmt: skip
-    cold = [x["greedy"] for x in column("", "rlt", "cold start, after RL")]
-    run.claim(
-        "correctness RL gets further from a few RLT traces than from the base",
-        cold,
-        column("", "sparse", "greedy"),
-    )
+    r_ss = column("", "lam0", "r_ss"), column("", "rlt", "r_ss")
+    run.claim("... though r_SS without it (ours) is as high or higher, margin 0.05", *r_ss, margin=-0.05)
+    cold = column("", "rlt", "greedy", "cold start, after RL")
+    run.claim("correctness RL gets further from a few RLT traces than from the base", cold, sparse)
 
 
 def mean_se(values: list[float]) -> str | None:
@@ -1394,10 +1309,7 @@ def draw_study(figure, folder: Path, seeds: int, example: dict) -> None:
         files = [folder / f"{method}-{i}" / "rl" / "metrics.jsonl" for i in range(seeds)]
         runs = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
         steps = [row["step"] for row in runs[0]]
-        for key, style, what in (
-            ("r_ss", "-", "solution's log-prob, r_SS"),
-            ("r_kl", "--", "KL to the student, r_KL"),
-        ):
+        for key, style, what in (("r_ss", "-", "log-prob of the solution, r_SS"), ("r_kl", "--", "KL, r_KL")):
             values = np.array([[row[key] for row in rows] for rows in runs])
             left.plot(steps, values.mean(0), style, color=colour, label=f"{name}: {what}")
             left.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.12, lw=0)
@@ -1413,7 +1325,7 @@ def draw_study(figure, folder: Path, seeds: int, example: dict) -> None:
     figure.colorbar(image, ax=right, label="log teacher - log student")
 
 
-# --- looking at explanations ------------------------------------------------------------------------------------------
+# --- looking at explanations ---
 
 
 def explain(teacher, student, examples: list[Example], task: Task, given: bool = False) -> list[dict]:
@@ -1458,14 +1370,15 @@ def describe(x: dict, cfg: Config) -> str:
         return " | ".join(texts)
 
     place = x["dearest"] / max(1, len(x["kl"]) - 1)
-    return (
-        f"question     {x['question'].strip()}\nexplanation  {x['explanation'].strip()}\n"
-        f"what each of its tokens costs, log teacher - log student (d_j)\n  {cells(x['tokens'], x['kl'], 3.0)}\n"
-        f"what the student gives each token of the solution (l_k)\n  {cells(x['solution'], x['l'], -3.0)}\n"
-        f"r_SS {x['r_ss']:.3f}, mean + {cfg.alpha} min; r_KL {x['r_kl']:.3f}, mean {x['kl_mean']:.3f} + {cfg.alpha} max "
-        f"{x['kl_max']:.2f}; reward {x['reward']:.3f} = r_SS - {cfg.lam} r_KL" + ("" if x["closed"] else " - 1, unclosed")
-        + f"\nthe dearest token stands {place:.0%} into t; t holds {x['leak']:.0%} of the solution's 4-grams"
-    )  # fmt: skip
+    return "\n".join((
+        f"question     {x['question'].strip()}",
+        f"explanation  {x['explanation'].strip()}",
+        f"what each of its tokens costs, log teacher - log student (d_j)\n  {cells(x['tokens'], x['kl'], 3.0)}",
+        f"what the student gives each token of the solution (l_k)\n  {cells(x['solution'], x['l'], -3.0)}",
+        f"r_SS {x['r_ss']:.3f}; r_KL {x['r_kl']:.3f} = mean {x['kl_mean']:.3f} + {cfg.alpha} max {x['kl_max']:.2f}",
+        f"reward {x['reward']:.3f} = r_SS - {cfg.lam} r_KL" + ("" if x["closed"] else f" {cfg.penalty:+} (not closed)"),
+        f"the dearest token stands {place:.0%} into t; t holds {x['leak']:.0%} of the solution's 4-grams",
+    ))  # fmt: skip
 
 
 def newest(cfg: Config, run: Run) -> tuple[LogProbLM, LogProbLM, Task, list[Example]]:
@@ -1496,9 +1409,8 @@ def score_file(cfg: Config, run: Run) -> None:
         step = " ".join(
             "".join([*x["tokens"][max(0, j - 8) : j], " >>", *x["tokens"][j : j + 1], "<<"]).split()
         )
-        run.print(
-            f"row {i + 1}: reward {x['reward']:.3f}, r_SS {x['r_ss']:.3f}, r_KL {x['r_kl']:.3f}; {x['kl_max']:.2f} at {step}"
-        )
+        numbers = f"reward {x['reward']:.3f}, r_SS {x['r_ss']:.3f}, r_KL {x['r_kl']:.3f}"
+        run.print(f"row {i + 1}: {numbers}; dearest token {x['kl_max']:.2f}: {step}")
     kept = ("reward", "r_ss", "r_kl", "kl_mean", "kl_max", "length", "leak")
     ranked = [rows[i] | {"rank": n + 1} | {k: found[i][k] for k in kept} for n, i in enumerate(order)]
     target = Path(cfg.score).with_suffix(".scored.jsonl")
@@ -1506,7 +1418,7 @@ def score_file(cfg: Config, run: Run) -> None:
     run.print(f"all {len(rows)} in {target}")
 
 
-# --- the study on real models: the stages one after the other on all ranks ---------------------------------------------
+# --- the study on real models: the stages one after the other on all ranks ---
 
 
 def text_task(cfg: Config, run: Run) -> tuple[Task, nn.Module, nn.Module, list[Example]]:
@@ -1559,16 +1471,12 @@ def text_study(cfg: Config, run: Run) -> None:
     if "rl" in cfg.stages:
         numbers = train_grpo(teacher, examples, "rlt", student, replace(task, run=run.stage("rl")))
         export(teacher, task, "teacher")
-        run.table(
-            [{k: v for k, v in numbers.items() if "per_s" not in k}],
-            "RL, means over the last quarter of the updates",
-        )
-    shown = (heldout or examples)[:1] * run.world_size
-    run.print("\n" + describe(explain(teacher, student, shown[:1], task)[0], cfg))
+        rows = [{"": k, "mean": float(v)} for k, v in numbers.items() if "per_s" not in k]
+        run.table(rows, "RL, last quarter of the updates")
+    run.print("\n" + describe(explain(teacher, student, (heldout or examples)[:1], task)[0], cfg))
     traces = collect(teacher, student, examples[: cfg.traces], task) if "collect" in cfg.stages else []
     if "distil" in cfg.stages and not traces:
-        rows = common.read_jsonl(run.folder / "traces.jsonl", ("question", "solution", "reasoning_trace"))
-        traces = [Example(r["question"], r["solution"], r["reasoning_trace"]) for r in rows]
+        traces = read_traces(run.folder / "traces.jsonl")
     del teacher, student
     if "distil" in cfg.stages or "eval" in cfg.stages:
         text_students(traces, problems, task)
@@ -1579,10 +1487,11 @@ def text_study(cfg: Config, run: Run) -> None:
 def text_students(traces: list[Example], problems: list[Example], task: Task) -> None:
     """Distil the learner on the traces and compare it with itself before, paired by problem."""
     cfg, run = task.cfg, task.run
-    lm, _ = common.load_lm(
-        cfg.teacher if cfg.learner == "self" else cfg.learner, torch.bfloat16 if cfg.shard else torch.float32
+    name, dtype = (
+        cfg.teacher if cfg.learner == "self" else cfg.learner,
+        torch.bfloat16 if cfg.shard else torch.float32,
     )
-    learner, rows = place(lm, task, trainable=True), {}
+    learner, rows = place(common.load_lm(name, dtype)[0], task, trainable=True), {}
     if problems:
         rows["before"] = accuracy(learner, problems, task, cfg.eval_temperature, cfg.eval_samples)
     if traces:
@@ -1593,8 +1502,7 @@ def text_students(traces: list[Example], problems: list[Example], task: Task) ->
                 learner, problems, task, cfg.eval_temperature, cfg.eval_samples
             )
             run.claim(
-                "the student distilled from RLT beats the student before, paired by problem",
-                *reversed(rows.values()),
+                "the student distilled from RLT beats itself before, by problem", *reversed(rows.values())
             )
     if problems:
         how = f"temperature {cfg.eval_temperature}, top_p {cfg.eval_top_p}, at most {cfg.eval_new} tokens"
@@ -1611,7 +1519,7 @@ def export(model: LogProbLM, task: Task, name: str) -> None:
     task.run.barrier()
 
 
-# --- sizes without weights --------------------------------------------------------------------------------------------
+# --- sizes without weights ---
 
 ARCHITECTURES = {  # model type, vocabulary, width, MLP width, layers, heads, key-value heads, tied embeddings
     "Qwen2.5-7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4, False),
@@ -1648,7 +1556,7 @@ def dry_run(cfg: Config, run: Run) -> None:
             n, runs = size(hop_model(cfg)), 7 * cfg.seeds
         tokens = cfg.updates * cfg.prompts * cfg.group * cfg.max_new
         return run.print(
-            f"{n:,} parameters, {runs} runs of up to {cfg.updates} updates, {tokens:,} sampled tokens each at most"
+            f"{n:,} parameters; {runs} runs of at most {cfg.updates} updates and {tokens:,} sampled tokens"
         )
     teacher = meta_model(cfg.teacher)
     student = teacher if cfg.student == "self" else meta_model(cfg.student)
@@ -1666,17 +1574,16 @@ def dry_run(cfg: Config, run: Run) -> None:
         2 * cfg.micro_tokens * c.hidden_size * c.num_hidden_layers
     )
     parts["sum"] = sum(parts.values())
-    run.table([{"on each GPU": k, "GB": f"{v / 1e9:.1f}"} for k, v in parts.items()],
-              f"{cfg.config} on {gpus} GPUs: teacher {n:,} parameters, student {size(student):,}")  # fmt: skip
+    rows = [{"on each GPU": k, "GB": f"{v / 1e9:.1f}"} for k, v in parts.items()]
+    run.table(rows, f"{cfg.config} on {gpus} GPUs: teacher {n:,} parameters, student {size(student):,}")
     tokens = cfg.prompts * cfg.group * cfg.max_new
     flops = (
         14 * n + 2 * size(student)
-    ) * tokens  # sample 2N, policy 8N with recomputation, reference 2N, re-score 2N
-    run.print(f"an update: {cfg.prompts * cfg.group} completions, at most {tokens:,} tokens and {flops:.1e} FLOP, which is "
-              f"{flops / gpus / 989e12 / 0.4:.0f} s at 40 % of the peak of {gpus} H100")  # fmt: skip
-    run.print(
-        f"steps: warm-up {cfg.warmup_steps}, RL {cfg.updates}, distillation {cfg.distil_steps} on {cfg.traces} traces"
-    )
+    ) * tokens  # sample 2N, policy 8N (recomputed), reference 2N, re-score 2N
+    seconds = flops / gpus / 989e12 / 0.4
+    run.print(f"an update: {cfg.prompts * cfg.group} completions, at most {tokens:,} tokens, {flops:.1e} FLOP, "
+              f"{seconds:.0f} s at 40 % of the peak of {gpus} H100")  # fmt: skip
+    run.print(f"steps: warm-up {cfg.warmup_steps}, RL {cfg.updates}, distillation {cfg.distil_steps}")
 
 
 def main(argv: list[str] | None = None) -> None:
