@@ -183,8 +183,11 @@ class Run:
     parts before it ran just now or were restored.
     """
 
-    def __init__(self, cfg: Config, worker: int | None = None):
-        self.cfg, self.script, self.name, self.worker = cfg, Path(inspect.getfile(type(cfg))).stem, "", worker
+    def __init__(self, cfg: Config, look: bool = False, worker: int | None = None):
+        self.cfg, self.script, self.name = cfg, Path(inspect.getfile(type(cfg))).stem, ""
+        self.writes = not (
+            look or cfg.dry_run or worker is not None
+        )  # whether entering makes the folder anew
         distributed, local_rank = (
             "RANK" in os.environ and worker is None,
             int(os.environ.get("LOCAL_RANK", 0)),
@@ -220,15 +223,16 @@ class Run:
 
     def __enter__(self) -> Run:
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._on_signal)
+            self.handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
         with self._one_line_errors():
-            if self.is_main and self.worker is None and not self.cfg.dry_run:
+            if self.is_main and self.writes:
                 self._open_folder()
         self.barrier()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         with self._one_line_errors():
             if isinstance(error, UserError):
                 raise error

@@ -7,38 +7,38 @@ while the models it makes are mostly used as teachers. An RLT gets the question 
 reward for an explanation that makes the solution likely to a frozen student. Students distilled from its raw
 explanations beat students of far larger reasoning models; correctness RL that starts from them gets further.
 
-Question q, solution s, explanation t; teacher pi_theta, frozen student pi_S; log-probs at temperature tau:
-  eq. (1)  r_SS = mean_k l_k + alpha min_k l_k,   l_k = log pi_S(s_k | q, t, s_<k)
+Question q, solution s, explanation t; teacher pi_T, frozen student pi_S; log-probs at temperature tau:
+  eq. (1)  r_SS = mean_k l_k + alpha min_k l_k,  l_k = log pi_S(s_k | q, t, s_<k)
            can the student get to the solution?
-  eq. (2)  r_KL = mean_j d_j + alpha max_j d_j,   d_j = log pi_theta(t_j | q, s, t_<j) - log pi_S(t_j | q, t_<j)
+  eq. (2)  r_KL = mean_j d_j + alpha max_j d_j,  d_j = log pi_T(t_j | q, s, t_<j) - log pi_S(t_j | q, t_<j)
            is every step natural to somebody who does not see s?
   eq. (3)  r = r_SS - lambda r_KL + penalty where the closing tag is missing
-  eq. (4)  GRPO: A = (r - mean) / (std + 1e-4) over the G explanations of a question; the loss is the mean over
-           explanations of the mean over their tokens of -(exp(lp - sg lp) A - beta (e^rho - rho - 1)),
-           lp = log pi_theta, rho = log pi_ref - lp
+  eq. (4)  GRPO: A = (r - mean) / (std + 1e-4) over the G explanations of a question; the loss is the mean
+           over explanations of the mean over their tokens of -(exp(lp - sg lp) A - beta (e^rho - rho - 1)),
+           lp = log pi_T, rho = log pi_ref - lp
 
 How to run
-  python rlt.py                                     the effect in miniature, with its baselines, on two CPU cores
+  python rlt.py                                     the effect in miniature, with baselines, on two CPU cores
   python rlt.py --easy                              only the control: correctness RL needs no teacher there
   python rlt.py --teacher M --student M --data F    real models, M: hub id, folder or .gguf; F: .jsonl
-  python rlt.py --show                              an explanation of the newest teacher, with each token's cost
-  python rlt.py --score F                           rank (question, solution, reasoning_trace) lines by the reward
+  python rlt.py --show                              the newest teacher explains, with the cost of each token
+  python rlt.py --score F                           rank (question, solution, reasoning_trace) lines
   torchrun --nproc_per_node=8 rlt.py --config full  Qwen2.5-7B on Bespoke-Stratos-17k, the paper's setting
-Rungs: smoke, demo, gpu (ranks share a grid of runs); text, small, full (ranks share one run; --shard for FSDP2).
+Rungs: smoke, demo, gpu (ranks share a grid of runs); text, small, full (ranks share one run, --shard: FSDP2).
 
 Where this file departs from the paper and its code
-- The paper writes a KL divergence; like its code we take the log-ratio at the sampled token (--exact_kl sums over
-  the vocabulary). From the code, too: tau inside r_SS; the reference model moves 0.9 of the way to the policy
-  every 32 updates; -1 for a missing closing tag; an empty explanation counts 1 for mean and for max.
-- The explanation is found by character offsets, and a token that straddles a tag is left out. The code searches
-  for its ids, so it finds the question if the explanation only repeats that. Where a text does not encode back to
+- The paper writes a KL divergence; like its code we take the log-ratio at the sampled token (--exact_kl sums
+  over the vocabulary). From the code, too: tau inside r_SS; the reference model moves 0.9 of the way to the
+  policy every 32 updates; -1 for a missing closing tag; an empty explanation counts 1 for mean and for max.
+- The explanation is found by character offsets; a token that straddles a tag is left out. The code looks for
+  its ids, so it finds the question if the explanation only repeats that. Where a text does not encode back to
   the sampled ids, `full` scores the re-encoded text as the code does, --no_retokenize the sampled ids.
 - Log-softmax in float32, no pad token in any loss, rewards in batches (the code: bfloat16, pads, one by one).
-- The teacher's system prompt is ours, of the same structure. MATH answers are compared by a small normaliser.
+- The teacher's system prompt is ours, of the same structure. A small normaliser compares MATH answers.
 - Sampling is an inverse CDF of uniform numbers that all ranks draw alike: their number changes no result.
 - A sharded checkpoint is one file, gathered on rank 0. Running out of GPU memory stops the run.
-- The demo's task, pointer chasing, is ours and was selected: exploration must fail. With half the chains it does
-  not, and correctness RL wins (--easy). Only the paper's claim for the first regime is tested.
+- The demo's task, pointer chasing, is ours and was selected: exploration must fail. With half the chains it
+  does not, and correctness RL wins (--easy). Only the paper's claim for the first regime is tested.
 
 Reading order: Config, the built-in task, Format (the two prompts), rlt_reward, grpo_loss, train_grpo, main.
 """
@@ -151,25 +151,26 @@ class Config(common.Config):
 DEMO = Config(workers=2, save_every=1000)
 SMALL = Config(teacher="HuggingFaceTB/SmolLM2-135M-Instruct", data="openai/gsm8k", holdout=256, updates=100,
     max_new=512, temperature=0.7, lr=1e-6, retokenize=True, warmup_steps=200, warmup_batch=16, warmup_lr=1e-5,
-    traces=2000, distil_steps=200, distil_batch=32, distil_lr=1e-5, eval_problems=256, eval_new=512, context=2048,
-    micro_tokens=16384, sample_batch=128, log_every=1, save_every=20)
+    traces=2000, distil_steps=200, distil_batch=32, distil_lr=1e-5, eval_problems=256, eval_new=512,
+    context=2048, micro_tokens=16384, sample_batch=128, log_every=1, save_every=20)
 CONFIGS = {
     "smoke": replace(DEMO, workers=1, symbols=6, chains=2, seeds=2, width=32, textbook_steps=20, web_steps=10,
-        base_check=False, warmup_steps=3, warmup_batch=8, updates=3, prompts=2, group=4, traces=8, distil_steps=3,
-        distil_batch=8, cold_traces=4, cold_steps=2, cold_updates=2, eval_problems=8, log_every=1),
+        base_check=False, warmup_steps=3, warmup_batch=8, updates=3, prompts=2, group=4, traces=8,
+        distil_steps=3, distil_batch=8, cold_traces=4, cold_steps=2, cold_updates=2, eval_problems=8,
+        log_every=1),
     "demo": DEMO,
     "gpu": replace(DEMO, workers=1, symbols=64, chains=16, width=256, heads=8, textbook_steps=3000,
         web_steps=1000, base_lr=1e-3, warmup_lr=1e-3, updates=125, prompts=16, group=64, max_new=112, lr=3e-4,
         traces=2048, distil_steps=300, distil_lr=5e-4, eval_new=112, context=256, micro_tokens=262144),
     "text": replace(SMALL, stages=("warmup", "rl"), holdout=8, warmup_steps=4, warmup_batch=4, updates=4,
-        prompts=2, group=4, max_new=64, traces=16, distil_steps=4, distil_batch=4, eval_problems=8, eval_new=96,
-        context=1024, micro_tokens=2048),
+        prompts=2, group=4, max_new=64, traces=16, distil_steps=4, distil_batch=4, eval_problems=8,
+        eval_new=96, context=1024, micro_tokens=2048),
     "small": SMALL,
     "full": replace(SMALL, teacher="Qwen/Qwen2.5-7B-Instruct", student="bespokelabs/Bespoke-Stratos-7B",
-        learner="Qwen/Qwen2.5-7B-Instruct", data="bespokelabs/Bespoke-Stratos-17k", bench="math500", holdout=0,
-        warmup_steps=10440, updates=125, prompts=16, group=64, max_new=16384, traces=17000, distil_steps=522,
-        distil_batch=96, eval_problems=500, eval_top_p=0.95, eval_new=32768, context=32768, sample_batch=16,
-        micro_tokens=32768, shard=True, save_every=25),
+        learner="Qwen/Qwen2.5-7B-Instruct", data="bespokelabs/Bespoke-Stratos-17k", bench="math500",
+        holdout=0, warmup_steps=10440, updates=125, prompts=16, group=64, max_new=16384, traces=17000,
+        distil_steps=522, distil_batch=96, eval_problems=500, eval_top_p=0.95, eval_new=32768, context=32768,
+        sample_batch=16, micro_tokens=32768, shard=True, save_every=25),
 }
 # fmt: on
 
@@ -210,9 +211,9 @@ class Task:
 
 
 # --- the built-in task, pointer chasing ---
-# q is an array f (a permutation of M symbols) and W starts, s the W symbols f(f(f(x))), t a chain x, f(x), f(f(x)),
-# f(f(f(x))) for each start, whose intermediate symbols may be elided ("~"). One hop is one attention lookup; two at
-# once are beyond a model of two layers, so an elision is a leap that neither teacher nor student can follow.
+# q is an array f (a permutation of M symbols) and W starts, s the W symbols f(f(f(x))), t for each start a
+# chain x, f(x), f(f(x)), f(f(f(x))) whose intermediate symbols may be elided ("~"). One hop is one attention
+# lookup; two at once are beyond two layers, so an elision is a leap that nobody at this size can follow.
 
 
 def make_problems(n: int, cfg: Config, generator: torch.Generator, p_write: float) -> list[Example]:
@@ -234,11 +235,10 @@ def hop_model(cfg: Config) -> LogProbLM:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     size = dict(vocab_size=cfg.symbols + 10, n_positions=cfg.context, n_embd=cfg.width, n_inner=2 * cfg.width)
-    size |= dict(
-        n_layer=2, n_head=cfg.heads, activation_function="gelu_pytorch_tanh", tie_word_embeddings=False
-    )
+    size |= dict(n_layer=2, n_head=cfg.heads, activation_function="gelu_pytorch_tanh")
     size |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    lm = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=None, eos_token_id=None))
+    size |= dict(bos_token_id=None, eos_token_id=None, tie_word_embeddings=False)
+    lm = GPT2LMHeadModel(GPT2Config(**size))
     for name, p in lm.named_parameters():
         std = 0.5 if "wte" in name or "wpe" in name else 0.06 if "lm_head" in name else 0.07
         if p.dim() == 2:
@@ -279,9 +279,7 @@ def load_hub(name: str, split: str = "train", subset: str | None = None):
         return datasets.load_dataset(name, subset, split=split)
     except Exception as e:  # the library raises a dozen kinds
         why = (str(e).splitlines() or [type(e).__name__])[0][:120]
-        raise UserError(
-            f"{name}: no local folder, nor to be had from the hub ({why}); or give a .jsonl"
-        ) from None
+        raise UserError(f"{name}: neither a folder nor on the hub ({why}); a .jsonl will do") from None
 
 
 def load_examples(data: str, seed: int) -> tuple[list[Example], str]:
@@ -300,9 +298,7 @@ def load_examples(data: str, seed: int) -> tuple[list[Example], str]:
         made = [Example(q, pad(rf"The answer is \boxed{{{s.strip()}}}"), pad(t)) for q, t, s in parts]
         return made, STUDENT_SYSTEM
     if not {"system", "conversations"} <= set(rows.column_names):
-        raise UserError(
-            f"{data}: neither Stratos (system, conversations) nor GSM8K (question, answer) columns"
-        )
+        raise UserError(f"{data}: neither system and conversations (Stratos) nor question and answer (GSM8K)")
     if len(set(rows["system"])) != 1:
         raise UserError(f"{data}: the column system varies, so there is no one student prompt")
     (a, b), (c, d) = ([re.escape(tag) for tag in pair] for pair in (Format.thought, Format.solution))
@@ -346,22 +342,22 @@ def countdown_values(numbers: list[int]) -> list[tuple[Fraction, str]]:
 # --- the two prompts ---
 
 TEACHER_SYSTEM = (
-    "You explain how problems are solved. Your answer has two sections. The Solution section states the final "
+    "You explain how problems are solved. Your answer has two sections. The Solution section states the "
     "solution between <|begin_of_solution|> and <|end_of_solution|>. The Explanation section, between "
-    "<|begin_of_explanation|> and <|end_of_explanation|>, sets out the systematic thinking that leads from the "
-    "question to that solution: analysing the problem, working through every step, checking it, and reconsidering."
+    "<|begin_of_explanation|> and <|end_of_explanation|>, sets out the systematic thinking that leads from "
+    "the question to that solution: analysis, every step worked through, checks, and reconsideration."
 )
 STUDENT_SYSTEM = (
     "You solve problems by thinking them through. Your answer has two sections. The Thought section, between "
-    "<|begin_of_thought|> and <|end_of_thought|>, sets out your reasoning step by step. The Solution section, "
-    "between <|begin_of_solution|> and <|end_of_solution|>, states the solution, its result in \\boxed{}."
+    "<|begin_of_thought|> and <|end_of_thought|>, sets out your reasoning step by step. The Solution "
+    "section, between <|begin_of_solution|> and <|end_of_solution|>, states it, the result in \\boxed{}."
 )
 
 
 @dataclass(frozen=True)
 class Format:
-    """How q, s and t become the texts of teacher and student. Spans come from concatenation, never from a search:
-    the system prompts mention the tags."""
+    """How q, s and t become the texts of teacher and student. Spans come from concatenation, never from a
+    search: the system prompts mention the tags."""
 
     chat: Callable[[str, str], str]  # (system, user) -> text up to where the assistant's turn begins
     end_of_turn: str
@@ -397,7 +393,7 @@ class Format:
         return self.chat(self.student_system, e.q)
 
     def split_completion(self, text: str) -> tuple[str, bool]:
-        """(t, closed): t ends at the first closing tag of a teacher's completion; without one it is all of it."""
+        """(t, closed): t ends at the first closing tag of a completion; without one it is all of it."""
         t, tag, _ = text.partition(self.explanation[1])
         return self.gap + t, bool(tag)
 
@@ -417,9 +413,7 @@ CHATML = (
 def chat_format(tok, student_system: str) -> Format:
     """The Format of a chat model. UserError if its tokenizer or template cannot carry the spans."""
     if not tok.is_fast:
-        raise UserError(
-            "the tokenizer has no fast version, so no character offsets: take a model that has one"
-        )
+        raise UserError("the tokenizer has no fast version, so no character offsets: take another model")
     tags = [tag for pair in (Format.solution, Format.thought, Format.explanation) for tag in pair]
     if special := [tag for tag in tags if tag in tok.all_special_tokens]:
         raise UserError(f"{special[0]} is a special token of this model and would vanish in decoding")
@@ -446,7 +440,7 @@ def tokens_in_span(offsets: np.ndarray, begin: int, end: int) -> np.ndarray:
 
 
 def token_offsets(tok, ids: list[int]) -> np.ndarray:
-    """Character spans (T, 2) of sampled ids in their decoded text; tokens that share a character share a span."""
+    """Character spans (T, 2) of sampled ids in their text; tokens that share a character share a span."""
     spans, group, at = [], [], 0
     for i, token in enumerate(ids):
         group.append(token)
@@ -462,14 +456,14 @@ def token_offsets(tok, ids: list[int]) -> np.ndarray:
 
 
 class LogProbLM(nn.Module):
-    """A causal LM whose forward gives log-probs. Sharded as a whole: FSDP's root holds embeddings and head."""
+    """A causal LM whose forward gives log-probs. Sharded whole: FSDP's root has embeddings and head."""
 
     def __init__(self, lm: nn.Module):
         super().__init__()
         self.lm = lm
 
     def forward(self, ids: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """ids, mask (B, T), right-padded -> fp32 log-probs of the next tokens and entropies, both (B, T - 1)."""
+        """ids, mask (B, T), right-padded -> fp32 log-probs and entropies of the next tokens, (B, T - 1)."""
         return common.token_logprobs(self.lm, ids, mask, temperature)
 
 
@@ -488,7 +482,7 @@ def micro_batches(lengths: list[int], task: Task) -> list[np.ndarray]:
 
 
 def collate(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and mask (B, T); masks come from lengths, a pad id may be a real token. No rows: a dummy."""
+    """Right-padded ids and mask (B, T); masks come from lengths: pad ids may be real. [] makes a dummy."""
     lengths = torch.tensor([len(x) for x in sequences] or [2])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     ids = torch.zeros(mask.shape, dtype=torch.long)
@@ -527,10 +521,10 @@ class Aligned:
 
 
 def align(e: Example, completion: list[int], task: Task) -> Aligned:
-    """Find the tokens of a sampled explanation (ids, with or without EOS) in the teacher's and student's text.
+    """Find the tokens of a sampled explanation (ids, with or without EOS) in both contexts.
 
-    A text that encodes back to the sampled ids is scored as encoded; so is any other if cfg.retokenize, else its
-    sampled ids are set into both contexts. Where two encodings of t differ, the tokens they share are kept.
+    A text that encodes back to the sampled ids is scored as encoded; so is any other if cfg.retokenize, else
+    its sampled ids are set into both contexts. Where two encodings of t differ, what they share is kept.
     """
     t, closed = task.fmt.split_completion(task.tok.decode(completion, skip_special_tokens=True))
     text_t, span_t, begin = task.fmt.teacher(e, t)
@@ -548,9 +542,8 @@ def align(e: Example, completion: list[int], task: Task) -> Aligned:
         (before, _), (after, offsets_after) = task.encode([text_s[: cut[0]], text_s[cut[1] :]])
         ids_s = before + [sampled[i] for i in think_t] + after
         think_s = len(before) + np.arange(len(think_t))
-        solution = (
-            tokens_in_span(offsets_after, *(x - cut[1] for x in span_solution)) + len(before) + len(think_t)
-        )
+        solution = tokens_in_span(offsets_after, *(x - cut[1] for x in span_solution))
+        solution = solution + len(before) + len(think_t)
     else:
         key_t = [(ids_t[i], *(offsets_t[i] - span_t[0])) for i in think_t]
         key_s = [(ids_s[i], *(offsets_s[i] - span_s[0])) for i in think_s]
@@ -561,7 +554,7 @@ def align(e: Example, completion: list[int], task: Task) -> Aligned:
 
 
 def at(logp: Tensor, positions: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Log-probs of the tokens at `positions`, padded (B, L), and their mask; token i is predicted at i - 1."""
+    """Log-probs of the tokens at `positions`, padded (B, L), and mask; token i is predicted at i - 1."""
     lengths = np.array([len(p) for p in positions])
     mask = np.arange(max(1, lengths.max())) < lengths[:, None]
     index = np.ones(mask.shape, int)
@@ -570,7 +563,7 @@ def at(logp: Tensor, positions: list[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 
 def reduce_scores(x: Tensor, mask: Tensor, alpha: float, kind: Literal["min", "max"]) -> Tensor:
-    """mean + alpha min (or max) over the masked entries of each row, (B, L) -> (B,); NaN for a row without any."""
+    """mean + alpha min (or max) over each row's masked entries, (B, L) -> (B,); NaN for a row without any."""
     sign = 1.0 if kind == "max" else -1.0
     extreme = sign * (sign * x).masked_fill(~mask, -torch.inf).amax(1)
     return torch.where(mask, x, 0).sum(1) / mask.sum(1) + alpha * extreme
@@ -587,10 +580,9 @@ def exact_kl(teacher: LogProbLM, student: LogProbLM, rows: list[Aligned], task: 
             h = model.lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             hidden.append([x[getattr(rows[i], f"think_{side}") - 1] for i, x in zip(group, h, strict=True)])
         for i, *both in zip(group, *hidden, strict=True):
-            logits = [
-                m.lm.get_output_embeddings()(h).float() for m, h in zip((teacher, student), both, strict=True)
-            ]
-            log_p, log_q = ((z / task.cfg.temperature).log_softmax(-1) for z in logits)  # (J, V) each
+            heads = (m.lm.get_output_embeddings() for m in (teacher, student))
+            logits = (head(h).float() / task.cfg.temperature for head, h in zip(heads, both, strict=True))
+            log_p, log_q = (z.log_softmax(-1) for z in logits)  # (J, V) each
             out[i, : len(log_p)] = (log_p.exp() * (log_p - log_q)).sum(-1)
     return out
 
@@ -624,7 +616,7 @@ def rlt_reward(
 
 
 def correctness_reward(examples: list[Example], completions: list[list[int]], task: Task):
-    """The baseline's sparse reward: 1 where a student's completion (ids) has the right answer, else 0; (B,)."""
+    """The baseline's sparse reward (B,): 1 where a student's completion (ids) has the right answer, or 0."""
     texts = [task.tok.decode(c, skip_special_tokens=True) for c in completions]
     right = [float(task.correct(e, text)) for e, text in zip(examples, texts, strict=True)]
     length = torch.tensor([float(len(c)) for c in completions])
@@ -635,9 +627,9 @@ def correctness_reward(examples: list[Example], completions: list[list[int]], ta
 
 
 def group_advantage(reward: Tensor, group: int) -> Tensor:
-    """(r - mean) / (std + 1e-4) over each `group` consecutive completions, std with n - 1: (B,) -> (B,). Eq. (4).
+    """Eq. (4): (r - mean) / (std + 1e-4) over each `group` consecutive completions, (B,) -> (B,).
 
-    A group of equal rewards has advantage 0 exactly.
+    The std has n - 1 in it. A group of equal rewards has advantage 0 exactly.
     """
     r = reward.view(-1, group)
     advantage = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
@@ -645,7 +637,7 @@ def group_advantage(reward: Tensor, group: int) -> Tensor:
 
 
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """e^rho - rho - 1, rho = ref_logp - logp: a non-negative one-sample estimate of KL(policy || reference)."""
+    """e^rho - rho - 1, rho = ref_logp - logp: a non-negative one-sample estimate of KL(policy || ref)."""
     rho = ref_logp - logp
     return rho.exp() - rho - 1
 
@@ -656,7 +648,7 @@ def mean_by_row(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def grpo_loss(logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """Eq. (4): logp, ref_logp, mask (B, T), advantage (B,) -> (). The gradient in logp is -A + beta (1 - e^rho)."""
+    """Eq. (4): logp, ref_logp, mask (B, T), advantage (B,) -> (). Gradient in logp: -A + beta (1 - e^rho)."""
     ratio = (logp - logp.detach()).exp()  # 1, but it carries the gradient
     return mean_by_row(-(ratio * advantage[:, None] - beta * k3(logp, ref_logp)), mask)
 
@@ -669,7 +661,7 @@ def sync_ref(ref: nn.Module, policy: nn.Module, mix: float) -> None:
 
 
 def full_weights(lm: nn.Module):
-    """(name, whole tensor) of each parameter; sharded ones are gathered one at a time, on all ranks together."""
+    """(name, whole tensor) of each parameter; sharded ones are gathered one by one, on all ranks together."""
     for name, p in lm.named_parameters():
         yield name, p.full_tensor() if hasattr(p, "full_tensor") else p
 
@@ -685,29 +677,22 @@ class Sampler:
             self.lm = lm.to(torch.bfloat16 if task.run.amp else torch.float32).eval()
 
     def __call__(self, prompts: list[list[int]], uniforms: Tensor, temperature: float, top_p=1.0):
-        """uniforms (N, T) decide the samples, N / len(prompts) rows a prompt -> N lists of ids, ending with EOS."""
+        """uniforms (N, T) decide the samples, N / len(prompts) a prompt -> N lists of ids, EOS included."""
         cfg, run, out = self.task.cfg, self.task.run, [None] * len(uniforms)
         if self.lm is not self.policy.lm:
             mine = dict(self.lm.named_parameters())
             for name, whole in full_weights(self.policy.lm):
                 mine[name].data.copy_(whole)
         n = len(uniforms) // len(prompts)
-        m = (
-            n if n <= cfg.sample_batch else math.gcd(n, cfg.sample_batch)
-        )  # large groups are decoded in pieces
+        m = n if n <= cfg.sample_batch else math.gcd(n, cfg.sample_batch)  # large groups come in pieces
         prompts = [p for p in prompts for _ in range(n // m)]
-        order, share = (
-            sorted(range(len(prompts)), key=lambda i: len(prompts[i])),
-            max(1, cfg.sample_batch // m),
-        )
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        share = max(1, cfg.sample_batch // m)
         settings = {"temperature": temperature, "top_p": top_p, "eos": self.task.eos, "compile": cfg.compile}
         for part in (order[i : i + share] for i in range(0, len(order), share)):
-            rows = [i * m + j for i in part for j in range(m)]
-            self.lm.eval()
+            rows, batch = [i * m + j for i in part for j in range(m)], [prompts[i] for i in part]
             with run.autocast():
-                tokens, mask, _ = common.generate(
-                    self.lm, [prompts[i] for i in part], uniforms[rows], **settings
-                )
+                tokens, mask, _ = common.generate(self.lm.eval(), batch, uniforms[rows], **settings)
             for row, ids, length in zip(rows, tokens.tolist(), mask.sum(1).tolist(), strict=True):
                 out[row] = ids[:length]
         return out
@@ -749,12 +734,10 @@ def rows_of(step: int, batch: int, n: int, seed: int) -> list[int]:
     return [shuffled[i // n][i % n] for i in places]
 
 
-def train_grpo(
-    policy: LogProbLM, examples: list[Example], kind: str, student, task: Task
-) -> dict[str, float]:
+def train_grpo(policy: LogProbLM, examples: list[Example], kind: str, student, task: Task) -> dict:
     """cfg.updates steps of GRPO on `policy`, in place: one loop for the paper's reward and its baselines.
 
-    kind "rlt": the policy explains given solutions, the frozen `student` rewards by eq. (3), lambda = 0 included;
+    kind "rlt": the policy explains given solutions, the frozen `student` rewards by eq. (3), lambda = 0 too;
     "sparse": it answers, 1 for a right answer. Returns means over the last quarter of the updates, and speed.
     """
     cfg, run, reference = task.cfg, task.run, copy_frozen(policy, task)
@@ -764,9 +747,8 @@ def train_grpo(
     prompt = task.fmt.teacher_prompt if kind == "rlt" else task.fmt.student_prompt
     share, history = cfg.prompts // run.world_size, {"names": [], "rows": [], "tokens": 0}
     mine = slice(run.rank * share, (run.rank + 1) * share)  # whole groups: advantages need no other rank
-    for step in run.steps(
-        cfg.updates, model=policy, optimizer=optimizer, reference=reference, history=history
-    ):
+    state = {"model": policy, "optimizer": optimizer, "reference": reference, "history": history}
+    for step in run.steps(cfg.updates, **state):
         uniforms = torch.rand(cfg.prompts, cfg.group, cfg.max_new, generator=run.generator("sample"))[mine]
         batch = [examples[i] for i in rows_of(step, cfg.prompts, len(examples), run.stream("order"))[mine]]
         prompts = task.ids([prompt(e) for e in batch])
@@ -784,9 +766,7 @@ def train_grpo(
             parts |= grpo_update(model, reference, prompts, completions, advantage, optimizer, task)
         if (step + 1) % cfg.sync_every == 0:
             sync_ref(reference, policy, cfg.sync_mix)
-        signal = (
-            advantage.view(-1, cfg.group).ne(0).any(1).float()
-        )  # groups that say which completion is better
+        signal = advantage.view(-1, cfg.group).ne(0).any(1).float()  # groups with something to learn
         parts = {"reward": reward, "signal": signal} | parts
         means = run.mean(torch.stack([v.mean().to(run.device) for v in parts.values()]))
         history["names"], history["tokens"] = list(parts), history["tokens"] + sum(map(len, completions))
@@ -799,10 +779,8 @@ def train_grpo(
     return means | speed(policy, history["tokens"], run)
 
 
-def grpo_update(
-    model, reference, prompts, completions, advantage: Tensor, optimizer, task: Task
-) -> dict[str, Tensor]:
-    """One optimizer step on this rank's completions (lists of ids), in micro-batches, averaged over the ranks."""
+def grpo_update(model, reference, prompts, completions, advantage: Tensor, optimizer, task: Task) -> dict:
+    """One optimizer step on this rank's completions (lists of ids), in micro-batches, averaged over ranks."""
     cfg, run, device = task.cfg, task.run, task.run.device
     sequences = [p + c for p, c in zip(prompts, completions, strict=True)]
     model.train(run.sharded)  # which turns on gradient checkpointing; no model here has dropout
@@ -810,9 +788,7 @@ def grpo_update(
     for group in micro_batches([len(x) for x in sequences], task):
         ids, valid = collate([sequences[i] for i in group], device)
         first = torch.tensor([len(prompts[i]) for i in group] or [2], device=device)
-        mask = valid[:, 1:] & (
-            torch.arange(1, ids.shape[1], device=device) >= first[:, None]
-        )  # completions to EOS
+        mask = valid[:, 1:] & (torch.arange(1, ids.shape[1], device=device) >= first[:, None])  # to EOS
         a = advantage[torch.from_numpy(group).to(device)] if len(group) else torch.zeros(1, device=device)
         weight = len(group) / len(sequences)  # in the mean over completions; a dummy has none
         with run.autocast():
@@ -839,9 +815,8 @@ def place(lm: nn.Module, task: Task, trainable: bool) -> LogProbLM:
     if trainable:
         lm.gradient_checkpointing_enable()
     dtype = torch.float32 if trainable or not task.run.amp else torch.bfloat16
-    return task.run.shard(
-        LogProbLM(lm), lm.base_model.layers, dtype, task.cfg.offload and not trainable
-    ).eval()
+    offload = task.cfg.offload and not trainable
+    return task.run.shard(LogProbLM(lm), lm.base_model.layers, dtype, offload).eval()
 
 
 def copy_frozen(model: LogProbLM, task: Task) -> LogProbLM:
@@ -863,7 +838,7 @@ def stop_at_bad_reward(reward: Tensor, batch, completions, detail: dict, task: T
 
 
 def speed(policy: LogProbLM, tokens: int, run: Run) -> dict[str, float]:
-    """Tokens/s of each phase on this rank. MFU counts 2N FLOP to sample a token, 6N to score it, 6N to train."""
+    """Tokens/s of each phase on this rank. MFU: 2N FLOP to sample a token, 6N to score, 6N to train on it."""
     phases = {k: run.seconds.get(k, math.nan) for k in ("sample", "reward", "update")}
     flops, total = 14 * sum(p.numel() for p in policy.parameters()) * tokens, sum(phases.values())
     rates = {"mfu": flops / total / common.peak_flops(run.device), "rl_seconds": total}
@@ -878,28 +853,19 @@ def learning_rate(step: int, total: int, peak: float, warmup: float, floor: floa
     first = warmup * total
     if step < first:
         return peak * (step + 1) / first
-    return peak * (
-        floor + (1 - floor) * (0.5 + 0.5 * math.cos(math.pi * (step - first) / max(1, total - first)))
-    )
+    cosine = 0.5 + 0.5 * math.cos(math.pi * (step - first) / max(1, total - first))
+    return peak * (floor + (1 - floor) * cosine)
 
 
-def sft(
-    model: LogProbLM,
-    batch_of: Callable,
-    steps: int,
-    rate: Callable,
-    betas,
-    decay: float,
-    task: Task,
-    done=None,
-):
+def sft(model: LogProbLM, batch_of: Callable, steps: int, rate: Callable, adam: dict, task: Task, done=None):
     """Train in place: batch_of(step) is the global batch as (text, character where the loss begins).
 
-    Loss: mean over the supervised tokens of the batch. Texts are cut at cfg.context. `done(step)` may end it.
+    Loss: mean over the supervised tokens of the batch. Texts end at cfg.context. rate(step) is the learning
+    rate, `adam` the other settings of AdamW; done(step) may end it early.
     """
     cfg, run, ended = task.cfg, task.run, {"early": False}
     wrapped = model if run.sharded else run.wrap(model)
-    optimizer = torch.optim.AdamW(model.parameters(), rate(0), betas, weight_decay=decay)
+    optimizer = torch.optim.AdamW(model.parameters(), rate(0), **adam)
     for step in run.steps(steps, model=model, optimizer=optimizer, ended=ended):
         if ended["early"]:
             break
@@ -911,12 +877,11 @@ def sft(
         wrapped.train(run.sharded)
         for group in micro_batches([len(i) for i, _ in codes], task):
             ids, valid = collate([codes[i][0] for i in group], run.device)
-            mask = nn.utils.rnn.pad_sequence(
-                [masks[i] for i in group] or [torch.zeros(2).bool()], batch_first=True
-            )
+            parts = [masks[i] for i in group] or [torch.zeros(2, dtype=torch.bool)]
+            mask = nn.utils.rnn.pad_sequence(parts, batch_first=True)[:, 1:].to(run.device)
             with run.autocast():
                 logp, _ = wrapped(ids, valid, 1.0)
-            part = -torch.where(mask[:, 1:].to(run.device), logp, 0).sum() / max(1.0, supervised)
+            part = -torch.where(mask, logp, 0).sum() / max(1.0, supervised)
             part.backward()
             loss += part.detach()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -929,38 +894,28 @@ def sft(
         run.log(step, loss=run.mean(loss))
 
 
-def sft_on(model: LogProbLM, rows: list[tuple[str, int]], stage: str, steps: int, task: Task) -> None:
-    """Stage 1 ("warmup") or 4 ("distil") on a fixed list of texts, with that stage's optimizer settings."""
-    cfg, seed = task.cfg, task.run.stream("sft")
-    batch, peak = (
-        (cfg.warmup_batch, cfg.warmup_lr) if stage == "warmup" else (cfg.distil_batch, cfg.distil_lr)
-    )
-    warmup, betas, decay = (0.05, (0.9, 0.95), 1e-4) if stage == "warmup" else (0.1, (0.9, 0.999), 0.0)
-    rate = functools.partial(learning_rate, total=steps, peak=peak, warmup=warmup)
-    sft(
-        model,
-        lambda i: [rows[j] for j in rows_of(i, batch, len(rows), seed)],
-        steps,
-        rate,
-        betas,
-        decay,
-        task,
-    )
+def sft_on(model: LogProbLM, rows: list[tuple[str, int]], steps: int, batch: int, rate, adam, task: Task):
+    """`sft` on a fixed list of texts, in a new order every epoch."""
+    seed = task.run.stream("sft")
+    sft(model, lambda i: [rows[j] for j in rows_of(i, batch, len(rows), seed)], steps, rate, adam, task)
 
 
 def warm_up(teacher: LogProbLM, examples: list[Example], task: Task) -> None:
     """Stage 1: SFT in the teacher's format on corpus traces; the loss begins after the opened explanation."""
     rows = [(text, begin) for e in examples if e.t for text, _, begin in [task.fmt.teacher(e, e.t)]]
-    if task.cfg.warmup and rows:
-        sft_on(teacher, rows, "warmup", task.cfg.warmup_steps, task)
-    else:
-        task.run.print("no warm-up: " + ("--no_warmup" if rows else "no problem has a reasoning trace"))
+    cfg, steps = task.cfg, task.cfg.warmup_steps
+    if not cfg.warmup or not rows:
+        return task.run.print("no warm-up" + ("" if rows else ": no problem has a reasoning trace"))
+    rate = functools.partial(learning_rate, total=steps, peak=cfg.warmup_lr, warmup=0.05)
+    sft_on(teacher, rows, steps, cfg.warmup_batch, rate, dict(betas=(0.9, 0.95), weight_decay=1e-4), task)
 
 
 def distil(learner: LogProbLM, traces: list[Example], task: Task, steps: int) -> None:
     """Stage 4: SFT in the student's format on raw explanations; the loss covers the assistant's turn."""
     rows = [(text, begin) for e in traces for text, _, _, begin in [task.fmt.student(e, e.t)]]
-    sft_on(learner, rows, "distil", steps, task)
+    rate = functools.partial(learning_rate, total=steps, peak=task.cfg.distil_lr, warmup=0.1)
+    adam = dict(betas=(0.9, 0.999), weight_decay=0.0)
+    sft_on(learner, rows, steps, task.cfg.distil_batch, rate, adam, task)
 
 
 def read_traces(file: Path) -> list[Example]:
@@ -970,7 +925,7 @@ def read_traces(file: Path) -> list[Example]:
 
 
 def collect(teacher: LogProbLM, student, examples: list[Example], task: Task) -> list[Example]:
-    """Stage 3: one raw explanation of each example, with its reward, added to traces.jsonl; done ones are kept."""
+    """Stage 3: one raw explanation of each example, with its reward, in traces.jsonl; done ones are kept."""
     cfg, run, file, sampler = task.cfg, task.run, task.run.folder / "traces.jsonl", Sampler(teacher, task)
     if run.is_main:  # an interrupted write may have left half a line
         kept = file.read_text() if cfg.resume and file.exists() else ""
@@ -1013,7 +968,7 @@ def extract_boxed(text: str) -> str | None:
 
 
 def equal_answers(a: str | None, b: str | None) -> bool:
-    """Whether two short answers agree: as numbers if both are, else as LaTeX without spacing and decoration."""
+    """Whether two short answers agree: as numbers if both are, else as LaTeX without its decoration."""
 
     def plain(x: str) -> str:
         x = re.sub(r"\\(left|right|displaystyle|[!,;:$]|q?quad)|\\(text|mathrm|mbox)(?=\{)|[\s$]", "", x)
@@ -1033,18 +988,14 @@ def equal_answers(a: str | None, b: str | None) -> bool:
 
 
 def same_boxed(e: Example, text: str) -> bool:
-    """The last boxed answer of a text against the solution's, or against the whole solution if it boxes nothing."""
+    """The last boxed answer of a text against the solution's, or the whole solution if that boxes nothing."""
     return equal_answers(extract_boxed(text), extract_boxed(e.s) or e.s)
 
 
 def solves_countdown(e: Example, text: str) -> bool:
-    """Whether the boxed expression uses the question's numbers once each and makes its target; never evaluated."""
-    operations = {
-        ast.Add: operator.add,
-        ast.Sub: operator.sub,
-        ast.Mult: operator.mul,
-        ast.Div: operator.truediv,
-    }
+    """Whether the boxed expression makes the target from the question's numbers; parsed, never evaluated."""
+    operations = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+    operations[ast.Div] = operator.truediv
 
     def value(node: ast.AST) -> Fraction:
         if isinstance(node, ast.Constant) and type(node.value) is int:
@@ -1064,7 +1015,7 @@ def solves_countdown(e: Example, text: str) -> bool:
 
 
 def benchmark(name: str, heldout: list[Example], cfg: Config) -> list[Example]:
-    """At most cfg.eval_problems problems of what --bench names: a hub table, countdown, a .jsonl, or held-out rows."""
+    """At most cfg.eval_problems of what --bench names: a hub table, countdown, a .jsonl, or held-out rows."""
     if name.endswith(".jsonl") or name == "countdown":
         rows, _ = load_examples(name, seed=10**6)
     elif name in ("math500", "aime24"):
@@ -1088,10 +1039,8 @@ def benchmark(name: str, heldout: list[Example], cfg: Config) -> list[Example]:
     return rows[: cfg.eval_problems]
 
 
-def accuracy(
-    model: LogProbLM, examples: list[Example], task: Task, temperature: float, k: int = 1
-) -> np.ndarray:
-    """Share of right answers to each problem among k (greedy at temperature 0): (N,), the same on every rank."""
+def accuracy(model: LogProbLM, examples: list[Example], task: Task, temperature: float, k=1) -> np.ndarray:
+    """Share of right answers to each problem among k (greedy at temperature 0): (N,), on every rank."""
     cfg, run = task.cfg, task.run
     generator = torch.Generator().manual_seed(run.stream(f"accuracy at {temperature}"))
     uniforms = torch.rand(len(examples), k, cfg.eval_new, generator=generator)
@@ -1135,7 +1084,7 @@ def easy(cfg: Config) -> Config:
 
 
 def hop_job(name: str, run: Run) -> dict:
-    """One job of the grid: `base-W` trains the base model with W chains, `[easy-]method-seed` fills one cell."""
+    """One job of the grid: `base-W` trains the base with W chains, `[easy-]method-seed` fills one cell."""
     *head, method, last = name.split("-")
     cfg = easy(run.cfg) if head or (method == "base" and int(last) == easy(run.cfg).chains) else run.cfg
     task = hop_task(cfg, run)
@@ -1143,10 +1092,9 @@ def hop_job(name: str, run: Run) -> dict:
 
 
 def hop_base(task: Task) -> dict:
-    """Pre-train on both formats, textbook (all written) then web (p_write), and warm the teacher up; both are saved."""
+    """Pre-train on both formats, textbook (all written) then web (p_write), and warm up; both are saved."""
     cfg, run = task.cfg, task.run
     base, test = hop_model(cfg).to(run.device), hop_problems(cfg, 256, "gate")
-    textbook, web = run.stage("textbook"), run.stage("web")
     spelled = hop_problems(cfg, 256, "gate", p_write=1.0)
     hops = ("starts", "hop 1", "hop 2", "hop 3")
 
@@ -1165,21 +1113,19 @@ def hop_base(task: Task) -> dict:
     constant = lambda i: cfg.base_lr * min(1, (i + 1) / 30)  # noqa: E731
     cosine = lambda i: learning_rate(i, cfg.web_steps, cfg.base_lr, 0.0, 0.05)  # noqa: E731
     all_written, as_found = (functools.partial(batch_of, p_write=p) for p in (1.0, cfg.p_write))
-    betas, decay, at_textbook, at_web = (0.9, 0.98), 0.01, replace(task, run=textbook), replace(task, run=web)
-    sft(base, all_written, cfg.textbook_steps, constant, betas, decay, at_textbook, learned)
-    sft(base, as_found, cfg.web_steps, cosine, betas, decay, at_web)
+    adam = dict(betas=(0.9, 0.98), weight_decay=0.01)
+    textbook, web = (replace(task, run=run.stage(name)) for name in ("textbook", "web"))
+    sft(base, all_written, cfg.textbook_steps, constant, adam, textbook, learned)
+    sft(base, as_found, cfg.web_steps, cosine, adam, web)
     gate = hop_accuracy(base, test, task) | {"solves": accuracy(base, test, task, 1.0).mean()}
     if cfg.base_check and not (min(gate[k] for k in hops) >= 0.97 and gate["leap"] < 3 / cfg.symbols):
         found = ", ".join(f"{k} {v:.2f}" for k, v in gate.items())
-        raise UserError(
-            f"{run.name}: later numbers need single hops without leaps, not {found}; try another --seed"
-        )
+        raise UserError(f"{run.name}: single hops without leaps are needed, not {found}; try another --seed")
     weights = {"base": copy.deepcopy(base.state_dict())}
     corpus = hop_problems(cfg, cfg.warmup_batch * cfg.warmup_steps, "warm-up")
     warm_up(base, corpus, replace(task, run=run.stage("warmup")))
-    common.write_atomic(
-        run.folder / "weights.pt", lambda f: torch.save(weights | {"warm": base.state_dict()}, f)
-    )
+    weights["warm"] = base.state_dict()
+    common.write_atomic(run.folder / "weights.pt", lambda f: torch.save(weights, f))
     return gate
 
 
@@ -1194,11 +1140,13 @@ def hop_weights(which: str, folder: Path, task: Task) -> LogProbLM:
 def hop_cell(method: str, seed: int, task: Task) -> dict:
     """One row of the table for one seed: train from the shared base, measure on the shared test problems."""
     cfg, run, control = task.cfg, task.run, "easy" in task.run.name
-    at_stage = lambda name, **changed: replace(task, run=run.stage(name), cfg=replace(cfg, **changed))  # noqa: E731
     model = functools.partial(hop_weights, folder=run.folder.parent, task=task)
     test = hop_problems(cfg, cfg.eval_problems, "test")
     pool = hop_problems(cfg, cfg.prompts * cfg.updates, f"rl {seed}")
     learner, student, teacher = model("base"), model("base").requires_grad_(False), model("warm")
+
+    def at_stage(name: str, **changed) -> Task:
+        return replace(task, run=run.stage(name), cfg=replace(cfg, **changed))
 
     def measure(lm: LogProbLM) -> dict[str, float]:
         modes = {"greedy": 0.0, "tau .7": 0.7, "tau 1": 1.0}
@@ -1211,15 +1159,13 @@ def hop_cell(method: str, seed: int, task: Task) -> dict:
         return numbers | measure(learner)
     result, traces = {}, hop_problems(cfg, cfg.traces, f"distil {seed}")
     if method in ("rlt", "lam0"):
-        result = train_grpo(
-            teacher, pool, "rlt", student, at_stage("rl", lam=0.0 if method == "lam0" else cfg.lam)
-        )
+        lam = 0.0 if method == "lam0" else cfg.lam
+        result = train_grpo(teacher, pool, "rlt", student, at_stage("rl", lam=lam))
     if method != "corpus":
         traces = collect(teacher, student, traces, at_stage("collect"))
     distil(learner, traces, at_stage("distil"), cfg.distil_steps)
-    result |= {"written": float(np.mean([1 - e.t.count("~") / (2 * cfg.chains) for e in traces]))} | measure(
-        learner
-    )
+    elided = np.mean([e.t.count("~") for e in traces]) / (2 * cfg.chains)
+    result |= {"written": 1 - float(elided)} | measure(learner)
     if method == "rlt" and not control:
         result["example"] = explain(teacher, student, test[:1], task)[0]
         cold = model("base")
@@ -1238,12 +1184,10 @@ def hop_study(cfg: Config, run: Run) -> None:
     for name, gate in run.jobs([f"base-{c}" for c in chains], hop_job).items():
         run.print(f"  {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in gate.items()))
     cells = {(p, "start"): [f"{p}start-0"] for p in grid}
-    cells |= {
-        (p, m): [f"{p}{m}-{i}" for i in range(cfg.seeds)] for p, methods in grid.items() for m in methods
-    }
-    results = run.jobs(
-        sorted((n for names in cells.values() for n in names), key=lambda n: "rlt" not in n), hop_job
-    )
+    for prefix, methods in grid.items():
+        cells |= {(prefix, m): [f"{prefix}{m}-{i}" for i in range(cfg.seeds)] for m in methods}
+    names = [name for cell in cells.values() for name in cell]
+    results = run.jobs(sorted(names, key=lambda name: "rlt" not in name), hop_job)  # the longest first
 
     def column(prefix: str, method: str, key: str, inner: str | None = None) -> list[float]:
         found = (results[n][inner] if inner else results[n] for n in cells[prefix, method])
@@ -1256,24 +1200,17 @@ def hop_study(cfg: Config, run: Run) -> None:
         rows.append({"chains": count, "row": LABELS[method]} | numbers)
     for when in () if cfg.easy else ("before RL", "after RL"):
         numbers = {k: mean_se(column("", "rlt", k, f"cold start, {when}")) for k in keys}
-        rows.append(
-            {"chains": cfg.chains, "row": f"cold start, {cfg.cold_traces} RLT traces, {when}"} | numbers
-        )
-    run.table(
-        rows,
-        f"accuracy on {cfg.eval_problems} fresh problems, +- s.e. over {cfg.seeds} seeds, one base model",
-    )
+        rows.append({"chains": cfg.chains, "row": f"{cfg.cold_traces} RLT traces, {when}"} | numbers)
+    how = f"{cfg.eval_problems} fresh problems, +- s.e. over {cfg.seeds} seeds on one base model"
+    run.table(rows, f"accuracy on {how}")
     if not cfg.easy:
         hop_claims(column, run)
         example = results["rlt-0"]["example"]
         run.print("\none explanation of the trained teacher\n" + describe(example, cfg))
-        run.figure(
-            "rlt", functools.partial(draw_study, folder=run.folder, seeds=cfg.seeds, example=example), (11, 5)
-        )
+        draw = functools.partial(draw_study, folder=run.folder, seeds=cfg.seeds, example=example)
+        run.figure("rlt", draw, (11, 5))
     sparse, rlt = (column("easy-", method, "tau 1") for method in ("sparse", "rlt"))
-    run.claim(
-        "control, half the chains: correctness RL alone beats distilling from RLT (at tau 1)", sparse, rlt
-    )
+    run.claim("control, half the chains: correctness RL beats distilling from RLT (tau 1)", sparse, rlt)
     first = next(iter(grid))
     rates = [k for k in results[f"{first}rlt-0"] if "per_s" in k or k == "mfu"]
     numbers = {k: float(np.mean(column(first, "rlt", k))) for k in [*rates, "rl_seconds"]}
@@ -1281,14 +1218,12 @@ def hop_study(cfg: Config, run: Run) -> None:
 
 
 def hop_claims(column: Callable, run: Run) -> None:
-    """The paper's sentences, paired by seed: greedy accuracy of the student distilled from RLT against the rest."""
+    """The paper's sentences, paired by seed: greedy accuracy of the RLT student against the rest."""
     ours, sparse = column("", "rlt", "greedy"), column("", "sparse", "greedy")
     run.claim("a student distilled from RLT beats correctness RL from the same start", ours, sparse)
     run.claim("... beats one distilled from the corpus", ours, column("", "corpus", "greedy"))
     run.claim("... beats one distilled from the teacher before RL", ours, column("", "warm", "greedy"))
-    run.claim(
-        "without the KL term (theirs: lambda = 0) teaching is worse", ours, column("", "lam0", "greedy")
-    )
+    run.claim("without the KL term (theirs) teaching is worse", ours, column("", "lam0", "greedy"))
     r_ss = column("", "lam0", "r_ss"), column("", "rlt", "r_ss")
     run.claim("... though r_SS without it (ours) is as high or higher, margin 0.05", *r_ss, margin=-0.05)
     cold = column("", "rlt", "greedy", "cold start, after RL")
@@ -1303,7 +1238,7 @@ def mean_se(values: list[float]) -> str | None:
 
 
 def draw_study(figure, folder: Path, seeds: int, example: dict) -> None:
-    """Left: r_SS and r_KL over the updates with and without the KL term. Right: one explanation, coloured by its KL."""
+    """Left: r_SS and r_KL over the updates, with and without the KL term. Right: an explanation by its KL."""
     left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": (1.1, 1)})
     for method, colour, name in (("rlt", "tab:blue", "RLT"), ("lam0", "tab:red", "lambda = 0")):
         files = [folder / f"{method}-{i}" / "rl" / "metrics.jsonl" for i in range(seeds)]
@@ -1329,7 +1264,7 @@ def draw_study(figure, folder: Path, seeds: int, example: dict) -> None:
 
 
 def explain(teacher, student, examples: list[Example], task: Task, given: bool = False) -> list[dict]:
-    """Score one explanation of each example, sampled or `given` as e.t, and spell out what every token got."""
+    """Score one explanation of each example, sampled or `given` as e.t, and spell out what each token got."""
     if given:
         close = task.fmt.explanation[1] + task.fmt.end_of_turn
         completions = task.ids([e.t.removeprefix(task.fmt.gap) + close for e in examples])
@@ -1341,16 +1276,10 @@ def explain(teacher, student, examples: list[Example], task: Task, given: bool =
     out = []
     for i, (e, row) in enumerate(zip(examples, detail["rows"], strict=True)):
         spell = lambda places, ids=row.student_ids: [task.tok.decode([ids[j]]) for j in places]  # noqa: E731
-        x = {
-            "question": e.q,
-            "explanation": row.t,
-            "tokens": spell(row.think_student),
-            "solution": spell(row.solution),
-        }
-        x |= {
-            "kl": detail["d"][i, : len(row.think_student)].tolist(),
-            "l": detail["l"][i, : len(row.solution)].tolist(),
-        }
+        x = {"question": e.q, "explanation": row.t}
+        x |= {"tokens": spell(row.think_student), "solution": spell(row.solution)}
+        x["kl"] = detail["d"][i, : len(x["tokens"])].tolist()
+        x["l"] = detail["l"][i, : len(x["solution"])].tolist()
         x |= {k: float(v[i]) for k, v in ({"reward": reward} | parts).items()}
         grams = {e.s.strip()[j : j + 4] for j in range(max(1, len(e.s.strip()) - 3))}
         x["dearest"] = int(np.argmax(x["kl"])) if x["kl"] else 0
@@ -1370,19 +1299,23 @@ def describe(x: dict, cfg: Config) -> str:
         return " | ".join(texts)
 
     place = x["dearest"] / max(1, len(x["kl"]) - 1)
-    return "\n".join((
+    r_kl = f"r_KL {x['r_kl']:.3f} = mean {x['kl_mean']:.3f} + {cfg.alpha} max {x['kl_max']:.2f}"
+    penalty = "" if x["closed"] else f" {cfg.penalty:+} (not closed)"
+    lines = (
         f"question     {x['question'].strip()}",
         f"explanation  {x['explanation'].strip()}",
-        f"what each of its tokens costs, log teacher - log student (d_j)\n  {cells(x['tokens'], x['kl'], 3.0)}",
-        f"what the student gives each token of the solution (l_k)\n  {cells(x['solution'], x['l'], -3.0)}",
-        f"r_SS {x['r_ss']:.3f}; r_KL {x['r_kl']:.3f} = mean {x['kl_mean']:.3f} + {cfg.alpha} max {x['kl_max']:.2f}",
-        f"reward {x['reward']:.3f} = r_SS - {cfg.lam} r_KL" + ("" if x["closed"] else f" {cfg.penalty:+} (not closed)"),
+        "what each of its tokens costs, log teacher - log student (d_j)",
+        f"  {cells(x['tokens'], x['kl'], 3.0)}",
+        "what the student gives each token of the solution (l_k)",
+        f"  {cells(x['solution'], x['l'], -3.0)}",
+        f"r_SS {x['r_ss']:.3f}; {r_kl}; reward {x['reward']:.3f} = r_SS - {cfg.lam} r_KL{penalty}",
         f"the dearest token stands {place:.0%} into t; t holds {x['leak']:.0%} of the solution's 4-grams",
-    ))  # fmt: skip
+    )
+    return "\n".join(lines)
 
 
 def newest(cfg: Config, run: Run) -> tuple[LogProbLM, LogProbLM, Task, list[Example]]:
-    """Teacher, student, task and problems for --show and --score: as trained in the run folder, else as they start."""
+    """Teacher, student, task and problems for --show and --score, as trained in the run folder, if so."""
     if cfg.teacher:
         task, lm, student, examples = text_task(replace(cfg, shard=False), run)
         if (run.folder / "teacher").exists():
@@ -1397,7 +1330,7 @@ def newest(cfg: Config, run: Run) -> tuple[LogProbLM, LogProbLM, Task, list[Exam
 
 
 def score_file(cfg: Config, run: Run) -> None:
-    """Rank the traces in a .jsonl by the reward, print the best ten with their dearest step, write all of them."""
+    """Rank the traces in a .jsonl by the reward; print the best ten with their dearest step, write all."""
     rows = common.read_jsonl(cfg.score, ("question", "solution", "reasoning_trace"))
     teacher, student, task, _ = newest(cfg, run)
     padded = pad if cfg.teacher else str
@@ -1406,9 +1339,8 @@ def score_file(cfg: Config, run: Run) -> None:
     order = np.argsort([-x["reward"] for x in found], kind="stable").tolist()
     for i in order[:10]:
         x, j = found[i], found[i]["dearest"]
-        step = " ".join(
-            "".join([*x["tokens"][max(0, j - 8) : j], " >>", *x["tokens"][j : j + 1], "<<"]).split()
-        )
+        words = [*x["tokens"][max(0, j - 8) : j], " >>", *x["tokens"][j : j + 1], "<<"]
+        step = " ".join("".join(words).split())
         numbers = f"reward {x['reward']:.3f}, r_SS {x['r_ss']:.3f}, r_KL {x['r_kl']:.3f}"
         run.print(f"row {i + 1}: {numbers}; dearest token {x['kl_max']:.2f}: {step}")
     kept = ("reward", "r_ss", "r_kl", "kl_mean", "kl_max", "length", "leak")
@@ -1422,22 +1354,16 @@ def score_file(cfg: Config, run: Run) -> None:
 
 
 def text_task(cfg: Config, run: Run) -> tuple[Task, nn.Module, nn.Module, list[Example]]:
-    """Task, teacher, frozen student and the problems that fit. UserError where models or data do not go together."""
+    """Task, teacher, frozen student and the problems that fit. UserError where these do not go together."""
     rows, system = load_examples(cfg.data, cfg.seed)
     dtype = torch.bfloat16 if cfg.shard else torch.float32
     lm, tok = common.load_lm(cfg.teacher, dtype)
-    student, student_tok = (
-        (copy.deepcopy(lm), tok) if cfg.student == "self" else common.load_lm(cfg.student, dtype)
-    )
-    fmt, correct = (
-        chat_format(tok, system),
-        solves_countdown if "countdown" in (cfg.data, cfg.bench) else same_boxed,
-    )
-    task = Task(cfg, run, tok, fmt, correct)
-    probe = [
-        fmt.teacher(rows[0], pad("So 12 + 30 = 42."))[0],
-        fmt.student(rows[0], pad("So 12 + 30 = 42."))[0],
-    ]
+    student, student_tok = copy.deepcopy(lm), tok
+    if cfg.student != "self":
+        student, student_tok = common.load_lm(cfg.student, dtype)
+    fmt = chat_format(tok, system)
+    task = Task(cfg, run, tok, fmt, solves_countdown if "countdown" in (cfg.data, cfg.bench) else same_boxed)
+    probe = [make(rows[0], pad("So 12 + 30 = 42."))[0] for make in (fmt.teacher, fmt.student)]
     if task.ids(probe) != replace(task, tok=student_tok).ids(probe):
         raise UserError("--teacher and --student tokenize differently; d_j compares the same tokens in both")
     fitting = []
@@ -1448,16 +1374,14 @@ def text_task(cfg: Config, run: Run) -> tuple[Task, nn.Module, nn.Module, list[E
             raise UserError(f"{cfg.data}, row {i + 1}: the solution {e.s!r} has no token of its own to score")
         if max(len(ids_t), len(ids_s)) + cfg.max_new + 8 <= cfg.context:
             fitting.append(e)
-    run.print(
-        f"{len(fitting)} problems; {len(rows) - len(fitting)} dropped, too long for --context {cfg.context}"
-    )
+    run.print(f"{len(fitting)} problems; {len(rows) - len(fitting)} dropped, beyond --context {cfg.context}")
     if len(fitting) <= cfg.holdout:
         raise UserError(f"{cfg.data}: no problem is left to train on beside --holdout {cfg.holdout}")
     return task, lm, student, fitting
 
 
 def text_study(cfg: Config, run: Run) -> None:
-    """Warm-up, RL, collection, distillation, evaluation: cfg.stages says which; with --resume finished ones are kept."""
+    """Warm-up, RL, collection, distillation, evaluation, as cfg.stages says; --resume keeps finished ones."""
     if cfg.prompts % run.world_size:
         raise UserError(f"--prompts {cfg.prompts} is no multiple of the {run.world_size} ranks")
     if cfg.exact_kl and cfg.shard:
@@ -1487,23 +1411,18 @@ def text_study(cfg: Config, run: Run) -> None:
 def text_students(traces: list[Example], problems: list[Example], task: Task) -> None:
     """Distil the learner on the traces and compare it with itself before, paired by problem."""
     cfg, run = task.cfg, task.run
-    name, dtype = (
-        cfg.teacher if cfg.learner == "self" else cfg.learner,
-        torch.bfloat16 if cfg.shard else torch.float32,
-    )
-    learner, rows = place(common.load_lm(name, dtype)[0], task, trainable=True), {}
+    name = cfg.teacher if cfg.learner == "self" else cfg.learner
+    lm, _ = common.load_lm(name, torch.bfloat16 if cfg.shard else torch.float32)
+    learner, rows = place(lm, task, trainable=True), {}
+    measure = functools.partial(accuracy, learner, problems, task, cfg.eval_temperature, cfg.eval_samples)
     if problems:
-        rows["before"] = accuracy(learner, problems, task, cfg.eval_temperature, cfg.eval_samples)
+        rows["before"] = measure()
     if traces:
         distil(learner, traces, replace(task, run=run.stage("distil")), cfg.distil_steps)
         export(learner, task, "distilled")
         if problems:
-            rows["distilled from RLT"] = accuracy(
-                learner, problems, task, cfg.eval_temperature, cfg.eval_samples
-            )
-            run.claim(
-                "the student distilled from RLT beats itself before, by problem", *reversed(rows.values())
-            )
+            rows["distilled from RLT"] = measure()
+            run.claim("the student distilled from RLT beats itself before", *reversed(rows.values()))
     if problems:
         how = f"temperature {cfg.eval_temperature}, top_p {cfg.eval_top_p}, at most {cfg.eval_new} tokens"
         table = [{"student": k, f"avg@{cfg.eval_samples}": mean_se(v.tolist())} for k, v in rows.items()]
@@ -1541,9 +1460,8 @@ def meta_model(name: str) -> nn.Module:
         try:
             config = AutoConfig.from_pretrained(name)
         except (OSError, ValueError):
-            raise UserError(
-                f"{name}: not local, and --dry_run knows {', '.join(ARCHITECTURES)} only"
-            ) from None
+            known = ", ".join(ARCHITECTURES)
+            raise UserError(f"{name}: not local, and --dry_run knows only {known}") from None
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -1555,34 +1473,27 @@ def dry_run(cfg: Config, run: Run) -> None:
         with torch.device("meta"):
             n, runs = size(hop_model(cfg)), 7 * cfg.seeds
         tokens = cfg.updates * cfg.prompts * cfg.group * cfg.max_new
-        return run.print(
-            f"{n:,} parameters; {runs} runs of at most {cfg.updates} updates and {tokens:,} sampled tokens"
-        )
+        return run.print(f"{n:,} parameters; {runs} runs of at most {cfg.updates} updates, {tokens:,} tokens")
     teacher = meta_model(cfg.teacher)
     student = teacher if cfg.student == "self" else meta_model(cfg.student)
     c, n, gpus = teacher.config, size(teacher), max(run.world_size, 8) if cfg.shard else run.world_size
-    kv = (
-        4 * c.num_hidden_layers * c.num_key_value_heads * c.hidden_size // c.num_attention_heads
-    )  # bytes a token
+    # a token's keys and values in bfloat16
+    kv = 4 * c.num_hidden_layers * c.num_key_value_heads * c.hidden_size // c.num_attention_heads
     parts = {"teacher: fp32 weights, gradients and AdamW": 16 * n / gpus, "reference: bf16": 2 * n / gpus}
-    parts |= {
-        "reward student: bf16": 0 if cfg.offload else 2 * size(student) / gpus,
-        "rollout copy: bf16, whole": 2 * n,
-    }
+    parts["reward student: bf16"] = 0 if cfg.offload else 2 * size(student) / gpus
+    parts["rollout copy: bf16, whole"] = 2 * n
     parts["KV cache of a sampling batch, 1k prompt"] = kv * cfg.sample_batch * (cfg.max_new + 1024)
-    parts["layer inputs kept for the backward pass"] = (
-        2 * cfg.micro_tokens * c.hidden_size * c.num_hidden_layers
-    )
+    parts["layer inputs for the backward pass"] = 2 * cfg.micro_tokens * c.hidden_size * c.num_hidden_layers
     parts["sum"] = sum(parts.values())
     rows = [{"on each GPU": k, "GB": f"{v / 1e9:.1f}"} for k, v in parts.items()]
     run.table(rows, f"{cfg.config} on {gpus} GPUs: teacher {n:,} parameters, student {size(student):,}")
     tokens = cfg.prompts * cfg.group * cfg.max_new
-    flops = (
-        14 * n + 2 * size(student)
-    ) * tokens  # sample 2N, policy 8N (recomputed), reference 2N, re-score 2N
+    # sample 2N, policy 8N with recomputation, reference 2N, re-score 2N, student 2N
+    flops = (14 * n + 2 * size(student)) * tokens
     seconds = flops / gpus / 989e12 / 0.4
-    run.print(f"an update: {cfg.prompts * cfg.group} completions, at most {tokens:,} tokens, {flops:.1e} FLOP, "
-              f"{seconds:.0f} s at 40 % of the peak of {gpus} H100")  # fmt: skip
+    run.print(
+        f"an update: up to {tokens:,} tokens, {flops:.1e} FLOP; {seconds:.0f} s on {gpus} H100, 40 % MFU"
+    )
     run.print(f"steps: warm-up {cfg.warmup_steps}, RL {cfg.updates}, distillation {cfg.distil_steps}")
 
 
@@ -1591,8 +1502,7 @@ def main(argv: list[str] | None = None) -> None:
     if any(a.startswith("--teacher") for a in argv) and not any(a.startswith("--config") for a in argv):
         argv = ["--config", "text", *argv]  # a real model on a laptop wants the sizes of that rung
     cfg = common.parse_config(CONFIGS, argv)
-    looking = bool(cfg.show or cfg.score)
-    with Run(replace(cfg, resume=cfg.resume or looking)) as run:  # looking leaves the run folder as it is
+    with Run(cfg, look=bool(cfg.show or cfg.score)) as run:
         if cfg.dry_run:
             dry_run(cfg, run)
         elif cfg.score:

@@ -1,5 +1,6 @@
 """Shared by all tests: one thread each (tiny tensors), no network, and helpers that run a script as a user would."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import common
+import rlt
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,11 +28,77 @@ def run_script(tmp_path):
     """run_script(*arguments, ranks=0) starts a command in tmp_path; with ranks it goes through torchrun (Gloo)."""
 
     def start(*arguments, ranks: int = 0, check: bool = True):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+        )
         command = [sys.executable, *launcher, *map(str, arguments)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
         assert not check or done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done
 
     return start
+
+
+def bpe(corpus, size=400, **special):
+    """A byte-level BPE with offsets and ChatML, trained on `corpus`, as small as it is true to the real ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(rlt_regex(), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    tok.decoder = decoders.ByteLevel()
+    names = ["<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=names, initial_alphabet=alphabet)
+    tok.train_from_iterator(corpus, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|im_end|>", **special
+    )
+    fast.chat_template = rlt.CHATML
+    return fast
+
+
+def rlt_regex():
+    """Qwen's pre-tokenizer: punctuation takes the newlines after it along, so that `|>` and a blank line can merge."""
+    from tokenizers import Regex
+
+    return Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+@pytest.fixture(scope="session")
+def bpe_tokenizer():
+    tags = [tag for pair in (rlt.Format.solution, rlt.Format.thought, rlt.Format.explanation) for tag in pair]
+    words = "We add the two numbers: 12 plus 30 is 42. So the answer is 42, naïve café 日本語. "
+    corpus = [f"{tag}\n\n{words}\n\n" for tag in tags] * 20
+    return bpe(corpus)
+
+
+@pytest.fixture
+def text_files(tmp_path, bpe_tokenizer):
+    """A tiny Llama with a BPE tokenizer in a folder, and problems: `full` in miniature."""
+    torch.manual_seed(0)
+    lm = common.tiny_lm(len(bpe_tokenizer), 32, 2, context=1024, mlp=48)
+    with torch.no_grad():  # sharded runs load bfloat16: let both see the same numbers
+        for p in lm.parameters():
+            p.copy_(p.bfloat16())
+    lm.save_pretrained(tmp_path / "lm")
+    bpe_tokenizer.save_pretrained(tmp_path / "lm")
+    rows = [
+        {"question": f"What is {i} plus 30?", "solution": rf"It is \boxed{{{i + 30}}}."} for i in range(9)
+    ]
+    rows = [r | {"reasoning_trace": f"We add. It is {i + 30}."} if i % 2 else r for i, r in enumerate(rows)]
+    rows.append({"question": "long " * 500, "solution": "1"})
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    size = (
+        "--config text --teacher lm --data p.jsonl --max_new 12 --updates 2 --context 700 --holdout 2".split()
+    )
+    return [*size, "--eval_new", "12", "--distil_steps", "2", "--warmup_steps", "2", "--traces", "5"]

@@ -98,7 +98,9 @@ def test_atomic_write_leaves_the_old_file_when_the_writer_fails(tmp_path):
 
 
 def test_json_has_null_where_a_number_is_not_finite(tmp_path):
-    common.write_json(tmp_path / "x", {"a": math.nan, "b": [math.inf, np.float32(1.5)], "c": torch.tensor([1, 2])})
+    common.write_json(
+        tmp_path / "x", {"a": math.nan, "b": [math.inf, np.float32(1.5)], "c": torch.tensor([1, 2])}
+    )
     assert json.loads((tmp_path / "x").read_text()) == {"a": None, "b": [None, 1.5], "c": [1, 2]}
 
 
@@ -122,7 +124,9 @@ def test_a_broken_jsonl_names_file_line_and_field(text, words, tmp_path):
 
 
 def test_jsonl_rows_may_hold_unicode_line_separators(tmp_path):
-    (tmp_path / "x.jsonl").write_text(json.dumps({"q": "a\u2028b"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    (tmp_path / "x.jsonl").write_text(
+        json.dumps({"q": "a\u2028b"}, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     assert common.read_jsonl(tmp_path / "x.jsonl", ["q"]) == [{"q": "a\u2028b"}]
 
 
@@ -291,8 +295,14 @@ def test_claim_arithmetic_is_the_paired_standard_error(tmp_path):
             run.claim("unpaired", [1.0, 2.0], [1.0])
         run.finish(tokens_per_s=3.0)
     data = json.loads((run.folder / "results.json").read_text())
-    assert {"script", "config", "seed", "world_size", "device", "seconds", "table", "claims", "speed"} <= set(data)
-    assert data["speed"] == {"tokens_per_s": 3.0} and len(data["claims"]) == 9 and data["claims"][-1]["se"] is None
+    assert {"script", "config", "seed", "world_size", "device", "seconds", "table", "claims", "speed"} <= set(
+        data
+    )
+    assert (
+        data["speed"] == {"tokens_per_s": 3.0}
+        and len(data["claims"]) == 9
+        and data["claims"][-1]["se"] is None
+    )
 
 
 # --- language models
@@ -301,7 +311,12 @@ def test_claim_arithmetic_is_the_paired_standard_error(tmp_path):
 def test_char_tokenizer_round_trip_and_offsets():
     tok = common.CharTokenizer("abc$", eos="$")
     out = tok(["cab$", ""], return_offsets_mapping=True)
-    assert out["input_ids"] == [[2, 0, 1, 3], []] and out["offset_mapping"][0] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert out["input_ids"] == [[2, 0, 1, 3], []] and out["offset_mapping"][0] == [
+        (0, 1),
+        (1, 2),
+        (2, 3),
+        (3, 4),
+    ]
     assert tok.decode(tok.encode("cab$")) == "cab$" and tok.decode([2, 3], skip_special_tokens=True) == "c"
     assert len(tok) == 4 and tok.eos_token_id == 3
     with pytest.raises(ValueError, match="z"):
@@ -329,7 +344,9 @@ def test_token_logprobs_equal_the_full_log_softmax_with_gradients(lm, chunk):
     logp, entropy = common.token_logprobs(lm, ids, mask, 0.7, chunk)
     keep = mask[:, 1:]
     torch.testing.assert_close(logp[keep].double(), expected[keep], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(entropy[keep].double(), -(full.exp() * full).sum(-1)[keep], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        entropy[keep].double(), -(full.exp() * full).sum(-1)[keep], rtol=1e-5, atol=1e-5
+    )
     grads = torch.autograd.grad((logp * keep).sum(), list(lm.parameters()))
     wanted = torch.autograd.grad((expected * keep).sum(), list(lm.parameters()))
     for g, w in zip(grads, wanted, strict=True):
