@@ -1,7 +1,7 @@
-"""Plumbing that the ten scripts share: command line, one `Run` per process, language-model helpers. No method lives here.
+"""What the ten scripts share: command line, one `Run` per process, language-model helpers. No method is here.
 
-Reading order: `Config` and `parse_config` (a dataclass becomes the command line), `Run` (ranks, seeds, output folder,
-checkpoints, jobs, claims), then the language-model helpers `load_lm`, `generate` and `token_logprobs`.
+Reading order: `Config` and `parse_config` (a dataclass becomes the command line), `Run` (ranks, seeds, output
+folder, checkpoints, jobs, claims), then the language-model helpers `load_lm`, `generate`, `token_logprobs`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can mend; `Run` prints it as one line and exits with code 2."""
+    """Something that the person at the keyboard can mend; `Run` makes it one line and exit code 2."""
 
 
 @dataclass
@@ -50,7 +50,9 @@ class Config:
     config: str = "demo"  # rung of the ladder that the other defaults come from
     seed: int = 0  # seed of every random number generator
     device: str = "auto"  # auto: CUDA if there is one, else CPU; or cpu, cuda, mps
-    dtype: str = "auto"  # auto: bfloat16 autocast on CUDA, float32 elsewhere; or float32, bfloat16
+    dtype: typing.Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # auto: bfloat16 autocast on CUDA, else float32
+    )
     compile: bool = False  # torch.compile the hot step, with CUDA graphs on a GPU
     workers: int = 1  # processes that share the independent jobs of one rank
     out: str = "out"  # folder that holds the run folders
@@ -74,7 +76,7 @@ MAY_CHANGE = {
 
 
 def parse_value(hint, text: str):
-    """Read `text` as a `hint` (int, float, str, bool, Literal, tuple[x, ...] or x | None); raise ValueError."""
+    """Read `text` as `hint` (int, float, str, bool, Literal, tuple[x, ...], x | None) or raise ValueError."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
         return tuple(parse_value(args[0], part) for part in text.split(",") if part)
@@ -87,7 +89,7 @@ def parse_value(hint, text: str):
 
 
 def parse_config(configs: dict[str, Config], argv: Sequence[str] | None = None) -> Config:
-    """Build a script's Config from the command line: `--config NAME` picks a rung, any field can be set on top.
+    """Build a script's Config from the command line: `--config NAME` picks a rung, any field can be set.
 
     Booleans: `--flag`, `--flag false` or `--no_flag`. A bad name or value is one line and exit code 2.
     """
@@ -104,9 +106,8 @@ def parse_config(configs: dict[str, Config], argv: Sequence[str] | None = None) 
         optional = {"nargs": "?", "const": "true"} if hint is bool else {}
         parser.add_argument(f"--{name}", metavar=kind.upper(), help=text, **optional)
         if hint is bool:
-            parser.add_argument(
-                f"--no_{name}", dest=name, action="store_const", const="false", help=argparse.SUPPRESS
-            )
+            off = {"action": "store_const", "const": "false", "help": argparse.SUPPRESS}
+            parser.add_argument(f"--no_{name}", dest=name, **off)
     given, unknown = parser.parse_known_args(argv)
     nearest = functools.partial(difflib.get_close_matches, n=1, cutoff=0.0)
     if unknown:
@@ -114,9 +115,8 @@ def parse_config(configs: dict[str, Config], argv: Sequence[str] | None = None) 
         parser.error(f"unknown argument {unknown[0]}; the nearest is --{near} (--help lists all)")
     chosen = given.config or default
     if chosen not in configs:
-        parser.error(
-            f"--config {chosen}: the nearest is {nearest(chosen, configs)[0]} (there are {', '.join(configs)})"
-        )
+        near = nearest(chosen, configs)[0]
+        parser.error(f"--config {chosen}: the nearest is {near} (there are {', '.join(configs)})")
     values, flag = {"config": chosen}, ""
     try:
         for name, text in vars(given).items():
@@ -141,7 +141,7 @@ def finite_or_null(data):
 
 
 def write_atomic(path: Path, data: bytes | Callable[[typing.BinaryIO], object]) -> None:
-    """Write bytes (or call a writer) on a temporary file, fsync, rename: a reader sees the old file or the new."""
+    """Write bytes (or call a writer) on a temporary file, fsync, rename: the old file or the new."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         data(file) if callable(data) else file.write(data)
@@ -156,14 +156,13 @@ def write_json(path: Path, data) -> None:
 
 
 def read_jsonl(path: str | Path, required: Sequence[str]) -> list[dict]:
-    """Read one JSON object a line; UserError names file, line and field where one of `required` is no filled string."""
+    """Read one JSON object a line; UserError names file, line and field where a `required` one is no text."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    lines = [(i, x) for i, x in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1) if x.strip()]
-    if not lines:
-        raise UserError(f"{path}: no rows")
     rows = []
-    for number, line in lines:
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as e:
@@ -172,15 +171,22 @@ def read_jsonl(path: str | Path, required: Sequence[str]) -> list[dict]:
             value = rows[-1].get(field) if isinstance(rows[-1], dict) else None
             if not isinstance(value, str) or not value.strip():
                 raise UserError(f"{path}, line {number}: field {field!r} is missing, empty or no string")
+    if not rows:
+        raise UserError(f"{path}: no rows")
     return rows
 
 
-class Run:
-    """The process: rank, device, precision, seeds, and the output folder with metrics, checkpoints and results.
+def stable_hash(text: str) -> int:
+    """56 bits of SHA-256: a seed that is the same in every process, which hash() is not."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
 
-    Use it as `with Run(cfg) as run:`; a UserError inside becomes one line and exit code 2. `stage` and `jobs` hand out
-    child runs with their own subfolder, checkpoint and seeds: a part of a script gives the same numbers whether the
-    parts before it ran just now or were restored.
+
+class Run:
+    """The process: rank, device, precision, seeds, and the folder with metrics, checkpoints and results.
+
+    Use it as `with Run(cfg) as run:`; a UserError inside becomes one line and exit code 2. `stage` and `jobs`
+    make child runs with their own subfolder, checkpoint and seeds: a part of a script gives the same numbers
+    whether the parts before it ran just now or were restored. `look` leaves the run folder as it is.
     """
 
     def __init__(self, cfg: Config, look: bool = False, worker: int | None = None):
@@ -188,9 +194,9 @@ class Run:
         self.writes = not (
             look or cfg.dry_run or worker is not None
         )  # whether entering makes the folder anew
-        distributed, local_rank = (
-            "RANK" in os.environ and worker is None,
+        local_rank, distributed = (
             int(os.environ.get("LOCAL_RANK", 0)),
+            "RANK" in os.environ and worker is None,
         )
         device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
@@ -200,11 +206,9 @@ class Run:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        self.talks, self.sharded, self.signals = (
-            not self.rank and not worker,
-            False,
-            [],
-        )  # signals: shared by children
+        self.talks, self.sharded = not self.rank and not worker, False
+        self.signals: list[int] = []  # those that came, one list for a run and its children
+        self.handlers: dict[int, typing.Any] = {}
         self.amp = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and self.device.type == "cuda")
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * cfg.workers
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
@@ -223,7 +227,8 @@ class Run:
 
     def __enter__(self) -> Run:
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            self.handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.handlers[number] = signal.signal(number, self._on_signal)
         with self._one_line_errors():
             if self.is_main and self.writes:
                 self._open_folder()
@@ -244,14 +249,15 @@ class Run:
         try:
             yield
         except UserError as e:
-            sys.exit(sys.stderr.write(f"{self.script}.py: {e}\n") and 2)
+            sys.stderr.write(f"{self.script}.py: {e}\n")
+            sys.exit(2)
 
     def _on_signal(self, number, frame) -> None:
         self.signals.append(number)  # `steps` ends the step and saves
         signal.signal(number, signal.SIG_DFL)  # a second one does not wait
 
     def _open_folder(self) -> None:
-        """Make the folder. With --resume the settings must agree; without, what is there is kept as `<folder>.bak`."""
+        """Make the folder. With --resume the settings must agree; else an old one becomes `<folder>.bak`."""
         file, now = self.folder / "config.json", finite_or_null(dataclasses.asdict(self.cfg))
         if self.cfg.resume and file.exists():
             before = json.loads(file.read_text())
@@ -303,24 +309,23 @@ class Run:
         )
 
     def shard(
-        self, model: nn.Module, layers: Iterable[nn.Module], dtype=torch.float32, offload=False
+        self, model: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype, offload=False
     ) -> nn.Module:
-        """FSDP2: cast each of `layers`, then the rest of `model`, to `dtype`, and shard it over the ranks.
+        """FSDP2: cast each of `layers`, then the rest of `model`, to `dtype` and shard it over the ranks.
 
-        Forward passes run in bfloat16 if the run's precision is that; gradients are averaged in float32. `offload`
-        keeps the shards in CPU memory. On one rank the model is only moved to the device.
+        Forward passes run in bfloat16 if the run's precision is that, gradients are averaged in float32. A
+        frozen model frees its gathered weights after each pass; `offload` keeps its shards in CPU memory.
         """
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-        if self.world_size == 1:
-            return model.to(self.device, dtype)
-        mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
-        precision = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if self.amp else None, reduce_dtype=torch.float32
-        )
+        half = torch.bfloat16 if self.amp else None
+        options = {"mesh": dist.init_device_mesh(self.device.type, (self.world_size,))}
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+        options["offload_policy"] = CPUOffloadPolicy() if offload else OffloadPolicy()
+        if not any(p.requires_grad for p in model.parameters()):
+            options["reshard_after_forward"] = True
         for part in (*layers, model):
-            policy = CPUOffloadPolicy() if offload else OffloadPolicy()
-            fully_shard(part.to(dtype), mesh=mesh, mp_policy=precision, offload_policy=policy)
+            fully_shard(part.to(dtype), **options)
         self.sharded = True
         return model
 
@@ -348,19 +353,19 @@ class Run:
     def jobs(self, names: Iterable[str], work: Callable[[str, Run], dict]) -> dict[str, dict]:
         """Run `work(name, child)` for each independent job and return {name: result} on every rank.
 
-        Jobs are dealt to the ranks, then to cfg.workers processes a rank, so `work` must be importable; a child is
-        alone. A finished job leaves <name>/result.json, and a rerun with --resume skips it. Ranks on several nodes
-        need the output folder on a shared disk.
+        Jobs are dealt to the ranks; cfg.workers processes a rank take them in order, so `work` must be
+        importable. A child is alone. A finished job leaves <name>/result.json, which --resume keeps. Ranks on
+        several nodes need the output folder on a shared disk.
         """
         names = list(names)
         share = names[self.rank :: self.world_size]
         if self.cfg.workers > 1 and len(share) > 1:
-            taken = mp.get_context("spawn").Value("i", 0)  # jobs that some worker has begun
-            count, work_args = min(self.cfg.workers, len(share)), (self.cfg, self.folder, share, work, taken)
-            processes = mp.spawn(_job_process, work_args, count, join=False)
+            begun = mp.get_context("spawn").Value("i", 0)  # jobs that some worker has begun
+            args, count = (self.cfg, self.folder, share, work, begun), min(self.cfg.workers, len(share))
+            workers = mp.spawn(_job_process, args, count, join=False)
             try:
-                while not processes.join(timeout=0.1):
-                    for process in processes.processes if self.signals else ():
+                while not workers.join(timeout=0.1):
+                    for process in workers.processes if self.signals else ():
                         process.terminate()  # Ctrl-C reaches the workers by itself, SIGTERM does not
             except mp.ProcessExitedException as e:
                 sys.exit(e.exit_code)
@@ -379,8 +384,9 @@ class Run:
     def steps(self, total: int, **state) -> Iterator[int]:
         """Yield the steps still to do; the loop around it needs no other bookkeeping.
 
-        `state` (modules, optimizers, or dicts of plain data) is restored before the first step when the run resumes
-        and saved every cfg.save_every steps, after the last, and when SIGTERM or SIGINT came (exit code 0 or 130).
+        `state` (modules, optimizers, dicts of plain data) is restored before the first step when the run
+        resumes and saved every cfg.save_every steps, after the last, and at SIGTERM or SIGINT (exit code 0 or
+        130). Setting self.last inside the loop ends it, saved, after that step.
         """
         first = self.restore(**state) if self.cfg.resume else 0
         self.last, live = total - 1, self.talks and sys.stderr.isatty()
@@ -396,26 +402,27 @@ class Run:
                 self.save(step + 1, **state)
             if stop:
                 self.leave_if_stopped()
+            if step == self.last:
+                break
         self.bar.close()
 
     def leave_if_stopped(self) -> None:
         """Exit on all ranks if a signal came: with 130 after SIGINT, 0 after SIGTERM."""
-        numbers = sum(self.gather(self.signals), [])
+        numbers = {number for numbers in self.gather(self.signals) for number in numbers}
         if numbers:
             self.print(f"stopped after a saved step; --resume goes on from {self.folder}")
             sys.exit(130 if signal.SIGINT in numbers else 0)
 
     def save(self, step: int, **state) -> None:
-        """Write checkpoint.pt atomically: step, state and the RNGs of all ranks; the one before is kept beside it.
+        """Write checkpoint.pt atomically: step, state and the RNGs of all ranks; the one before is kept.
 
         A sharded model is gathered into rank 0's CPU memory, so that any number of ranks can resume.
         """
         rng = self.gather(rng_state(self.generators))
-        data = {"step": step, "rng": rng, "state": {k: self._state(k, v, state) for k, v in state.items()}}
-        file = self.folder / "checkpoint.pt"
+        data = {"step": step, "rng": rng, "state": {k: self._state(v, state) for k, v in state.items()}}
+        file, previous = self.folder / "checkpoint.pt", self.folder / "checkpoint.previous.pt"
         if self.is_main:
             if file.exists():
-                previous = self.folder / "checkpoint.previous.pt"
                 previous.unlink(missing_ok=True)
                 os.link(file, previous)
             write_atomic(file, lambda f: torch.save(data, f))
@@ -438,26 +445,23 @@ class Run:
                 f"{file} is truncated or no checkpoint ({str(e).splitlines()[0][:80]}){hint}"
             ) from None
         for key, target in state.items():
-            self._state(key, target, state, load=data["state"][key])
-        if len(data["rng"]) == self.world_size:
-            set_rng_state(data["rng"][self.rank], self)
+            self._state(target, state, load=data["state"][key])
+        set_rng_state(data["rng"][self.rank % len(data["rng"])], self)
         if self.is_main and metrics.exists():
             lines = [x for x in metrics.read_text().splitlines() if x.endswith("}")]
-            write_atomic(
-                metrics, "".join(x + "\n" for x in lines if json.loads(x)["step"] < data["step"]).encode()
-            )
+            kept = [x + "\n" for x in lines if json.loads(x)["step"] < data["step"]]
+            write_atomic(metrics, "".join(kept).encode())
         return data["step"]
 
-    def _state(self, key: str, target, state: dict, load=None):
-        """The state of one entry of a checkpoint; with `load`, set it. An optimizer belongs to the entry `model`."""
+    def _state(self, target, state: dict, load=None):
+        """The state of one checkpoint entry, or with `load` its restoration; optimizers belong to `model`."""
         if isinstance(target, dict):
             return target if load is None else target.update(load)
         if not self.sharded or not isinstance(target, (nn.Module, torch.optim.Optimizer)):
             return target.state_dict() if load is None else target.load_state_dict(load)
         options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=load is None)
-        kind, args = (
-            ("model", (target,)) if isinstance(target, nn.Module) else ("optimizer", (state["model"], target))
-        )
+        is_model = isinstance(target, nn.Module)
+        kind, args = ("model", (target,)) if is_model else ("optimizer", (state["model"], target))
         if load is None:
             return getattr(dcp, f"get_{kind}_state_dict")(*args, options=options)
         return getattr(dcp, f"set_{kind}_state_dict")(*args, load, options=options)
@@ -473,14 +477,15 @@ class Run:
     def log(self, step: int, **numbers: Tensor | float) -> None:
         """Write numbers to metrics.jsonl every cfg.log_every steps, with one GPU sync a line.
 
-        A non-finite number with "loss" or "reward" in its name stops the run, also at a step that is not written.
+        A non-finite number with "loss" or "reward" in its name stops the run, also at a step without a line.
         """
-        self._pending.append(
-            (step, {k: v.detach() if isinstance(v, Tensor) else v for k, v in numbers.items()})
-        )
-        if not self.is_main or (step % self.cfg.log_every and step != self.last):
+        numbers = {k: v.detach() if isinstance(v, Tensor) else v for k, v in numbers.items()}
+        self._pending.append((step, numbers))
+        if step % self.cfg.log_every and step != self.last:
             return
         numbers = self.read_numbers()
+        if not self.is_main:
+            return
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(finite_or_null({"step": step} | numbers)) + "\n")
         self.bar.set_postfix({k: f"{v:.3g}" for k, v in list(numbers.items())[:5]})
@@ -489,12 +494,11 @@ class Run:
                 f"{self.name} {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in list(numbers.items())[:8])
             )
         if self.cfg.tensorboard:
-            writer = tensorboard_writer(self.folder)
             for k, v in numbers.items():
-                writer.add_scalar(k, v, step)
+                tensorboard_writer(self.folder).add_scalar(k, v, step)
 
     def read_numbers(self) -> dict[str, float]:
-        """Numbers logged since the last read, the newest of each name; stop at the first non-finite loss or reward."""
+        """Numbers logged since the last read, the newest of a name; stop at a non-finite loss or reward."""
         flat = [(step, k, v) for step, numbers in self._pending for k, v in numbers.items()]
         tensors = [v.double().reshape(()) for _, _, v in flat if isinstance(v, Tensor)]
         values, numbers, self._pending = iter(torch.stack(tensors).tolist() if tensors else ()), {}, []
@@ -519,13 +523,13 @@ class Run:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
 
     def claim(
-        self, text: str, ours: Sequence, theirs: Sequence, better: str = "higher", margin: float = 0.0
+        self, text: str, ours: Sequence, theirs: Sequence, better="higher", margin: float = 0.0
     ) -> dict:
         """Record one sentence of the paper with the numbers of both sides, paired by seed or problem.
 
-        diff is the mean of ours - theirs, se its standard error (sd with n - 1, over sqrt n). Holds when: "higher" or
-        "lower", diff lies beyond `margin` by 2 se on that side (a negative margin makes it "not worse by more than");
-        "same", |diff| + 2 se < margin. One pair has no standard error and never holds.
+        diff is the mean of ours - theirs, se its standard error (sd with n - 1, over sqrt n). "higher" or
+        "lower" holds when diff lies beyond `margin` by 2 se on that side (negative: "not worse by more than
+        that"), "same" when |diff| + 2 se < margin. One pair has no standard error and never holds.
         """
         if len(ours) != len(theirs) or not len(ours) or better not in ("higher", "lower", "same"):
             raise ValueError("a claim needs paired numbers, and better is higher, lower or same")
@@ -538,9 +542,9 @@ class Run:
         self.results["claims"].append(finite_or_null(row))
         return row
 
-    def table(self, rows: Sequence[dict], title: str) -> None:
+    def table(self, rows: Sequence[dict], title: str, keep: bool = True) -> None:
         """Print rows of equal keys as an aligned table and keep them for results.json."""
-        self.results["table"] += [{"table": title} | row for row in rows]
+        self.results["table"] += [{"table": title} | row for row in rows] if keep else []
         cell = lambda v: f"{v:.3g}" if isinstance(v, float) else "" if v is None else str(v)  # noqa: E731
         lines = [list(rows[0]), *([cell(v) for v in row.values()] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -548,7 +552,7 @@ class Run:
         self.print(f"\n{title}\n{text}")
 
     def figure(self, name: str, draw: Callable, size: tuple[float, float] = (8, 4)) -> None:
-        """Save `draw(figure)` as <name>.png in the run folder; without matplotlib one line says what to install."""
+        """Save `draw(figure)` as <name>.png in the run folder; without matplotlib say what to install."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
@@ -562,33 +566,27 @@ class Run:
     def finish(self, **speed: float) -> None:
         """Print the claims and write results.json; `speed` is e.g. tokens_per_s=..."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        head = {
-            "script": self.script,
-            "config": self.cfg.config,
-            "seed": self.cfg.seed,
+        head = {"script": self.script, "config": self.cfg.config, "seed": self.cfg.seed}
+        head |= {
             "world_size": self.world_size,
+            "device": device,
+            "seconds": round(time.time() - self.started, 1),
         }
-        head |= {"device": device, "seconds": round(time.time() - self.started, 1)}
         if self.is_main:
             write_json(self.folder / "results.json", head | self.results | {"speed": speed})
         if claims := self.results["claims"]:
             keys = ("text", "ours", "theirs", "diff", "se", "n", "holds")
-            self.table([{k: c[k] for k in keys} for c in claims], "claims")
+            self.table([{k: c[k] for k in keys} for c in claims], "claims", keep=False)
         self.print(f"\n{head['seconds']:.0f} s on {device}; results in {self.folder / 'results.json'}")
 
 
-def stable_hash(text: str) -> int:
-    """56 bits of SHA-256: a seed that does not change from one process to the next, as hash() does."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
-
-
-def _job_process(index: int, cfg: Config, folder: Path, share: list[str], work: Callable, taken) -> None:
+def _job_process(index: int, cfg: Config, folder: Path, share: list[str], work: Callable, begun) -> None:
     """Worker process `index` of `Run.jobs`: takes the next job until none is left, on a run of its own."""
     with Run(cfg, worker=index) as run:
         run.folder = folder
         while True:
-            with taken.get_lock():
-                mine, taken.value = taken.value, taken.value + 1
+            with begun.get_lock():
+                mine, begun.value = begun.value, begun.value + 1
             if mine >= len(share):
                 break
             run._job(share[mine], work)
@@ -628,7 +626,7 @@ def set_rng_state(state: dict, run: Run) -> None:
         run.generator(name).set_state(saved)
 
 
-# --- language models
+# --- language models ---
 
 
 class CharTokenizer:
@@ -646,9 +644,7 @@ class CharTokenizer:
     def __len__(self) -> int:
         return len(self.alphabet)
 
-    def __call__(
-        self, texts: list[str], return_offsets_mapping=False, add_special_tokens=False
-    ) -> dict[str, list]:
+    def __call__(self, texts: list[str], return_offsets_mapping=False, add_special_tokens=False) -> dict:
         if unknown := set("".join(texts)) - set(self.alphabet):
             raise ValueError(f"not in the alphabet: {sorted(unknown)}")
         out = {"input_ids": [[self.index[c] for c in text] for text in texts]}
@@ -660,7 +656,8 @@ class CharTokenizer:
         return self([text])["input_ids"][0]
 
     def decode(self, ids: Iterable[int], skip_special_tokens=False) -> str:
-        return "".join(self.alphabet[i] for i in ids if not (skip_special_tokens and i == self.eos_token_id))
+        dropped = self.eos_token_id if skip_special_tokens else None
+        return "".join(self.alphabet[i] for i in ids if i != dropped)
 
 
 def tiny_lm(vocab: int, width: int, layers: int, heads: int = 4, context: int = 512, **more):
@@ -673,7 +670,7 @@ def tiny_lm(vocab: int, width: int, layers: int, heads: int = 4, context: int = 
 
 
 def load_lm(name: str, dtype: torch.dtype = torch.float32):
-    """Load (model, tokenizer) from a local folder, a .gguf file or a hub id; UserError says what is missing."""
+    """Load (model, tokenizer) from a folder, a .gguf file or a hub id; UserError says what is missing."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path, where = Path(name).expanduser(), {}
@@ -687,18 +684,16 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32):
     except ImportError as e:
         raise UserError(f'{name}: {str(e).strip().splitlines()[0]} (pip install -e ".[lm]")') from None
     except (OSError, ValueError) as e:
-        raise UserError(
-            f"{name}: not a local model and not to be had from the hub ({str(e).splitlines()[0]})"
-        ) from None
+        raise UserError(f"{name}: neither a local model nor on the hub ({str(e).splitlines()[0]})") from None
     if getattr(model.config, "final_logit_softcapping", None) or getattr(model.config, "logit_scale", None):
         raise UserError(f"{name}: models that rescale their logits are not supported by token_logprobs")
     return model.eval(), tokenizer
 
 
 def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """Inverse-CDF sample of softmax(logits / temperature): logits (B, V), uniform (B,) -> tokens, log-probs (B,).
+    """Inverse-CDF sample of softmax(logits / temperature): (B, V), uniform (B,) -> tokens, log-probs (B,).
 
-    Temperature 0 is greedy, its log-probs those of temperature 1. The log-probs are those before the top_p cut.
+    Temperature 0 is greedy, with the log-probs of temperature 1. Log-probs are those before the top_p cut.
     """
     logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
@@ -708,9 +703,8 @@ def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: floa
         p, order = p.sort(-1, descending=True)
         p = p * (p.cumsum(-1) - p < top_p)  # the smallest set that holds top_p
     cdf = p.cumsum(-1)
-    token = torch.searchsorted(cdf, uniform[:, None].double() * cdf[:, -1:], right=True).clamp_(
-        max=p.shape[1] - 1
-    )
+    token = torch.searchsorted(cdf, uniform[:, None].double() * cdf[:, -1:], right=True)
+    token = token.clamp_(max=p.shape[1] - 1)
     token = token if order is None else order.gather(1, token)
     return token[:, 0], logp.gather(1, token)[:, 0]
 
@@ -719,11 +713,11 @@ def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: floa
 def generate(
     model, prompts: list[list[int]], uniforms: Tensor, temperature=1.0, top_p=1.0, eos=-1, compile=False
 ):
-    """Sample completions with a static KV cache; every sampling setting is explicit, generation_config is not read.
+    """Sample completions with a static KV cache; every setting is explicit, generation_config is not read.
 
-    prompts: P lists of ids. uniforms: (P * n, T) numbers in [0, 1): they decide the samples, n consecutive rows a
-    prompt, T tokens at most. Each prompt is run once, its keys and values are shared out to its n samples.
-    Returns tokens (P * n, T'), mask (true up to and including the first `eos`) and fp32 log-probs at `temperature`.
+    prompts: P lists of ids. uniforms: (P * n, T) numbers in [0, 1) that decide the samples: n rows a prompt,
+    T tokens at most. A prompt runs once and shares its keys and values out. Returns tokens (P * n, T'), mask
+    (true up to and including the first `eos`) and fp32 log-probs at `temperature`.
     """
     from transformers import StaticCache
 
@@ -732,14 +726,13 @@ def generate(
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # left-padded
     pads = torch.tensor([longest - len(p) for p in prompts], device=device)
     place = torch.arange(longest + steps, device=device)
-    seen = place[:longest] >= pads[:, None]  # (P, longest)
-    start = model(ids, attention_mask=seen.long(), position_ids=(place[:longest] - pads[:, None]).clamp(min=0),
-                  use_cache=True, logits_to_keep=1)  # fmt: skip
-    cache = StaticCache(config=model.config, max_cache_len=longest + steps)
+    seen, positions = place[:longest] >= pads[:, None], (place[:longest] - pads[:, None]).clamp(min=0)
+    prefill = dict(attention_mask=seen.long(), position_ids=positions, use_cache=True, logits_to_keep=1)
+    start, cache = model(ids, **prefill), StaticCache(config=model.config, max_cache_len=longest + steps)
     for layer, filled in enumerate(start.cache.layers):
         cache.update(filled.keys.repeat_interleave(n, 0), filled.values.repeat_interleave(n, 0), layer)
     logits, pads = start.logits[:, -1].repeat_interleave(n, 0), pads.repeat_interleave(n)
-    step_model = torch.compile(model, mode="reduce-overhead") if compile else model
+    forward = torch.compile(model, mode="reduce-overhead") if compile else model
     tokens = torch.full((rows, steps), max(eos, 0), device=device)
     mask, logps = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros(rows, steps, device=device)
     done = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -747,19 +740,18 @@ def generate(
         token, logp = draw_tokens(logits, uniforms[:, t], temperature, top_p)
         mask[:, t], tokens[:, t], logps[:, t] = ~done, torch.where(done, tokens[:, t], token), logp * ~done
         done |= token == eos
-        if t + 1 == steps or (
-            (t % 16 == 15 or device.type == "cpu") and done.all()
-        ):  # a GPU sync in 16 tokens
+        may_sync = t % 16 == 15 or device.type == "cpu"
+        if t + 1 == steps or (may_sync and done.all()):
             break
-        visible = (place >= pads[:, None]) & (place <= longest + t)
-        logits = step_model(tokens[:, t : t + 1], attention_mask=visible[:, None, None], cache=cache,
-                            position_ids=(longest + t - pads)[:, None]).logits[:, -1]  # fmt: skip
+        visible = ((place >= pads[:, None]) & (place <= longest + t))[
+            :, None, None
+        ]  # (P * n, 1, 1, longest + T)
+        step = dict(attention_mask=visible, position_ids=(longest + t - pads)[:, None], cache=cache)
+        logits = forward(tokens[:, t : t + 1], **step).logits[:, -1]
     return tokens[:, : t + 1], mask[:, : t + 1], logps[:, : t + 1]
 
 
-def _gather_logprobs(
-    hidden: Tensor, targets: Tensor, head: nn.Module, temperature: float
-) -> tuple[Tensor, Tensor]:
+def _gather_logprobs(hidden: Tensor, targets: Tensor, head: nn.Module, temperature: float):
     logp = (head(hidden).float() / temperature).log_softmax(-1)
     return logp.gather(1, targets[:, None])[:, 0], -(logp.detach().exp() * logp.detach()).sum(-1)
 
@@ -767,36 +759,25 @@ def _gather_logprobs(
 def token_logprobs(
     model, ids: Tensor, mask: Tensor | None = None, temperature: float = 1.0, chunk: int = 1024
 ):
-    """log softmax(z / temperature) of each next token: ids (B, T) right-padded -> fp32 log-probs and entropies (B, T-1).
+    """fp32 log softmax(z / temperature) of the next tokens, and entropies: padded ids (B, T) -> (B, T - 1).
 
-    The head runs over `chunk` positions at a time and again in the backward pass: (B, T, V) is never held.
+    The head runs over `chunk` positions at a time, again in the backward pass: (B, T, V) is never held.
     """
-    hidden = (
-        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        .last_hidden_state[:, :-1]
-        .flatten(0, 1)
-    )
-    head, targets = model.get_output_embeddings(), ids[:, 1:].flatten()
-    parts = [
-        checkpoint(_gather_logprobs, h, y, head, temperature, use_reentrant=False)
-        for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    ]
+    out = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    hidden, targets = out.last_hidden_state[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    score = functools.partial(checkpoint, _gather_logprobs, use_reentrant=False)
+    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    parts = [score(h, y, model.get_output_embeddings(), temperature) for h, y in pieces]
     logp, entropy = (torch.cat(x).view(len(ids), -1) for x in zip(*parts, strict=True))
     return logp, entropy
 
 
 def peak_flops(device: torch.device) -> float:
-    """Dense bfloat16 FLOP/s of a known GPU (data sheets); elsewhere what a float32 matrix product reaches here."""
+    """Dense bfloat16 FLOP/s of a known GPU (data sheets), else what a float32 matrix product reaches here."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    for key, flops in (
-        ("H200", 989e12),
-        ("H100", 989e12),
-        ("A100", 312e12),
-        ("L40", 181e12),
-        ("4090", 165e12),
-    ):
-        if key in name:
-            return flops
+    known = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}
+    if found := [flops for key, flops in known.items() if key in name]:
+        return found[0]
     a = torch.randn(1024, 1024, device=device)
     (a @ a).sum().item()
     begin = time.perf_counter()

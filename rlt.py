@@ -810,11 +810,11 @@ def grpo_update(model, reference, prompts, completions, advantage: Tensor, optim
 def place(lm: nn.Module, task: Task, trainable: bool) -> LogProbLM:
     """A model on this rank's device, or sharded (cfg.shard): trained in float32, frozen in bfloat16."""
     lm.requires_grad_(trainable)
+    dtype = torch.float32 if trainable or not task.run.amp else torch.bfloat16
     if not task.cfg.shard or task.run.world_size == 1:
-        return LogProbLM(lm.float() if trainable else lm).to(task.run.device).eval()
+        return LogProbLM(lm.to(dtype)).to(task.run.device).eval()
     if trainable:
         lm.gradient_checkpointing_enable()
-    dtype = torch.float32 if trainable or not task.run.amp else torch.bfloat16
     offload = task.cfg.offload and not trainable
     return task.run.shard(LogProbLM(lm), lm.base_model.layers, dtype, offload).eval()
 

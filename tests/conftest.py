@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread each (tiny tensors), no network, and helpers that run a script as a user would."""
+"""Shared by all tests: one thread, no network, and helpers that run a script as a user would."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def one_thread_and_fixed_seed():
 
 @pytest.fixture
 def run_script(tmp_path):
-    """run_script(*arguments, ranks=0) starts a command in tmp_path; with ranks it goes through torchrun (Gloo)."""
+    """run_script(*arguments, ranks=0) starts a command in tmp_path; with ranks through torchrun (Gloo)."""
 
     def start(*arguments, ranks: int = 0, check: bool = True):
         launcher = (
@@ -47,14 +47,14 @@ def run_script(tmp_path):
 
 
 def bpe(corpus, size=400, **special):
-    """A byte-level BPE with offsets and ChatML, trained on `corpus`, as small as it is true to the real ones."""
+    """A byte-level BPE with offsets and ChatML, trained on `corpus`: small, and true to the real ones."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(rlt_regex(), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    split = pre_tokenizers.Split(qwen_regex(), "isolated")
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tok.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])
     tok.decoder = decoders.ByteLevel()
     names = ["<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -67,8 +67,8 @@ def bpe(corpus, size=400, **special):
     return fast
 
 
-def rlt_regex():
-    """Qwen's pre-tokenizer: punctuation takes the newlines after it along, so that `|>` and a blank line can merge."""
+def qwen_regex():
+    """Qwen's pre-tokenizer: punctuation takes newlines after it along, so `|>` and a blank line can merge."""
     from tokenizers import Regex
 
     return Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -98,7 +98,6 @@ def text_files(tmp_path, bpe_tokenizer):
     rows = [r | {"reasoning_trace": f"We add. It is {i + 30}."} if i % 2 else r for i, r in enumerate(rows)]
     rows.append({"question": "long " * 500, "solution": "1"})
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    size = (
-        "--config text --teacher lm --data p.jsonl --max_new 12 --updates 2 --context 700 --holdout 2".split()
-    )
-    return [*size, "--eval_new", "12", "--distil_steps", "2", "--warmup_steps", "2", "--traces", "5"]
+    size = {"config": "text", "teacher": "lm", "data": "p.jsonl", "max_new": 12, "updates": 2, "context": 700}
+    size |= {"holdout": 2, "eval_new": 12, "distil_steps": 2, "warmup_steps": 2, "traces": 5}
+    return [word for key, value in size.items() for word in (f"--{key}", str(value))]

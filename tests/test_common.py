@@ -32,7 +32,20 @@ CONFIGS = {"smoke": Config(width=2), "demo": Config()}
 
 
 def test_any_field_can_be_set_on_top_of_a_config():
-    line = "--config smoke --rate 0.5 --mode slow --sizes 3,4 --name x --no_flag --seed=7".split()
+    line = [
+        "--config",
+        "smoke",
+        "--rate",
+        "0.5",
+        "--mode",
+        "slow",
+        "--sizes",
+        "3,4",
+        "--name",
+        "x",
+        "--no_flag",
+        "--seed=7",
+    ]
     cfg = parse_config(CONFIGS, line)
     assert (cfg.config, cfg.width, cfg.rate, cfg.mode, cfg.sizes, cfg.name, cfg.flag, cfg.seed) == (
         "smoke", 2, 0.5, "slow", (3, 4), "x", False, 7,

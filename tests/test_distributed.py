@@ -87,13 +87,22 @@ def test_collectives_and_jobs(run_script, tmp_path):
     assert [r["draw"] for r in alone["jobs"].values()] == [r["draw"] for r in first["jobs"].values()]
 
 
-def test_training_on_two_ranks_equals_one_process(run_script, tmp_path):
-    one, *two = [*results(run_script, tmp_path, "training", 0), *results(run_script, tmp_path, "training", 2)]
-    for other in two:
+def test_an_update_on_two_ranks_is_that_of_one_process(run_script, tmp_path):
+    one, *two = [*results(run_script, tmp_path, "update", 0), *results(run_script, tmp_path, "update", 2)]
+    for x in two:
         torch.testing.assert_close(
-            torch.tensor(other["weights"]), torch.tensor(one["weights"]), rtol=0, atol=1e-6
+            torch.tensor(x["weights"]), torch.tensor(one["weights"]), rtol=0, atol=1e-6
         )
-        assert other["accuracy"] == one["accuracy"]
+
+
+def test_training_on_two_ranks_equals_one_process(run_script, tmp_path):
+    """Adam turns the rounding noise of a zero gradient (a key's bias) into steps: hence 1e-4 after six."""
+    one, *two = [*results(run_script, tmp_path, "training", 0), *results(run_script, tmp_path, "training", 2)]
+    for x in two:
+        torch.testing.assert_close(
+            torch.tensor(x["weights"]), torch.tensor(one["weights"]), rtol=0, atol=1e-4
+        )
+        assert x["accuracy"] == one["accuracy"]
 
 
 def rows(folder, stage):

@@ -1,4 +1,4 @@
-"""rlt.py: the reward, the alignment of tokens, GRPO, the stages and the command line, against closed forms."""
+"""rlt.py: reward, alignment of tokens, GRPO, stages and command line, against closed forms."""
 
 import dataclasses
 import json
@@ -135,7 +135,7 @@ def test_a_student_sure_of_the_solution_has_r_ss_zero_and_the_reading_is_not_off
 
 
 def test_leaking_the_solution_pays_without_kl_and_costs_its_surprise_with_it(cfg, task):
-    """The student copies what t states, but is surprised by a leaked symbol; single steps are natural to it."""
+    """The student copies what t states but is surprised by a leaked symbol; single steps are natural."""
     follows = {"a": "b", "b": "c"}  # the steps that a student can make
 
     def student_rule(before, symbol):
@@ -149,7 +149,7 @@ def test_leaking_the_solution_pays_without_kl_and_costs_its_surprise_with_it(cfg
     rewards = {}
     for lam in (0.0, 3.0):
         changed = dataclasses.replace(task, cfg=dataclasses.replace(cfg, lam=lam))
-        rewards[lam], parts, _ = rlt.rlt_reward([e] * 3, task.ids(texts), teacher, student, changed)
+        rewards[lam], _, _ = rlt.rlt_reward([e] * 3, task.ids(texts), teacher, student, changed)
     nothing, leak, steps = rewards[0.0].tolist()
     assert leak == pytest.approx(steps) and leak > nothing + 2
     d_first, d_leak, d_step = -0.05 + 0.1, -0.05 + 4.0, -0.05 + 0.1
@@ -235,7 +235,7 @@ def test_an_explanation_that_restates_the_question_is_scored_in_the_think_sectio
     e = dataclasses.replace(QUESTION, q="We add the two numbers: 12 plus 30 is 42.")
     tail = "\n\n<|end_of_explanation|><|im_end|>"
     row = rlt.align(e, text_task.tok.encode(e.q + tail, add_special_tokens=False), text_task)
-    text, (a, b), _, _ = text_task.fmt.student(e, row.t)
+    _, (a, _), _, _ = text_task.fmt.student(e, row.t)
     before = text_task.tok.decode(row.student_ids[: row.think_student[0]])
     assert before.strip().endswith("<|begin_of_thought|>") and len(before) >= a - 1
 
@@ -330,7 +330,7 @@ def test_grpo_loss_and_gradient_have_their_closed_form():
 
 
 def test_update_ignores_what_follows_eos_and_any_padding(cfg, task, models):
-    """The step is the same alone, with a longer row beside it in its micro-batch, and in micro-batches of one."""
+    """The step is the same with a longer row beside it in a micro-batch and in micro-batches of one."""
     prompts, completions = task.ids(["!abcdefab[cd]{"] * 2), task.ids(["ab}$", "abcabcabc}$"])
     steps = []
     for micro_tokens in (1, 10_000):
@@ -452,8 +452,14 @@ def test_problems_are_what_they_say(cfg):
 def test_boxed_answers():
     assert rlt.extract_boxed(r"so \boxed{1} or \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
     assert rlt.extract_boxed("none") is None and rlt.extract_boxed(r"\boxed{open") is None
-    same = [(r"\frac{1}{2}", "0.5"), (r"\dfrac12", "1/2"), ("1,000", "1000"), (r"\text{yes}", "yes"), ("50\\%", "50"),
-            (r"\left( 1, 2 \right)", "(1,2)"), ("90^\\circ", "90"), ("-3", "-3.0"), ("\\$5", "5")]  # fmt: skip
+    same = [(r"\frac{1}{2}", "0.5"), (r"\dfrac12", "1/2"), ("1,000", "1000"), (r"\text{yes}", "yes")]
+    same += [
+        ("50\\%", "50"),
+        (r"\left( 1, 2 \right)", "(1,2)"),
+        ("90^\\circ", "90"),
+        ("-3", "-3.0"),
+        ("\\$5", "5"),
+    ]
     assert all(rlt.equal_answers(a, b) for a, b in same), [x for x in same if not rlt.equal_answers(*x)]
     different = [("1", "2"), (r"\frac{1}{2}", "2"), ("x", "y"), (None, "1"), ("12", "1,2"), ("1/0", "1")]
     assert not any(rlt.equal_answers(a, b) for a, b in different)
@@ -472,8 +478,11 @@ def test_countdown_search_and_judge_agree_with_brute_force():
         assert rlt.solves_countdown(e, e.s)
     e = Example("Use each of the numbers [2, 3, 7] once, with + - * /, to make 13. Box the expression.", "")
     right = [r"\boxed{2*3+7}", r"\boxed{(7 + (2 \times 3))}"]
-    wrong = [r"\boxed{13}", r"\boxed{6+7}", r"\boxed{2*3*7}", r"\boxed{2**3+7}", r"\boxed{__import__('os')}", "13",
-             r"\boxed{2/(3-3)+7}", r"\boxed{" + "(" * 150 + "2*3+7}"]  # fmt: skip
+    wrong = [
+        "13",
+        *(rf"\boxed{{{x}}}" for x in ("13", "6+7", "2*3*7", "2**3+7", "__import__('os')", "2/(3-3)+7")),
+    ]
+    wrong.append(r"\boxed{" + "(" * 150 + "2*3+7}")
     assert all(rlt.solves_countdown(e, x) for x in right) and not any(
         rlt.solves_countdown(e, x) for x in wrong
     )
