@@ -671,8 +671,9 @@ def tiny_lm(vocab: int, width: int, layers: int, heads: int = 4, context: int = 
 
 def load_lm(name: str, dtype: torch.dtype = torch.float32):
     """Load (model, tokenizer) from a folder, a .gguf file or a hub id; UserError says what is missing."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, utils
 
+    utils.logging.disable_progress_bar()
     path, where = Path(name).expanduser(), {}
     if name.endswith(".gguf"):
         if not path.is_file():
@@ -687,6 +688,9 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32):
         raise UserError(f"{name}: neither a local model nor on the hub ({str(e).splitlines()[0]})") from None
     if getattr(model.config, "final_logit_softcapping", None) or getattr(model.config, "logit_scale", None):
         raise UserError(f"{name}: models that rescale their logits are not supported by token_logprobs")
+    if where:  # its weights are whole numbers now, and it may be saved as any other model
+        model.hf_quantizer, model.is_quantized = None, False
+        del model.config.quantization_config
     return model.eval(), tokenizer
 
 

@@ -343,6 +343,29 @@ def test_update_ignores_what_follows_eos_and_any_padding(cfg, task, models):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("micro_tokens", [1, 10_000])
+def test_update_is_a_gradient_step_on_the_tokens_of_the_completion_alone(micro_tokens, cfg, task, models):
+    """Against autograd through whole softmax tables: the prompt has no loss, the EOS has."""
+    policy, reference = models
+    prompts, completions = task.ids(["!abcdefab[cd]{", "!ab[c]{"]), task.ids(["ab}$", "abcabc"])
+    advantage, losses = torch.tensor([1.0, -2.0]), []
+    for prompt, completion, a in zip(prompts, completions, advantage, strict=True):
+        ids = torch.tensor([prompt + completion])
+        tables = [(m.lm(ids).logits[0, :-1] / cfg.temperature).log_softmax(-1) for m in models]
+        lp, ref = (t.gather(1, ids[0, 1:, None])[-len(completion) :, 0] for t in tables)
+        ref = ref.detach()
+        losses.append((-(lp - lp.detach()).exp() * a + cfg.beta * ((ref - lp).exp() - (ref - lp) - 1)).mean())
+    grads = torch.autograd.grad((losses[0] + losses[1]) / 2, list(policy.parameters()))
+    norm = torch.stack([g.norm() for g in grads]).norm()
+    expected = [p - 0.1 * g / max(1.0, norm) for p, g in zip(policy.parameters(), grads, strict=True)]
+    optimizer = torch.optim.SGD(policy.parameters(), 0.1)
+    task = dataclasses.replace(task, cfg=dataclasses.replace(cfg, micro_tokens=micro_tokens))
+    stats = rlt.grpo_update(policy, reference, prompts, completions, advantage, optimizer, task)
+    torch.testing.assert_close(stats["grad_norm"], norm, rtol=1e-4, atol=1e-5)
+    for p, e in zip(policy.parameters(), expected, strict=True):
+        torch.testing.assert_close(p, e, rtol=1e-4, atol=1e-6)
+
+
 def test_update_moves_the_likelihood_with_the_advantage(cfg, task, models):
     prompts, completions = task.ids(["!abcdefab[cd]{"] * 2), task.ids(["ab}$", "cd}$"])
     sequences = [p + c for p, c in zip(prompts, completions, strict=True)]

@@ -1,0 +1,55 @@
+"""README.md: its commands parse, its files and numbers exist, CI runs its own test command."""
+
+import re
+import shlex
+
+import common
+import pytest
+import rlt
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+SCRIPTS = {"rlt.py": rlt.CONFIGS}
+
+
+def commands():
+    """Every shell line of README's code blocks."""
+    blocks = re.findall(r"^```\n(.*?)^```$", README, re.M | re.S)
+    return [line for block in blocks for line in block.splitlines() if re.match(r"(pip|python|torchrun) ", line)]
+
+
+def test_the_two_commands_to_start_are_there():
+    assert "pip install -e . && python rlt.py" in commands()
+    assert 'pip install -e ".[test]" && pytest' in commands()
+
+
+def test_ci_runs_readmes_own_test_command():
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("line", [c for c in commands() if re.search(r"\w+\.py", c)])
+def test_every_command_of_readme_is_understood(line):
+    words = shlex.split(line)
+    script = next(i for i, w in enumerate(words) if w.endswith(".py"))
+    assert (ROOT / words[script]).exists()
+    common.parse_config(SCRIPTS[words[script]], words[script + 1 :])
+
+
+def test_a_row_for_each_of_ten_methods_and_coming_where_there_is_no_file():
+    rows = re.findall(r"^\| \[?`(\w+\.py)`.*$", README, re.M)
+    assert len(rows) == len(set(rows)) == 10
+    for name in rows:
+        line = next(x for x in README.splitlines() if x.startswith(("| `" + name, "| [`" + name)))
+        assert ("| coming |" in line) != (ROOT / name).exists()
+
+
+def test_links_and_extras_exist():
+    for path in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
+        assert (ROOT / path).exists(), path
+    project = (ROOT / "pyproject.toml").read_text()
+    for name in re.findall(r'-e "\.\[(\w+)\]"', README):
+        assert re.search(rf"^{name} = \[", project, re.M), name
+
+
+def test_no_placeholder_is_left():
+    assert not re.search(r"@[A-Z]+@", README)
