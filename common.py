@@ -7,6 +7,7 @@ folder, checkpoints, jobs, claims), then the language-model helpers `load_lm`, `
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -20,7 +21,6 @@ import os
 import pickle
 import random
 import re
-import shutil
 import signal
 import sys
 import time
@@ -50,9 +50,7 @@ class Config:
     config: str = "demo"  # rung of the ladder that the other defaults come from
     seed: int = 0  # seed of every random number generator
     device: str = "auto"  # auto: CUDA if there is one, else CPU; or cpu, cuda, mps
-    dtype: typing.Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # auto: bfloat16 autocast on CUDA, else float32
-    )
+    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 on CUDA only
     compile: bool = False  # torch.compile the hot step, with CUDA graphs on a GPU
     workers: int = 1  # processes that share the independent jobs of one rank
     out: str = "out"  # folder that holds the run folders
@@ -62,17 +60,15 @@ class Config:
     tensorboard: bool = False  # write TensorBoard events beside metrics.jsonl
     dry_run: bool = False  # print sizes, memory, FLOPs and steps of this config, load nothing, exit
 
+    may_change: typing.ClassVar[set[str]] = set()  # a script's own settings that --resume may alter
 
-MAY_CHANGE = {
-    "device",
-    "compile",
-    "workers",
-    "out",
-    "resume",
-    "log_every",
-    "save_every",
-    "tensorboard",
-}  # on resume
+    def __post_init__(self):
+        if min(self.workers, self.log_every, self.save_every) < 1:
+            raise ValueError("--workers, --log_every and --save_every must be 1 or more")
+
+
+# settings that a resumed run may have changed
+MAY_CHANGE = {"device", "compile", "workers", "out", "resume", "log_every", "save_every", "tensorboard"}
 
 
 def parse_value(hint, text: str):
@@ -81,11 +77,15 @@ def parse_value(hint, text: str):
     if origin is tuple:
         return tuple(parse_value(args[0], part) for part in text.split(",") if part)
     if type(None) in args:
-        return None if text.lower() == "none" else parse_value(args[0], text)
-    choices = args if origin is typing.Literal else ("true", "false") if hint is bool else ()
-    if choices and text not in choices:
-        raise ValueError(f"choose from {', '.join(choices)}")
-    return text == "true" if hint is bool else text if choices else hint(text)
+        inner = next(a for a in args if a is not type(None))
+        return None if text.lower() == "none" else parse_value(inner, text)
+    choices = args if origin is typing.Literal else (True, False) if hint is bool else ()
+    if choices:
+        found = [c for c in choices if str(c).lower() == text.lower()]
+        if not found:
+            raise ValueError(f"choose from {', '.join(str(c).lower() for c in choices)}")
+        return found[0]
+    return hint(text)
 
 
 def parse_config(configs: dict[str, Config], argv: Sequence[str] | None = None) -> Config:
@@ -95,11 +95,12 @@ def parse_config(configs: dict[str, Config], argv: Sequence[str] | None = None) 
     """
     default = "demo" if "demo" in configs else next(iter(configs))
     cls = type(configs[default])
-    hints, about = typing.get_type_hints(cls), (sys.modules[cls.__module__].__doc__ or "").split("\n")[0]
+    types, about = typing.get_type_hints(cls), (sys.modules[cls.__module__].__doc__ or "").split("\n")[0]
+    hints = {f.name: types[f.name] for f in dataclasses.fields(cls)}
     parser = argparse.ArgumentParser(Path(inspect.getfile(cls)).name, description=about, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage block
     sources = [inspect.getsource(c) for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]
-    comments = dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", "\n".join(sources), re.M))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", "\n".join(sources), re.M))
     for name, hint in hints.items():
         kind = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
         text = f"{comments.get(name, '')} [{default}: {getattr(configs[default], name)}]".replace("%", "%%")
@@ -108,7 +109,11 @@ def parse_config(configs: dict[str, Config], argv: Sequence[str] | None = None) 
         if hint is bool:
             off = {"action": "store_const", "const": "false", "help": argparse.SUPPRESS}
             parser.add_argument(f"--no_{name}", dest=name, **off)
-    given, unknown = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    for i, word in enumerate(words[:-1]):  # argparse takes a value such as -1e-3 for a flag
+        if word.startswith("--") and hints.get(word[2:], bool) is not bool:
+            words[i : i + 2] = [f"{word}={words[i + 1]}", ""]
+    given, unknown = parser.parse_known_args([word for word in words if word])
     nearest = functools.partial(difflib.get_close_matches, n=1, cutoff=0.0)
     if unknown:
         near = nearest(unknown[0].split("=")[0].lstrip("-"), hints)[0]
@@ -160,7 +165,7 @@ def read_jsonl(path: str | Path, required: Sequence[str]) -> list[dict]:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -211,64 +216,78 @@ class Run:
         self.handlers: dict[int, typing.Any] = {}
         self.amp = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and self.device.type == "cuda")
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * cfg.workers
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // processes))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.amp
         self.folder = Path(cfg.out) / f"{self.script}-{cfg.config}-s{cfg.seed}"
         self.results: dict = {"table": [], "claims": [], "speed": {}}
         self._begin()
 
     def _begin(self) -> None:
-        """What a run and each child has for itself: clock, seeds, pending numbers."""
-        self.started, self.is_main, self.seconds, self._pending = time.time(), self.rank == 0, {}, []
+        """What a run and each child has for itself: clock, generators, numbers not yet read or written."""
+        self.started, self.is_main, self.seconds, self.last = time.time(), self.rank == 0, {}, -1
+        self._pending: list[tuple[int, dict]] = []
+        self._unwritten: dict[str, float] = {}
         self.generators: dict[str, torch.Generator] = {}
-        random.seed(self.stream("python"))
-        np.random.seed(self.stream("numpy") % 2**32)
-        torch.manual_seed(self.stream("torch"))
+        self._seed("")
+
+    def _seed(self, part: str) -> None:
+        """Seed the global generators for a named part of this run, alike on all ranks."""
+        random.seed(self.stream(f"{part}python"))
+        np.random.seed(self.stream(f"{part}numpy") % 2**32)
+        torch.manual_seed(self.stream(f"{part}torch"))
 
     def __enter__(self) -> Run:
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.handlers[number] = signal.signal(number, self._on_signal)
-        with self._one_line_errors():
-            if self.is_main and self.writes:
-                self._open_folder()
-        self.barrier()
+        try:
+            self.agree(self._open_folder() if self.is_main and self.writes else None)
+        except UserError as e:
+            self.__exit__(UserError, e, None)
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        with self._one_line_errors():
-            if isinstance(error, UserError):
-                raise error
+        if isinstance(error, UserError):
+            if self.talks or not self.world_size > 1:
+                sys.stderr.write(f"{self.script}.py: {error}\n")
+            sys.exit(2)
         if kind is None and dist.is_initialized():
             dist.destroy_process_group()
 
-    @contextlib.contextmanager
-    def _one_line_errors(self):
-        try:
-            yield
-        except UserError as e:
-            sys.stderr.write(f"{self.script}.py: {e}\n")
-            sys.exit(2)
+    def agree(self, error: str | None) -> None:
+        """Raise UserError on all ranks if one has an error: a rank that left alone would hang the others."""
+        errors = [e for e in self.gather(error) if e]
+        if errors:
+            raise UserError(errors[0])
 
     def _on_signal(self, number, frame) -> None:
-        self.signals.append(number)  # `steps` ends the step and saves
-        signal.signal(number, signal.SIG_DFL)  # a second one does not wait
+        """Remember it: `steps` ends the step and saves. A second one, two seconds later, does not wait."""
+        if self.signals and time.time() - self.signalled > 2:
+            os._exit(128 + number)
+        self.signals.append(number)
+        self.signalled = time.time()
+        if number == signal.SIGTERM:  # Ctrl-C reaches worker processes by itself
+            for process in mp.active_children():
+                process.terminate()
 
-    def _open_folder(self) -> None:
-        """Make the folder. With --resume the settings must agree; else an old one becomes `<folder>.bak`."""
+    def _open_folder(self) -> str | None:
+        """Make the folder; an old one is kept as .bak. Returns an error if --resume finds other settings."""
         file, now = self.folder / "config.json", finite_or_null(dataclasses.asdict(self.cfg))
         if self.cfg.resume and file.exists():
             before = json.loads(file.read_text())
-            if changed := [k for k in now if k not in MAY_CHANGE and before.get(k) != now[k]]:
-                raise UserError(f"--resume: {file} has other values of {', '.join(changed)}")
+            if changed := [
+                k for k in now if k not in MAY_CHANGE | self.cfg.may_change and before.get(k) != now[k]
+            ]:
+                return f"--resume: {file} has other values of {', '.join(changed)}"
         elif self.folder.exists():
-            backup = self.folder.with_name(self.folder.name + ".bak")
-            shutil.rmtree(backup, ignore_errors=True)
-            self.folder.rename(backup)
+            names = (self.folder.with_name(f"{self.folder.name}.bak{n or ''}") for n in range(10**6))
+            self.folder.rename(next(name for name in names if not name.exists()))
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(file, now)
+        return None
 
     # randomness and ranks
 
@@ -276,8 +295,9 @@ class Run:
         """A seed for `name` that depends on cfg.seed and on this run's name, the same on all ranks."""
         return stable_hash(f"{self.cfg.seed}/{self.name}/{name}")
 
-    def generator(self, name: str) -> torch.Generator:
-        """The CPU generator called `name`, the same on all ranks; checkpoints carry its state."""
+    def generator(self, name: str, per_rank: bool = False) -> torch.Generator:
+        """The CPU generator called `name`, alike on all ranks unless `per_rank`; checkpoints carry it."""
+        name = f"{name}/{self.rank}" if per_rank else name
         if name not in self.generators:
             self.generators[name] = torch.Generator().manual_seed(self.stream(name))
         return self.generators[name]
@@ -315,9 +335,12 @@ class Run:
 
         Forward passes run in bfloat16 if the run's precision is that, gradients are averaged in float32. A
         frozen model frees its gathered weights after each pass; `offload` keeps its shards in CPU memory.
+        On one rank the model is only moved and cast.
         """
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+        if self.world_size == 1:
+            return cast_parameters(model, dtype).to(self.device)
         half = torch.bfloat16 if self.amp else None
         options = {"mesh": dist.init_device_mesh(self.device.type, (self.world_size,))}
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
@@ -325,7 +348,7 @@ class Run:
         if not any(p.requires_grad for p in model.parameters()):
             options["reshard_after_forward"] = True
         for part in (*layers, model):
-            fully_shard(part.to(dtype), **options)
+            fully_shard(cast_parameters(part, dtype), **options)
         self.sharded = True
         return model
 
@@ -355,25 +378,30 @@ class Run:
 
         Jobs are dealt to the ranks; cfg.workers processes a rank take them in order, so `work` must be
         importable. A child is alone. A finished job leaves <name>/result.json, which --resume keeps. Ranks on
-        several nodes need the output folder on a shared disk.
+        several nodes need the output folder on a shared disk if a later job reads what an earlier one left.
         """
         names = list(names)
         share = names[self.rank :: self.world_size]
         if self.cfg.workers > 1 and len(share) > 1:
             begun = mp.get_context("spawn").Value("i", 0)  # jobs that some worker has begun
-            args, count = (self.cfg, self.folder, share, work, begun), min(self.cfg.workers, len(share))
+            args, count = (
+                (self.cfg, self.folder, self.name, share, work, begun),
+                min(self.cfg.workers, len(share)),
+            )
             workers = mp.spawn(_job_process, args, count, join=False)
             try:
-                while not workers.join(timeout=0.1):
-                    for process in workers.processes if self.signals else ():
-                        process.terminate()  # Ctrl-C reaches the workers by itself, SIGTERM does not
+                while not workers.join(timeout=0.1, grace_period=3600):
+                    pass
             except mp.ProcessExitedException as e:
-                sys.exit(e.exit_code)
-            self.leave_if_stopped()
+                if not self.signals:
+                    sys.exit(e.exit_code)
+        self.leave_if_stopped()
         for name in share:
             self._job(name, work)
-        self.barrier()
-        return {name: json.loads((self.folder / name / "result.json").read_text()) for name in names}
+        self._seed("after jobs")  # whatever was done in this process
+        found = {name: json.loads((self.folder / name / "result.json").read_text()) for name in share}
+        found = {name: result for part in self.gather(found) for name, result in part.items()}
+        return {name: found[name] for name in names}
 
     def _job(self, name: str, work: Callable[[str, Run], dict]) -> None:
         file, begin = self.folder / name / "result.json", time.time()
@@ -381,34 +409,35 @@ class Run:
             write_json(file, work(name, self.stage(name, alone=True)))
             print(f"  {name}: {time.time() - begin:.0f} s", flush=True)
 
-    def steps(self, total: int, **state) -> Iterator[int]:
+    def steps(self, total: int, save_every: int = 0, **state) -> Iterator[int]:
         """Yield the steps still to do; the loop around it needs no other bookkeeping.
 
         `state` (modules, optimizers, dicts of plain data) is restored before the first step when the run
-        resumes and saved every cfg.save_every steps, after the last, and at SIGTERM or SIGINT (exit code 0 or
-        130). Setting self.last inside the loop ends it, saved, after that step.
+        resumes, and saved every `save_every` (or cfg.save_every) steps, after the last, and at SIGTERM or
+        SIGINT (exit code 0 or 130). Setting self.last inside the loop ends it, saved, after that step.
         """
+        self.last = total - 1
         first = self.restore(**state) if self.cfg.resume else 0
-        self.last, live = total - 1, self.talks and sys.stderr.isatty()
+        live = self.talks and sys.stderr.isatty()
         self.bar = tqdm(
             total=total, initial=first, desc=self.name or self.script, disable=not live, leave=False
         )
         for step in range(first, total):
+            if step > self.last:
+                break
             yield step
             self.bar.update()
             stop = bool(self.mean(float(len(self.signals))))
-            if stop or (step + 1) % self.cfg.save_every == 0 or step == self.last:
+            if stop or (step + 1) % (save_every or self.cfg.save_every) == 0 or step == self.last:
                 self.read_numbers()
                 self.save(step + 1, **state)
             if stop:
                 self.leave_if_stopped()
-            if step == self.last:
-                break
         self.bar.close()
 
     def leave_if_stopped(self) -> None:
         """Exit on all ranks if a signal came: with 130 after SIGINT, 0 after SIGTERM."""
-        numbers = {number for numbers in self.gather(self.signals) for number in numbers}
+        numbers = {int(number) for numbers in self.gather(self.signals) for number in numbers}
         if numbers:
             self.print(f"stopped after a saved step; --resume goes on from {self.folder}")
             sys.exit(130 if signal.SIGINT in numbers else 0)
@@ -419,13 +448,25 @@ class Run:
         A sharded model is gathered into rank 0's CPU memory, so that any number of ranks can resume.
         """
         rng = self.gather(rng_state(self.generators))
-        data = {"step": step, "rng": rng, "state": {k: self._state(v, state) for k, v in state.items()}}
-        file, previous = self.folder / "checkpoint.pt", self.folder / "checkpoint.previous.pt"
+        data = {"step": step, "last": self.last, "rng": rng}
+        data["state"] = {k: self._state(v, state) for k, v in state.items()}
+        file, previous, error = self.folder / "checkpoint.pt", self.folder / "checkpoint.previous.pt", None
         if self.is_main:
-            if file.exists():
-                previous.unlink(missing_ok=True)
-                os.link(file, previous)
-            write_atomic(file, lambda f: torch.save(data, f))
+            bad = [
+                k for k, v in flat_tensors(data["state"]) if v.is_floating_point() and not v.isfinite().all()
+            ]
+            if bad:
+                error = f"{self.name or self.script}, step {step - 1}: {bad[0]} is not finite; {self._good()}"
+            else:
+                if file.exists():
+                    previous.unlink(missing_ok=True)
+                    file.rename(previous) if os.name == "nt" else os.link(file, previous)
+                write_atomic(file, lambda f: torch.save(data, f))
+        self.agree(error)
+
+    def _good(self) -> str:
+        file = self.folder / "checkpoint.pt"
+        return f"the last good checkpoint is {file}" if file.exists() else "there is no checkpoint yet"
 
     def restore(self, **state) -> int:
         """Load checkpoint.pt into `state` and the RNGs and return its step, 0 where there is none.
@@ -434,11 +475,13 @@ class Run:
         """
         file, metrics = self.folder / "checkpoint.pt", self.folder / "metrics.jsonl"
         if not file.exists():
-            metrics.unlink(missing_ok=True)
+            if self.is_main:
+                metrics.unlink(missing_ok=True)
             return 0
         try:
             data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as e:
+            step, self.last = data["step"], data["last"]
+        except (RuntimeError, OSError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as e:
             kept = self.folder / "checkpoint.previous.pt"
             hint = f"; the one before it is whole: mv {kept} {file}" if kept.exists() else ""
             raise UserError(
@@ -449,9 +492,9 @@ class Run:
         set_rng_state(data["rng"][self.rank % len(data["rng"])], self)
         if self.is_main and metrics.exists():
             lines = [x for x in metrics.read_text().splitlines() if x.endswith("}")]
-            kept = [x + "\n" for x in lines if json.loads(x)["step"] < data["step"]]
+            kept = [x + "\n" for x in lines if json.loads(x)["step"] < step]
             write_atomic(metrics, "".join(kept).encode())
-        return data["step"]
+        return step
 
     def _state(self, target, state: dict, load=None):
         """The state of one checkpoint entry, or with `load` its restoration; optimizers belong to `model`."""
@@ -460,11 +503,19 @@ class Run:
         if not self.sharded or not isinstance(target, (nn.Module, torch.optim.Optimizer)):
             return target.state_dict() if load is None else target.load_state_dict(load)
         options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=load is None)
-        is_model = isinstance(target, nn.Module)
-        kind, args = ("model", (target,)) if is_model else ("optimizer", (state["model"], target))
-        if load is None:
-            return getattr(dcp, f"get_{kind}_state_dict")(*args, options=options)
-        return getattr(dcp, f"set_{kind}_state_dict")(*args, load, options=options)
+        if isinstance(target, nn.Module):
+            get, set_, args = dcp.get_model_state_dict, dcp.set_model_state_dict, (target,)
+        else:
+            get, set_, args = (
+                dcp.get_optimizer_state_dict,
+                dcp.set_optimizer_state_dict,
+                (state["model"], target),
+            )
+            if load is not None and 0 in load["state"]:  # saved unsharded: parameters are numbered, not named
+                names = [name for name, p in state["model"].named_parameters() if p.requires_grad]
+                groups = [g | {"params": [names[i] for i in g["params"]]} for g in load["param_groups"]]
+                load = {"state": {names[i]: v for i, v in load["state"].items()}, "param_groups": groups}
+        return get(*args, options=options) if load is None else set_(*args, load, options=options)
 
     # numbers
 
@@ -479,38 +530,36 @@ class Run:
 
         A non-finite number with "loss" or "reward" in its name stops the run, also at a step without a line.
         """
-        numbers = {k: v.detach() if isinstance(v, Tensor) else v for k, v in numbers.items()}
-        self._pending.append((step, numbers))
+        copies = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in numbers.items()}
+        self._pending.append((step, copies))
         if step % self.cfg.log_every and step != self.last:
             return
-        numbers = self.read_numbers()
+        self.read_numbers()
+        numbers, self._unwritten = self._unwritten, {}
         if not self.is_main:
             return
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(finite_or_null({"step": step} | numbers)) + "\n")
         self.bar.set_postfix({k: f"{v:.3g}" for k, v in list(numbers.items())[:5]})
         if self.bar.disable:
-            self.print(
-                f"{self.name} {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in list(numbers.items())[:8])
-            )
+            text = ", ".join(f"{k} {v:.4g}" for k, v in list(numbers.items())[:8])
+            self.print(f"{self.name} {step}: {text}")
         if self.cfg.tensorboard:
             for k, v in numbers.items():
                 tensorboard_writer(self.folder).add_scalar(k, v, step)
 
-    def read_numbers(self) -> dict[str, float]:
-        """Numbers logged since the last read, the newest of a name; stop at a non-finite loss or reward."""
+    def read_numbers(self) -> None:
+        """Read what was logged since the last read; stop all ranks at the first non-finite loss or reward."""
         flat = [(step, k, v) for step, numbers in self._pending for k, v in numbers.items()]
-        tensors = [v.double().reshape(()) for _, _, v in flat if isinstance(v, Tensor)]
-        values, numbers, self._pending = iter(torch.stack(tensors).tolist() if tensors else ()), {}, []
+        tensors = [v.float().reshape(()).to(self.device) for _, _, v in flat if isinstance(v, Tensor)]
+        values, error = iter(torch.stack(tensors).tolist() if tensors else ()), None
         for step, key, value in flat:
-            numbers[key] = next(values) if isinstance(value, Tensor) else float(value)
-            if not math.isfinite(numbers[key]) and ("loss" in key or "reward" in key):
-                file = self.folder / "checkpoint.pt"
-                good = (
-                    f"the last good checkpoint is {file}" if file.exists() else "there is no checkpoint yet"
-                )
-                raise UserError(f"{self.name or self.script}, step {step}: {key} is {numbers[key]}; {good}")
-        return numbers
+            value = next(values) if isinstance(value, Tensor) else float(value)
+            self._unwritten[key] = value
+            if error is None and not math.isfinite(value) and ("loss" in key or "reward" in key):
+                error = f"{self.name or self.script}, step {step}: {key} is {value}; {self._good()}"
+        self._pending = []
+        self.agree(error)
 
     @contextlib.contextmanager
     def timed(self, phase: str):
@@ -533,6 +582,8 @@ class Run:
         """
         if len(ours) != len(theirs) or not len(ours) or better not in ("higher", "lower", "same"):
             raise ValueError("a claim needs paired numbers, and better is higher, lower or same")
+        if better == "same" and not margin > 0:
+            raise ValueError("a parity claim names its margin")
         pairs = np.asarray(ours, float) - np.asarray(theirs, float)
         diff, se = pairs.mean(), pairs.std(ddof=1) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
         gain = diff if better == "higher" else -diff
@@ -580,16 +631,32 @@ class Run:
         self.print(f"\n{head['seconds']:.0f} s on {device}; results in {self.folder / 'results.json'}")
 
 
-def _job_process(index: int, cfg: Config, folder: Path, share: list[str], work: Callable, begun) -> None:
+def _job_process(index: int, cfg: Config, folder: Path, name: str, share: list[str], work, begun) -> None:
     """Worker process `index` of `Run.jobs`: takes the next job until none is left, on a run of its own."""
     with Run(cfg, worker=index) as run:
-        run.folder = folder
-        while True:
+        run.folder, run.name = folder, name
+        while not run.signals:
             with begun.get_lock():
                 mine, begun.value = begun.value, begun.value + 1
             if mine >= len(share):
                 break
             run._job(share[mine], work)
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast the parameters and leave the buffers: rotary frequencies are wrong in bfloat16."""
+    for p in module.parameters():
+        p.data = p.data.to(dtype)
+    return module
+
+
+def flat_tensors(data, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(path, tensor) of every tensor in nested dicts and lists."""
+    if isinstance(data, Tensor):
+        yield name, data
+    elif isinstance(data, (dict, list, tuple)):
+        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from flat_tensors(value, f"{name}.{key}".lstrip("."))
 
 
 @functools.cache
@@ -599,7 +666,9 @@ def tensorboard_writer(folder: Path):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError('--tensorboard needs: pip install -e ".[tensorboard]"') from None
-    return SummaryWriter(folder)
+    writer = SummaryWriter(folder)
+    atexit.register(writer.close)
+    return writer
 
 
 def rng_state(generators: dict[str, torch.Generator]) -> dict:
@@ -680,14 +749,12 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32):
             raise UserError(f"{name}: no such file")
         name, where = str(path.parent), {"gguf_file": path.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **where)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **where)
     except ImportError as e:
         raise UserError(f'{name}: {str(e).strip().splitlines()[0]} (pip install -e ".[lm]")') from None
     except (OSError, ValueError) as e:
         raise UserError(f"{name}: neither a local model nor on the hub ({str(e).splitlines()[0]})") from None
-    if getattr(model.config, "final_logit_softcapping", None) or getattr(model.config, "logit_scale", None):
-        raise UserError(f"{name}: models that rescale their logits are not supported by token_logprobs")
     if where:  # its weights are whole numbers now, and it may be saved as any other model
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
@@ -705,7 +772,7 @@ def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: floa
     p, order = logp.double().exp(), None
     if top_p < 1:
         p, order = p.sort(-1, descending=True)
-        p = p * (p.cumsum(-1) - p < top_p)  # the smallest set that holds top_p
+        p[:, 1:] *= p.cumsum(-1)[:, :-1] < top_p  # the smallest set that holds top_p, one token at least
     cdf = p.cumsum(-1)
     token = torch.searchsorted(cdf, uniform[:, None].double() * cdf[:, -1:], right=True)
     token = token.clamp_(max=p.shape[1] - 1)
@@ -725,6 +792,8 @@ def generate(
     """
     from transformers import StaticCache
 
+    if not all(prompts) or len(uniforms) % len(prompts):
+        raise ValueError("every prompt needs a token, and as many rows of uniforms as the others")
     device, (rows, steps) = model.device, uniforms.shape
     n, longest, uniforms = rows // len(prompts), max(map(len, prompts)), uniforms.to(device)
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # left-padded
@@ -747,16 +816,24 @@ def generate(
         may_sync = t % 16 == 15 or device.type == "cpu"
         if t + 1 == steps or (may_sync and done.all()):
             break
-        visible = ((place >= pads[:, None]) & (place <= longest + t))[
-            :, None, None
-        ]  # (P * n, 1, 1, longest + T)
+        visible = ((place >= pads[:, None]) & (place <= longest + t)).long()
         step = dict(attention_mask=visible, position_ids=(longest + t - pads)[:, None], cache=cache)
         logits = forward(tokens[:, t : t + 1], **step).logits[:, -1]
     return tokens[:, : t + 1], mask[:, : t + 1], logps[:, : t + 1]
 
 
-def _gather_logprobs(hidden: Tensor, targets: Tensor, head: nn.Module, temperature: float):
-    logp = (head(hidden).float() / temperature).log_softmax(-1)
+def head_logits(model, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
+    """float32 logits (N, V) of hidden states (N, d); in bfloat16 they are off by 0.06 at magnitude 16."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:  # something hooks into it
+        return head(hidden).float()
+    with torch.autocast(hidden.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias.float()
+        return nn.functional.linear(hidden.float(), head.weight.float() if weight is None else weight, bias)
+
+
+def _gather_logprobs(model, hidden: Tensor, weight: Tensor | None, targets: Tensor, temperature: float):
+    logp = (head_logits(model, hidden, weight) / temperature).log_softmax(-1)
     return logp.gather(1, targets[:, None])[:, 0], -(logp.detach().exp() * logp.detach()).sum(-1)
 
 
@@ -766,13 +843,20 @@ def token_logprobs(
     """fp32 log softmax(z / temperature) of the next tokens, and entropies: padded ids (B, T) -> (B, T - 1).
 
     The head runs over `chunk` positions at a time, again in the backward pass: (B, T, V) is never held.
+    ValueError for a model that rescales its logits after the head.
     """
+    fields = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+    if rescaled := [f for f in fields if getattr(model.config, f, None) not in (None, 1, 1.0)]:
+        raise ValueError(f"{type(model).__name__} rescales its logits ({rescaled[0]})")
     out = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     hidden, targets = out.last_hidden_state[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    head = model.get_output_embeddings()
+    weight = head.weight.float() if type(head) is nn.Linear else None  # cast once for all chunks
     score = functools.partial(checkpoint, _gather_logprobs, use_reentrant=False)
     pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    parts = [score(h, y, model.get_output_embeddings(), temperature) for h, y in pieces]
-    logp, entropy = (torch.cat(x).view(len(ids), -1) for x in zip(*parts, strict=True))
+    parts = [score(model, h, weight, y, temperature) for h, y in pieces]
+    # FSDP warns of outputs that are views: hence clone
+    logp, entropy = (torch.cat(x).view(len(ids), -1).clone() for x in zip(*parts, strict=True))
     return logp, entropy
 
 

@@ -33,10 +33,15 @@ Where this file departs from the paper and its code
 - The explanation is found by character offsets; a token that straddles a tag is left out. The code looks for
   its ids, so it finds the question if the explanation only repeats that. Where a text does not encode back to
   the sampled ids, `full` scores the re-encoded text as the code does, --no_retokenize the sampled ids.
-- Log-softmax in float32, no pad token in any loss, rewards in batches (the code: bfloat16, pads, one by one).
+- Logits and log-softmax in float32, no pad token in any loss, rewards in batches (the code: bfloat16, pads,
+  one by one).
 - The teacher's system prompt is ours, of the same structure. A small normaliser compares MATH answers.
 - Sampling is an inverse CDF of uniform numbers that all ranks draw alike: their number changes no result.
-- A sharded checkpoint is one file, gathered on rank 0. Running out of GPU memory stops the run.
+- A sharded checkpoint is one file, gathered on rank 0. Running out of GPU memory, or a reward that is not
+  finite, stops the run. The teacher's half of d always has a forward pass of its own.
+- One explanation a question is collected (the paper picks among several for its 32B students). Countdown
+  problems are generated here. --exact_kl needs whole models, evaluation runs one --bench at a time, at avg@1
+  unless --eval_samples says otherwise (16 or more for AIME), and its answers are sampled in-script.
 - The demo's task, pointer chasing, is ours and was selected: exploration must fail. With half the chains it
   does not, and correctness RL wins (--easy). Only the paper's claim for the first regime is tested.
 
@@ -51,6 +56,7 @@ import functools
 import json
 import math
 import operator
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -58,7 +64,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -67,7 +73,7 @@ from torch import Tensor, nn
 import common
 from common import Run, UserError
 
-STAGES = ("warmup", "rl", "collect", "distil", "eval")
+STAGES = ("warmup", "baselines", "rl", "collect", "distil", "eval")
 SYMBOLS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-"
 
 
@@ -80,7 +86,13 @@ class Config(common.Config):
     data: str = ""  # .jsonl with question, solution and maybe reasoning_trace; Stratos or GSM8K; or countdown
     bench: str = ""  # math500, aime24, gpqa, countdown or a .jsonl to evaluate on; empty: held-out rows
     holdout: int = 0  # rows of data kept for evaluation
-    stages: tuple[str, ...] = STAGES  # with a real teacher: the parts to run
+    stages: tuple[str, ...] = (
+        "warmup",
+        "rl",
+        "collect",
+        "distil",
+        "eval",
+    )  # real models: parts to run; baselines, too
     # built-in task
     easy: bool = False  # only the control with half the chains
     symbols: int = 20  # size of the array (M)
@@ -114,6 +126,8 @@ class Config(common.Config):
     exact_kl: bool = False  # d_j summed over the vocabulary as the paper writes it, not at the sampled token
     retokenize: bool = False  # score re-encoded texts, not the sampled ids, where the two differ
     # distillation
+    sft_tokens: int = 16384  # longer texts are cut in warm-up and distillation, and counted
+    sft_save_every: int = 1000  # steps between two checkpoints of these stages
     traces: int = 512  # explanations to collect and distil from
     distil_steps: int = 100  # optimizer steps
     distil_batch: int = 64  # texts a step
@@ -138,7 +152,20 @@ class Config(common.Config):
     show: bool = False  # print one scored explanation of the newest teacher and exit
     score: str = ""  # .jsonl to rank by the reward with the newest teacher, then exit
 
+    may_change: ClassVar[set[str]] = {
+        *("stages", "bench", "eval_problems", "eval_samples", "eval_new", "micro_tokens", "sample_batch"),
+        *("sampler", "shard", "offload", "show", "score"),
+    }
+
     def __post_init__(self):
+        super().__post_init__()
+        if self.teacher is None and (self.data or self.bench or {self.student, self.learner} != {"self"}):
+            raise ValueError("--data, --bench, --student and --learner need a --teacher")
+        longest = max(self.max_new, self.eval_new, 4 * self.chains)
+        if self.teacher is None and self.symbols + 2 * self.chains + longest + 8 > self.context:
+            raise ValueError(
+                f"--context {self.context} is too short for these --symbols, --chains and --max_new"
+            )
         if self.group < 2:
             raise ValueError("--group must be 2 or more: the advantage compares completions of one question")
         if not self.chains <= self.symbols <= len(SYMBOLS):
@@ -291,10 +318,10 @@ def load_examples(data: str, seed: int) -> tuple[list[Example], str]:
     if data.endswith(".jsonl"):
         rows = common.read_jsonl(data, ("question", "solution"))
         parts = [(r["question"], r["solution"], r.get("reasoning_trace")) for r in rows]
-        return [Example(q, pad(s), pad(t) if t else None) for q, s, t in parts], STUDENT_SYSTEM
+        return [Example(q, pad(s), pad(str(t)) if t else None) for q, s, t in parts], STUDENT_SYSTEM
     rows = load_hub(data, subset="main" if "gsm8k" in data else None)
     if {"question", "answer"} <= set(rows.column_names):  # GSM8K: rationale #### number
-        parts = [(r["question"], *r["answer"].rsplit("####", 1)) for r in rows]
+        parts = [(r["question"], *r["answer"].rpartition("####")[::2]) for r in rows]
         made = [Example(q, pad(rf"The answer is \boxed{{{s.strip()}}}"), pad(t)) for q, t, s in parts]
         return made, STUDENT_SYSTEM
     if not {"system", "conversations"} <= set(rows.column_names):
@@ -305,7 +332,7 @@ def load_examples(data: str, seed: int) -> tuple[list[Example], str]:
     block, examples = re.compile(rf"{a}(.*){b}\s*{c}(.*){d}", re.S), []
     for i, turns in enumerate(rows["conversations"]):
         if (found := block.search(turns[1]["value"])) is None:
-            raise UserError(f"{data}, row {i}: field conversations has no thought and solution block")
+            raise UserError(f"{data}, row {i + 1}: field conversations has no thought and solution block")
         examples.append(Example(turns[0]["value"], found[2], found[1]))
     return examples, rows[0]["system"]
 
@@ -426,8 +453,11 @@ def chat_format(tok, student_system: str) -> Format:
         return tok.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
     words = {"system": "S", "user": "Q", "assistant": "\n\nA <|x|>\n\n"}
-    whole = tok.apply_chat_template([{"role": r, "content": c} for r, c in words.items()], tokenize=False)
-    head = chat("S", "Q") + words["assistant"]
+    try:
+        whole = tok.apply_chat_template([{"role": r, "content": c} for r, c in words.items()], tokenize=False)
+        head = chat("S", "Q") + words["assistant"]
+    except Exception as e:  # whatever the template raises, for one that knows no system role
+        raise UserError(f"the chat template refuses system, user and assistant turns ({e})") from None
     if not whole.startswith(head) or whole == head:
         raise UserError("the chat template alters the assistant's text, so spans cannot be kept")
     return Format(chat, whole.removeprefix(head), student_system=student_system)
@@ -513,6 +543,7 @@ class Aligned:
     t: str
     closed: bool  # the closing tag was there
     canonical: bool  # the text encodes to the sampled ids
+    matched: bool  # both contexts have the same tokens of t, none had to be dropped
     teacher_ids: list[int]
     student_ids: list[int]
     think_teacher: np.ndarray  # (J,)
@@ -531,7 +562,7 @@ def align(e: Example, completion: list[int], task: Task) -> Aligned:
     text_s, span_s, span_solution, _ = task.fmt.student(e, t)
     (ids_p, offsets_p), (ids_t, offsets_t), (ids_s, offsets_s) = task.encode([text_t[:begin], text_t, text_s])
     think_t, think_s = tokens_in_span(offsets_t, *span_t), tokens_in_span(offsets_s, *span_s)
-    solution, sampled = tokens_in_span(offsets_s, *span_solution), ids_p + completion
+    solution, sampled, matched = tokens_in_span(offsets_s, *span_solution), ids_p + completion, True
     end = int(think_t[-1]) + 1 if len(think_t) else 0
     canonical = ids_t[:end] == sampled[:end]
     if not canonical and not task.cfg.retokenize:
@@ -547,10 +578,11 @@ def align(e: Example, completion: list[int], task: Task) -> Aligned:
     else:
         key_t = [(ids_t[i], *(offsets_t[i] - span_t[0])) for i in think_t]
         key_s = [(ids_s[i], *(offsets_s[i] - span_s[0])) for i in think_s]
-        if key_t != key_s:
+        matched = key_t == key_s
+        if not matched:
             shared = set(key_t) & set(key_s)
             think_t, think_s = think_t[[k in shared for k in key_t]], think_s[[k in shared for k in key_s]]
-    return Aligned(t, closed, canonical, ids_t, ids_s, think_t, think_s, solution)
+    return Aligned(t, closed, canonical, matched, ids_t, ids_s, think_t, think_s, solution)
 
 
 def at(logp: Tensor, positions: list[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -571,19 +603,24 @@ def reduce_scores(x: Tensor, mask: Tensor, alpha: float, kind: Literal["min", "m
 
 @torch.no_grad()
 def exact_kl(teacher: LogProbLM, student: LogProbLM, rows: list[Aligned], task: Task) -> Tensor:
-    """KL(pi_theta || pi_S) over the whole vocabulary at each token of t, (B, J). Not for sharded models."""
+    """KL(pi_T || pi_S) over the whole vocabulary at each token of t, (B, J). Not for sharded models."""
     out = torch.zeros(len(rows), max(1, *(len(r.think_teacher) for r in rows)), device=task.run.device)
-    for group in micro_batches([len(r.teacher_ids) for r in rows], task):
+    for i, row in enumerate(rows):
         hidden = []
-        for model, side in ((teacher, "teacher"), (student, "student")):
-            ids, mask = collate([getattr(rows[i], f"{side}_ids") for i in group], task.run.device)
-            h = model.lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            hidden.append([x[getattr(rows[i], f"think_{side}") - 1] for i, x in zip(group, h, strict=True)])
-        for i, *both in zip(group, *hidden, strict=True):
-            heads = (m.lm.get_output_embeddings() for m in (teacher, student))
-            logits = (head(h).float() / task.cfg.temperature for head, h in zip(heads, both, strict=True))
-            log_p, log_q = (z.log_softmax(-1) for z in logits)  # (J, V) each
-            out[i, : len(log_p)] = (log_p.exp() * (log_p - log_q)).sum(-1)
+        for model, ids, places in (
+            (teacher, row.teacher_ids, row.think_teacher),
+            (student, row.student_ids, row.think_student),
+        ):
+            inputs, mask = collate([ids], task.run.device)
+            with task.run.autocast():
+                h = model.lm.base_model(input_ids=inputs, attention_mask=mask, use_cache=False)
+            hidden.append(h.last_hidden_state[0, places - 1])
+        begin = 0
+        for chunk in zip(*(h.split(1024) for h in hidden), strict=True):
+            logits = (common.head_logits(m.lm, h) for m, h in zip((teacher, student), chunk, strict=True))
+            log_p, log_q = ((z / task.cfg.temperature).log_softmax(-1) for z in logits)  # (J, V) each
+            out[i, begin : begin + len(log_p)] = (log_p.exp() * (log_p - log_q)).sum(-1)
+            begin += len(log_p)
     return out
 
 
@@ -609,9 +646,12 @@ def rlt_reward(
     r_kl = torch.where(think.any(1), r_kl, 1 + cfg.alpha)
     reward = r_ss - cfg.lam * r_kl + cfg.penalty * ~closed  # eq. (3)
     kl_max = torch.where(think.any(1), d.masked_fill(~think, -torch.inf).amax(1), 1.0)
-    canonical = torch.tensor([float(r.canonical) for r in rows], device=d.device)
+    canonical, matched = (
+        torch.tensor(x, device=d.device) for x in zip(*((r.canonical, r.matched) for r in rows), strict=True)
+    )
     parts = {"r_ss": r_ss, "r_kl": r_kl, "kl_mean": r_kl - cfg.alpha * kl_max, "kl_max": kl_max}
-    parts |= {"length": think.sum(1).float(), "closed": closed.float(), "canonical": canonical}
+    parts |= {"length": think.sum(1).float(), "closed": closed.float()}
+    parts |= {"canonical": canonical.float(), "matched": matched.float()}
     return reward, parts, {"rows": rows, "l": solution, "d": d}
 
 
@@ -657,7 +697,8 @@ def grpo_loss(logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor, b
 def sync_ref(ref: nn.Module, policy: nn.Module, mix: float) -> None:
     """theta_ref <- mix theta + (1 - mix) theta_ref, in place, on whatever shard is here."""
     for p_ref, p in zip(ref.parameters(), policy.parameters(), strict=True):
-        p_ref.lerp_(p.to(p_ref.dtype), mix)
+        mine, theirs = (x.to_local() if hasattr(x, "to_local") else x for x in (p_ref, p))
+        mine.copy_(theirs) if mix == 1 else mine.lerp_(theirs.to(mine), mix)
 
 
 def full_weights(lm: nn.Module):
@@ -672,9 +713,9 @@ class Sampler:
     def __init__(self, policy: LogProbLM, task: Task):
         self.policy, self.task, self.lm = policy, task, policy.lm
         if task.run.sharded:
-            with torch.device(task.run.device):
-                lm = type(policy.lm)(policy.lm.config)
-            self.lm = lm.to(torch.bfloat16 if task.run.amp else torch.float32).eval()
+            self.lm = empty_twin(
+                policy.lm, task.run.device, torch.bfloat16 if task.run.amp else torch.float32
+            )
 
     def __call__(self, prompts: list[list[int]], uniforms: Tensor, temperature: float, top_p=1.0):
         """uniforms (N, T) decide the samples, N / len(prompts) a prompt -> N lists of ids, EOS included."""
@@ -701,15 +742,24 @@ class Sampler:
 class VLLMSampler:
     """The same from a vLLM engine on this rank's GPU, asleep while the models train (extra "vllm")."""
 
+    engines: ClassVar[dict] = {}
+
     def __init__(self, policy: LogProbLM, task: Task):
+        os.environ.setdefault(
+            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
+        )  # the engine in this process: weights go in
         try:
             import vllm
         except ImportError:
             raise UserError('--sampler vllm needs: pip install -e ".[vllm]"') from None
         self.policy, self.task, self.vllm = policy, task, vllm
         settings = dict(dtype="bfloat16", max_model_len=task.cfg.context, generation_config="vllm")
-        settings |= dict(distributed_executor_backend="external_launcher", gpu_memory_utilization=0.4)
-        self.engine = vllm.LLM(task.cfg.teacher, seed=task.run.rank, enable_sleep_mode=True, **settings)
+        settings |= dict(gpu_memory_utilization=0.4, enable_sleep_mode=True, seed=task.run.rank)
+        if "RANK" in os.environ:
+            settings["distributed_executor_backend"] = "external_launcher"
+        name = task.cfg.teacher  # one engine for all stages: it holds a GPU
+        self.engine = self.engines.setdefault(name, None) or vllm.LLM(name, **settings)
+        self.engines[name] = self.engine
 
     def __call__(self, prompts: list[list[int]], uniforms: Tensor, temperature: float, top_p=1.0):
         self.engine.wake_up()
@@ -724,6 +774,22 @@ class VLLMSampler:
         outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         self.engine.sleep(level=1)
         return [list(c.token_ids) for o in outputs for c in o.outputs]
+
+
+def make_sampler(policy: LogProbLM, task: Task) -> Sampler | VLLMSampler:
+    """The teacher's sampler, as cfg.sampler names it."""
+    return (VLLMSampler if task.cfg.sampler == "vllm" else Sampler)(policy, task)
+
+
+def empty_twin(lm: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """A model of the same make with parameters still to be filled; buffers (rotary frequencies) are there."""
+    with torch.device("meta"):
+        twin = type(lm)(lm.config)
+    twin = common.cast_parameters(twin, dtype).to_empty(device=device).eval()
+    for ours, theirs in zip(twin.buffers(), lm.buffers(), strict=True):
+        ours.copy_(theirs)
+    twin.tie_weights()
+    return twin
 
 
 def rows_of(step: int, batch: int, n: int, seed: int) -> list[int]:
@@ -742,13 +808,16 @@ def train_grpo(policy: LogProbLM, examples: list[Example], kind: str, student, t
     """
     cfg, run, reference = task.cfg, task.run, copy_frozen(policy, task)
     model = policy if run.sharded else run.wrap(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, (0.9, 0.999), weight_decay=0.0)
-    sampler = (VLLMSampler if cfg.sampler == "vllm" else Sampler)(policy, task)
+    adam = dict(betas=(0.9, 0.999), weight_decay=0.0, fused=run.device.type == "cuda")
+    optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, **adam)
+    sampler = make_sampler(policy, task) if kind == "rlt" else Sampler(policy, task)
     prompt = task.fmt.teacher_prompt if kind == "rlt" else task.fmt.student_prompt
-    share, history = cfg.prompts // run.world_size, {"names": [], "rows": [], "tokens": 0}
+    share, mute = cfg.prompts // run.world_size, 0
+    history = {"names": [], "rows": [], "tokens": 0, "seconds": run.seconds}
     mine = slice(run.rank * share, (run.rank + 1) * share)  # whole groups: advantages need no other rank
     state = {"model": policy, "optimizer": optimizer, "reference": reference, "history": history}
     for step in run.steps(cfg.updates, **state):
+        run.seconds = history["seconds"]  # those before a resume included
         uniforms = torch.rand(cfg.prompts, cfg.group, cfg.max_new, generator=run.generator("sample"))[mine]
         batch = [examples[i] for i in rows_of(step, cfg.prompts, len(examples), run.stream("order"))[mine]]
         prompts = task.ids([prompt(e) for e in batch])
@@ -772,11 +841,17 @@ def train_grpo(policy: LogProbLM, examples: list[Example], kind: str, student, t
         history["names"], history["tokens"] = list(parts), history["tokens"] + sum(map(len, completions))
         history["rows"].append(means)
         run.log(step, **dict(zip(parts, means.unbind(), strict=True)))
+        mute = 0 if signal.any() or run.world_size > 1 else mute + 1
+        if mute == 10:
+            run.print(
+                f"{run.name} {step}: for 10 updates no group had two different rewards; the policy stands"
+            )
+        if kind == "rlt" and run.world_size == 1 and not parts["closed"].any():
+            run.print(f"{run.name} {step}: every explanation was cut at --max_new {cfg.max_new}: raise it")
+    run.seconds = history["seconds"]
     last = [x.to(run.device) for x in history["rows"][-max(1, cfg.updates // 4) :]]
     means = dict(zip(history["names"], torch.stack(last).mean(0).tolist(), strict=True)) if last else {}
-    if means.get("signal") == 0:
-        run.print(f"{run.name}: no group had two different rewards lately, so the policy did not move")
-    return means | speed(policy, history["tokens"], run)
+    return means | speed(policy, history["tokens"], kind, run)
 
 
 def grpo_update(model, reference, prompts, completions, advantage: Tensor, optimizer, task: Task) -> dict:
@@ -812,7 +887,9 @@ def place(lm: nn.Module, task: Task, trainable: bool) -> LogProbLM:
     lm.requires_grad_(trainable)
     dtype = torch.float32 if trainable or not task.run.amp else torch.bfloat16
     if not task.cfg.shard or task.run.world_size == 1:
-        return LogProbLM(lm.to(dtype)).to(task.run.device).eval()
+        return LogProbLM(common.cast_parameters(lm, dtype)).to(task.run.device).eval()
+    if not hasattr(lm.base_model, "layers"):
+        raise UserError(f"--shard: {type(lm).__name__} keeps its decoder layers elsewhere than in .layers")
     if trainable:
         lm.gradient_checkpointing_enable()
     offload = task.cfg.offload and not trainable
@@ -823,24 +900,27 @@ def copy_frozen(model: LogProbLM, task: Task) -> LogProbLM:
     """A frozen copy of a model, sharded as it is: the reference."""
     if not task.run.sharded:
         return copy.deepcopy(model).requires_grad_(False).eval()
-    twin = place(type(model.lm)(model.lm.config), task, trainable=False)
+    twin = place(empty_twin(model.lm, "cpu", torch.bfloat16), task, trainable=False)
     sync_ref(twin, model, 1.0)
     return twin
 
 
 def stop_at_bad_reward(reward: Tensor, batch, completions, detail: dict, task: Task) -> None:
-    """UserError, with the example printed, at the first reward that is NaN or infinite."""
-    for i in torch.nonzero(~reward.isfinite()).flatten().tolist():
+    """UserError on all ranks, with the example printed, if a reward is NaN or infinite."""
+    error = None
+    for i in torch.nonzero(~reward.isfinite()).flatten().tolist()[:1]:
         e, text = batch[i], task.tok.decode(completions[i])
         sys.stdout.write(f"question {e.q!r}\nsolution {e.s!r}\nexplanation {text!r}\n")
         sys.stdout.writelines(f"{k}: {detail[k][i].tolist()}\n" for k in ("l", "d") if k in detail)
-        raise UserError(f"{task.run.name}: the reward of the example printed above is {reward[i].item()}")
+        error = f"{task.run.name}: the reward of the example printed above is {reward[i].item()}"
+    task.run.agree(error)
 
 
-def speed(policy: LogProbLM, tokens: int, run: Run) -> dict[str, float]:
-    """Tokens/s of each phase on this rank. MFU: 2N FLOP to sample a token, 6N to score, 6N to train on it."""
+def speed(policy: LogProbLM, tokens: int, kind: str, run: Run) -> dict[str, float]:
+    """Tokens/s of each phase on this rank. MFU: 2N FLOP to sample a token, 4N to reward, 8N to train."""
     phases = {k: run.seconds.get(k, math.nan) for k in ("sample", "reward", "update")}
-    flops, total = 14 * sum(p.numel() for p in policy.parameters()) * tokens, sum(phases.values())
+    each = 14 if kind == "rlt" else 10  # a right answer costs nothing to reward
+    flops, total = each * sum(p.numel() for p in policy.parameters()) * tokens, sum(phases.values())
     rates = {"mfu": flops / total / common.peak_flops(run.device), "rl_seconds": total}
     return rates | {f"{k}_tokens_per_s": tokens / v for k, v in phases.items()}
 
@@ -860,17 +940,18 @@ def learning_rate(step: int, total: int, peak: float, warmup: float, floor: floa
 def sft(model: LogProbLM, batch_of: Callable, steps: int, rate: Callable, adam: dict, task: Task, done=None):
     """Train in place: batch_of(step) is the global batch as (text, character where the loss begins).
 
-    Loss: mean over the supervised tokens of the batch. Texts end at cfg.context. rate(step) is the learning
+    Loss: mean over the supervised tokens of the batch. Too long texts are cut. rate(step) is the learning
     rate, `adam` the other settings of AdamW; done(step) may end it early.
     """
-    cfg, run, ended = task.cfg, task.run, {"early": False}
+    cfg, run = task.cfg, task.run
     wrapped = model if run.sharded else run.wrap(model)
-    optimizer = torch.optim.AdamW(model.parameters(), rate(0), **adam)
-    for step in run.steps(steps, model=model, optimizer=optimizer, ended=ended):
-        if ended["early"]:
-            break
+    optimizer = torch.optim.AdamW(model.parameters(), rate(0), **adam, fused=run.device.type == "cuda")
+    limit, cut = min(cfg.context, cfg.sft_tokens), 0
+    for step in run.steps(steps, cfg.sft_save_every, model=model, optimizer=optimizer):
         rows = batch_of(step)[run.rank :: run.world_size]
-        codes = [(i[: cfg.context], o[: cfg.context]) for i, o in task.encode([text for text, _ in rows])]
+        codes = task.encode([text for text, _ in rows])
+        cut += sum(len(i) > limit for i, _ in codes)
+        codes = [(i[:limit], o[:limit]) for i, o in codes]
         masks = [torch.from_numpy(o[:, 0] >= begin) for (_, o), (_, begin) in zip(codes, rows, strict=True)]
         supervised = float(run.mean(sum(m.sum() for m in masks).double()))  # a rank; gradients are averaged
         loss = torch.zeros((), device=run.device)
@@ -890,8 +971,10 @@ def sft(model: LogProbLM, batch_of: Callable, steps: int, rate: Callable, adam: 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if done and done(step):
-            ended["early"], run.last = True, step
+            run.last = step
         run.log(step, loss=run.mean(loss))
+    if cut:
+        run.print(f"{run.name}: {cut} texts were cut at {limit} tokens on this rank")
 
 
 def sft_on(model: LogProbLM, rows: list[tuple[str, int]], steps: int, batch: int, rate, adam, task: Task):
@@ -926,25 +1009,27 @@ def read_traces(file: Path) -> list[Example]:
 
 def collect(teacher: LogProbLM, student, examples: list[Example], task: Task) -> list[Example]:
     """Stage 3: one raw explanation of each example, with its reward, in traces.jsonl; done ones are kept."""
-    cfg, run, file, sampler = task.cfg, task.run, task.run.folder / "traces.jsonl", Sampler(teacher, task)
+    cfg, run, file = task.cfg, task.run, task.run.folder / "traces.jsonl"
+    sampler = make_sampler(teacher, task)
     if run.is_main:  # an interrupted write may have left half a line
         kept = file.read_text() if cfg.resume and file.exists() else ""
         common.write_atomic(file, kept[: kept.rfind("\n") + 1].encode())
     run.barrier()
     done, chunk = file.read_text().count("\n"), cfg.sample_batch * run.world_size
     for start in range(done, len(examples), chunk):
-        part = examples[start : start + chunk]
-        part = part + (part * run.world_size)[: -len(part) % run.world_size]  # equal shares; repeats go below
-        generator = torch.Generator().manual_seed(run.stream(f"from {start}"))
-        uniforms = torch.rand(len(part), cfg.max_new, generator=generator)[run.rank :: run.world_size]
-        mine = part[run.rank :: run.world_size]
+        end = min(start + chunk, len(examples))
+        places = range(start + run.rank, end + (start - end) % run.world_size, run.world_size)
+        places = [min(i, end - 1) for i in places]  # equal shares; the repeats go below
+        seeds = [torch.Generator().manual_seed(run.stream(f"collect {i}")) for i in places]
+        uniforms = torch.stack([torch.rand(cfg.max_new, generator=g) for g in seeds])
+        mine = [examples[i] for i in places]
         completions = sampler(task.ids([task.fmt.teacher_prompt(e) for e in mine]), uniforms, cfg.temperature)
         reward, parts, detail = rlt_reward(mine, completions, teacher, student, task)
         numbers = {k: v.tolist() for k, v in ({"reward": reward} | parts).items()}
         texts = [{"question": e.q, "solution": e.s} for e in mine]
         rows = [x | {"reasoning_trace": r.t} for x, r in zip(texts, detail["rows"], strict=True)]
         rows = run.gather([row | {k: v[i] for k, v in numbers.items()} for i, row in enumerate(rows)])
-        ordered = [row for rank_rows in zip(*rows, strict=True) for row in rank_rows][: len(examples) - start]
+        ordered = [row for rank_rows in zip(*rows, strict=True) for row in rank_rows][: end - start]
         if run.is_main:
             with open(file, "a") as f:
                 f.writelines(json.dumps(common.finite_or_null(r)) + "\n" for r in ordered)
@@ -972,17 +1057,25 @@ def equal_answers(a: str | None, b: str | None) -> bool:
 
     def plain(x: str) -> str:
         x = re.sub(r"\\(left|right|displaystyle|[!,;:$]|q?quad)|\\(text|mathrm|mbox)(?=\{)|[\s$]", "", x)
-        x = re.sub(r"\^\{?\\circ\}?|\\?%", "", x)
-        x = re.sub(r"\\[dt]?frac(\d)(\d)", r"\\frac{\1}{\2}", x)
-        x = re.sub(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}", r"(\1)/(\2)", x)
-        return re.sub(r"(?<=\d),(?=\d{3}\b)", "", x).strip("{}.")
+        x = re.sub(r"\^\{?\\circ\}?|\\?%", "", x).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+        x = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", x)
+        if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", x):  # a number with thousands, not a list
+            x = x.replace(",", "")
+        x = x.rstrip(".")
+        return x[1:-1] if re.fullmatch(r"\{[^{}]*\}", x) else x
 
     def number(x: str) -> Fraction | str:
-        top, _, bottom = x.replace("(", "").replace(")", "").partition("/")
-        try:
-            return Fraction(top) / Fraction(bottom or 1)
-        except (ValueError, ZeroDivisionError):
+        decimal, whole = (
+            r"(-?)(\d{0,40}\.?\d{1,40})",
+            re.fullmatch(r"(-?)(\d{0,9})\\frac\{(\d+)\}\{(\d+)\}", x[:60]),
+        )
+        if whole and int(whole[4]):  # a fraction, or a mixed number
+            value = int(whole[2] or 0) + Fraction(int(whole[3]), int(whole[4]))
+            return -value if whole[1] else value
+        parts = [re.fullmatch(decimal, p) for p in x[:100].split("/")]
+        if not all(parts) or len(parts) > 2 or (len(parts) == 2 and not Fraction(parts[1][0])):
             return x
+        return Fraction(parts[0][0]) / Fraction(parts[1][0] if len(parts) == 2 else 1)
 
     return a is not None and b is not None and number(plain(a)) == number(plain(b))
 
@@ -1118,9 +1211,13 @@ def hop_base(task: Task) -> dict:
     sft(base, all_written, cfg.textbook_steps, constant, adam, textbook, learned)
     sft(base, as_found, cfg.web_steps, cosine, adam, web)
     gate = hop_accuracy(base, test, task) | {"solves": accuracy(base, test, task, 1.0).mean()}
-    if cfg.base_check and not (min(gate[k] for k in hops) >= 0.97 and gate["leap"] < 3 / cfg.symbols):
+    able = min(gate[k] for k in hops) >= 0.97 and gate["leap"] < 3 / cfg.symbols
+    stuck = gate["solves"] < 0.005 or cfg.chains < run.cfg.chains  # the control may solve some
+    if cfg.base_check and not (able and stuck):
         found = ", ".join(f"{k} {v:.2f}" for k, v in gate.items())
-        raise UserError(f"{run.name}: single hops without leaps are needed, not {found}; try another --seed")
+        raise UserError(
+            f"{run.name}: single hops, no leaps and no luck are needed, not {found}; try a --seed"
+        )
     weights = {"base": copy.deepcopy(base.state_dict())}
     corpus = hop_problems(cfg, cfg.warmup_batch * cfg.warmup_steps, "warm-up")
     warm_up(base, corpus, replace(task, run=run.stage("warmup")))
@@ -1252,7 +1349,7 @@ def draw_study(figure, folder: Path, seeds: int, example: dict) -> None:
     left.legend(fontsize=8)
     d = np.zeros(-(-len(example["kl"]) // 4) * 4)
     d[: len(example["kl"])] = example["kl"]
-    image = right.imshow(d.reshape(-1, 4), cmap="YlOrRd", vmin=0, vmax=max(3.0, d.max()), aspect="auto")
+    image = right.imshow(d.reshape(-1, 4), cmap="YlOrRd", vmin=0, vmax=d.max(initial=3.0), aspect="auto")
     for i, token in enumerate(example["tokens"]):
         right.text(i % 4, i // 4, f"{token}\n{d[i]:.2f}", ha="center", va="center", fontsize=9)
     right.set_xticks(range(4), ["start", "1 hop", "2 hops", "3 hops"])
@@ -1271,7 +1368,7 @@ def explain(teacher, student, examples: list[Example], task: Task, given: bool =
     else:
         uniforms = torch.rand(len(examples), task.cfg.max_new, generator=task.run.generator("explain"))
         prompts = task.ids([task.fmt.teacher_prompt(e) for e in examples])
-        completions = Sampler(teacher, task)(prompts, uniforms, task.cfg.temperature)
+        completions = make_sampler(teacher, task)(prompts, uniforms, task.cfg.temperature)
     reward, parts, detail = rlt_reward(examples, completions, teacher, student, task)
     out = []
     for i, (e, row) in enumerate(zip(examples, detail["rows"], strict=True)):
@@ -1317,13 +1414,16 @@ def describe(x: dict, cfg: Config) -> str:
 def newest(cfg: Config, run: Run) -> tuple[LogProbLM, LogProbLM, Task, list[Example]]:
     """Teacher, student, task and problems for --show and --score, as trained in the run folder, if so."""
     if cfg.teacher:
-        task, lm, student, examples = text_task(replace(cfg, shard=False), run)
-        if (run.folder / "teacher").exists():
-            lm, _ = common.load_lm(str(run.folder / "teacher"))
+        data = replace(cfg, shard=False, data=cfg.data or cfg.score)
+        task, lm, student, examples, _ = text_task(data, run)
+        trained = run.folder / "teacher"
+        run.print(f"teacher: {trained if trained.exists() else f'{cfg.teacher}, not trained yet'}")
+        if trained.exists():
+            lm, _ = common.load_lm(str(trained))
         return place(lm, task, False), place(student, task, False), task, examples
     task, trained = hop_task(cfg, run), run.folder / "rlt-0" / "rl" / "checkpoint.pt"
     if not trained.exists():
-        raise UserError(f"no teacher in {run.folder}: run rlt.py without --show and --score first")
+        raise UserError(f"no teacher in {run.folder}: train one without --show or --score, or give --teacher")
     teacher, student = (hop_weights(which, run.folder, task) for which in ("warm", "base"))
     teacher.load_state_dict(torch.load(trained, map_location=run.device, weights_only=True)["state"]["model"])
     return teacher, student, task, hop_problems(cfg, 4, "show")
@@ -1333,9 +1433,13 @@ def score_file(cfg: Config, run: Run) -> None:
     """Rank the traces in a .jsonl by the reward; print the best ten with their dearest step, write all."""
     rows = common.read_jsonl(cfg.score, ("question", "solution", "reasoning_trace"))
     teacher, student, task, _ = newest(cfg, run)
-    padded = pad if cfg.teacher else str
+    padded, found = pad if cfg.teacher else str, []
     examples = [Example(r["question"], padded(r["solution"]), padded(r["reasoning_trace"])) for r in rows]
-    found = explain(teacher, student, examples, task, given=True)
+    try:
+        for i in range(0, len(examples), 64):
+            found += explain(teacher, student, examples[i : i + 64], task, given=True)
+    except ValueError as e:
+        raise UserError(f"{cfg.score}: {e}; for ordinary text give --teacher and --student") from None
     order = np.argsort([-x["reward"] for x in found], kind="stable").tolist()
     for i in order[:10]:
         x, j = found[i], found[i]["dearest"]
@@ -1345,93 +1449,126 @@ def score_file(cfg: Config, run: Run) -> None:
         run.print(f"row {i + 1}: {numbers}; dearest token {x['kl_max']:.2f}: {step}")
     kept = ("reward", "r_ss", "r_kl", "kl_mean", "kl_max", "length", "leak")
     ranked = [rows[i] | {"rank": n + 1} | {k: found[i][k] for k in kept} for n, i in enumerate(order)]
+    lines = [json.dumps(common.finite_or_null(r)) + "\n" for r in ranked]
     target = Path(cfg.score).with_suffix(".scored.jsonl")
-    common.write_atomic(target, "".join(json.dumps(common.finite_or_null(r)) + "\n" for r in ranked).encode())
+    if run.is_main:
+        common.write_atomic(target, "".join(lines).encode())
     run.print(f"all {len(rows)} in {target}")
 
 
 # --- the study on real models: the stages one after the other on all ranks ---
 
 
-def text_task(cfg: Config, run: Run) -> tuple[Task, nn.Module, nn.Module, list[Example]]:
-    """Task, teacher, frozen student and the problems that fit. UserError where these do not go together."""
+def text_task(cfg: Config, run: Run) -> tuple[Task, nn.Module, nn.Module, list[Example], str]:
+    """Task, teacher, frozen student, the problems that fit and the student's system prompt.
+
+    UserError where models or data do not go together.
+    """
     rows, system = load_examples(cfg.data, cfg.seed)
     dtype = torch.bfloat16 if cfg.shard else torch.float32
     lm, tok = common.load_lm(cfg.teacher, dtype)
     student, student_tok = copy.deepcopy(lm), tok
     if cfg.student != "self":
         student, student_tok = common.load_lm(cfg.student, dtype)
-    fmt = chat_format(tok, system)
-    task = Task(cfg, run, tok, fmt, solves_countdown if "countdown" in (cfg.data, cfg.bench) else same_boxed)
+    fmt, judged = chat_format(tok, system), cfg.bench or cfg.data
+    task = Task(cfg, run, tok, fmt, solves_countdown if judged == "countdown" else same_boxed)
     probe = [make(rows[0], pad("So 12 + 30 = 42."))[0] for make in (fmt.teacher, fmt.student)]
-    if task.ids(probe) != replace(task, tok=student_tok).ids(probe):
+    if (
+        task.ids(probe) != replace(task, tok=student_tok).ids(probe)
+        or tok.get_vocab() != student_tok.get_vocab()
+    ):
         raise UserError("--teacher and --student tokenize differently; d_j compares the same tokens in both")
-    fitting = []
-    for i, e in enumerate(rows):
+    fitting, mute = [], 0
+    for e in rows:
         text, _, span, _ = fmt.student(e, fmt.gap)
         (ids_t, _), (ids_s, offsets) = task.encode([fmt.teacher_prompt(e), text])
         if not len(tokens_in_span(offsets, *span)):
-            raise UserError(f"{cfg.data}, row {i + 1}: the solution {e.s!r} has no token of its own to score")
-        if max(len(ids_t), len(ids_s)) + cfg.max_new + 8 <= cfg.context:
+            mute += 1  # no token of the solution lies between its tags
+        elif max(len(ids_t), len(ids_s)) + cfg.max_new + 8 <= cfg.context:
             fitting.append(e)
-    run.print(f"{len(fitting)} problems; {len(rows) - len(fitting)} dropped, beyond --context {cfg.context}")
+    dropped = f"{len(rows) - len(fitting) - mute} dropped, beyond --context {cfg.context}"
+    run.print(f"{len(fitting)} problems; {dropped}" + (f"; {mute} without a token to score" if mute else ""))
     if len(fitting) <= cfg.holdout:
         raise UserError(f"{cfg.data}: no problem is left to train on beside --holdout {cfg.holdout}")
-    return task, lm, student, fitting
+    return task, lm, student, fitting, system
 
 
 def text_study(cfg: Config, run: Run) -> None:
     """Warm-up, RL, collection, distillation, evaluation, as cfg.stages says; --resume keeps finished ones."""
     if cfg.prompts % run.world_size:
         raise UserError(f"--prompts {cfg.prompts} is no multiple of the {run.world_size} ranks")
+    if min(cfg.warmup_batch, cfg.distil_batch) < run.world_size:
+        raise UserError(f"--warmup_batch and --distil_batch must be at least the {run.world_size} ranks")
     if cfg.exact_kl and cfg.shard:
         raise UserError("--exact_kl needs whole models, so not with --shard")
-    task, lm, student, examples = text_task(cfg, run)
+    task, lm, student, examples, system = text_task(cfg, run)
     heldout, examples = examples[: cfg.holdout], examples[cfg.holdout :]
     problems = benchmark(cfg.bench, heldout, cfg) if "eval" in cfg.stages else []
-    teacher, student, numbers = place(lm, task, trainable=True), place(student, task, trainable=False), {}
+    teacher, student = place(lm, task, trainable=True), place(student, task, trainable=False)
+    numbers, corpora, part = {}, {}, examples[: cfg.traces]
     if "warmup" in cfg.stages:
         warm_up(teacher, examples, replace(task, run=run.stage("warmup")))
+    if "baselines" in cfg.stages:
+        corpora["the corpus"] = [e for e in part if e.t]
+        before = replace(task, run=run.stage("before-rl"))
+        corpora["the teacher before RL"] = collect(teacher, student, part, before)
     if "rl" in cfg.stages:
         numbers = train_grpo(teacher, examples, "rlt", student, replace(task, run=run.stage("rl")))
         export(teacher, task, "teacher")
         rows = [{"": k, "mean": float(v)} for k, v in numbers.items() if "per_s" not in k]
         run.table(rows, "RL, last quarter of the updates")
-    run.print("\n" + describe(explain(teacher, student, (heldout or examples)[:1], task)[0], cfg))
-    traces = collect(teacher, student, examples[: cfg.traces], task) if "collect" in cfg.stages else []
-    if "distil" in cfg.stages and not traces:
-        traces = read_traces(run.folder / "traces.jsonl")
-    del teacher, student
-    if "distil" in cfg.stages or "eval" in cfg.stages:
-        text_students(traces, problems, task)
+    one = explain(teacher, student, (heldout or examples)[:1], task)
+    run.print("\n" + describe(one[0], cfg))
+    if "collect" in cfg.stages:
+        corpora["RLT"] = collect(teacher, student, part, task)
+    elif "distil" in cfg.stages:
+        corpora["RLT"] = read_traces(run.folder / "traces.jsonl")
+    del teacher, student, lm
+    if "distil" in cfg.stages or problems:
+        distilled = {k: v for k, v in corpora.items() if v} if "distil" in cfg.stages else {}
+        text_students(distilled, problems, examples, system, task)
     updates = {"updates_per_s": cfg.updates / numbers["rl_seconds"]} if numbers else {}
     run.finish(**{k: v for k, v in numbers.items() if "per_s" in k or k == "mfu"}, **updates)
 
 
-def text_students(traces: list[Example], problems: list[Example], task: Task) -> None:
-    """Distil the learner on the traces and compare it with itself before, paired by problem."""
-    cfg, run = task.cfg, task.run
+def text_students(
+    corpora: dict, problems: list[Example], pool: list[Example], system: str, task: Task
+) -> None:
+    """Distil the learner on each corpus, train it by correctness RL too ("baselines"), compare by problem."""
+    cfg, run, accuracies = task.cfg, task.run, {}
     name = cfg.teacher if cfg.learner == "self" else cfg.learner
-    lm, _ = common.load_lm(name, torch.bfloat16 if cfg.shard else torch.float32)
-    learner, rows = place(lm, task, trainable=True), {}
-    measure = functools.partial(accuracy, learner, problems, task, cfg.eval_temperature, cfg.eval_samples)
-    if problems:
-        rows["before"] = measure()
-    if traces:
-        distil(learner, traces, replace(task, run=run.stage("distil")), cfg.distil_steps)
-        export(learner, task, "distilled")
+    for source in ("nothing", *(["correctness RL"] if "baselines" in cfg.stages else []), *corpora):
+        lm, tok = common.load_lm(name, torch.bfloat16 if cfg.shard else torch.float32)
+        stage = replace(
+            task, run=run.stage(f"student-{source.replace(' ', '-')}"), tok=tok, fmt=chat_format(tok, system)
+        )
+        learner = place(lm, task, trainable=True)
+        stage.run.sharded = task.run.sharded
+        if source == "correctness RL":
+            train_grpo(learner, pool, "sparse", None, stage)
+        elif source in corpora:
+            distil(learner, corpora[source], stage, cfg.distil_steps)
+        if source == "RLT":
+            export(learner, replace(stage, run=run), "distilled")
         if problems:
-            rows["distilled from RLT"] = measure()
-            run.claim("the student distilled from RLT beats itself before", *reversed(rows.values()))
+            accuracies[source] = accuracy(learner, problems, stage, cfg.eval_temperature, cfg.eval_samples)
     if problems:
         how = f"temperature {cfg.eval_temperature}, top_p {cfg.eval_top_p}, at most {cfg.eval_new} tokens"
-        table = [{"student": k, f"avg@{cfg.eval_samples}": mean_se(v.tolist())} for k, v in rows.items()]
+        table = [
+            {"student of": k, f"avg@{cfg.eval_samples}": mean_se(v.tolist())} for k, v in accuracies.items()
+        ]
         run.table(table, f"{cfg.bench or cfg.data}: {len(problems)} problems, +- s.e. over problems, {how}")
+    for source in [k for k in accuracies if k != "RLT" and "RLT" in accuracies]:
+        text = f"a student of RLT beats a student of {source}"
+        run.claim(text, accuracies["RLT"], accuracies[source])
 
 
 def export(model: LogProbLM, task: Task, name: str) -> None:
     """Write a model and its tokenizer as a Hugging Face folder in the run folder."""
-    state = {k: v.detach().cpu() for k, v in full_weights(model.lm)}
+    state = {}
+    for name_, whole in full_weights(model.lm):
+        if task.run.is_main:
+            state[name_] = whole.detach().cpu()
     if task.run.is_main:
         model.lm.save_pretrained(task.run.folder / name, state_dict=state)
         task.tok.save_pretrained(task.run.folder / name)
@@ -1476,7 +1613,7 @@ def dry_run(cfg: Config, run: Run) -> None:
         return run.print(f"{n:,} parameters; {runs} runs of at most {cfg.updates} updates, {tokens:,} tokens")
     teacher = meta_model(cfg.teacher)
     student = teacher if cfg.student == "self" else meta_model(cfg.student)
-    c, n, gpus = teacher.config, size(teacher), max(run.world_size, 8) if cfg.shard else run.world_size
+    c, n, gpus = teacher.config, size(teacher), run.world_size if run.world_size > 1 or not cfg.shard else 8
     # a token's keys and values in bfloat16
     kv = 4 * c.num_hidden_layers * c.num_key_value_heads * c.hidden_size // c.num_attention_heads
     parts = {"teacher: fp32 weights, gradients and AdamW": 16 * n / gpus, "reference: bf16": 2 * n / gpus}

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import common
 from common import Run, UserError, parse_config
@@ -51,6 +52,7 @@ def test_any_field_can_be_set_on_top_of_a_config():
         "smoke", 2, 0.5, "slow", (3, 4), "x", False, 7,
     )  # fmt: skip
     assert parse_config(CONFIGS, []).config == "demo"
+    assert parse_config(CONFIGS, ["--rate", "-1e-3", "--sizes", "-1,2"]).sizes == (-1, 2)
     assert parse_config(CONFIGS, ["--flag", "false", "--name", "none"]).name is None
 
 
@@ -62,6 +64,7 @@ def test_any_field_can_be_set_on_top_of_a_config():
         ("--mode sloww", ["--mode", "fast, slow"]),
         ("--config dem", ["dem", "demo"]),
         ("--flag maybe", ["--flag", "true, false"]),
+        ("--log_every 0", ["--log_every"]),
         ("stray", ["stray"]),
     ],
 )
@@ -91,6 +94,9 @@ def test_help_lists_every_field_with_its_comment_and_default(capsys):
     assert end.value.code == 0
     for field in dataclasses.fields(Config):
         assert f"--{field.name} " in text
+    assert all(f"{flag} [demo" not in text for flag in ("INT", "STR", "BOOL", "FLOAT")), (
+        "a field has no comment"
+    )
     assert "of the model, in units (d) [demo: 64]" in text and "seed of every random number generator" in text
 
 
@@ -164,12 +170,16 @@ def test_checkpoint_round_trip_restores_state_and_every_generator(tmp_path):
             return [torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random(), named]
 
         expected, weight = draws(), model.weight.detach().clone()
-        torch.nn.init.zeros_(model.weight)
+        moments = optimizer.state_dict()["state"][0]["exp_avg"].clone()
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
         data["seen"] = []
+        assert not torch.equal(model.weight, weight)
         assert run.restore(model=model, optimizer=optimizer, data=data) == 5
         assert draws() == expected
         assert torch.equal(model.weight, weight) and data["seen"] == [1, 2]
-        assert optimizer.state_dict()["state"][0]["step"] == 1
+        restored = optimizer.state_dict()["state"][0]
+        assert restored["step"] == 1 and torch.equal(restored["exp_avg"], moments)
 
 
 def test_a_generator_made_after_the_restore_goes_on_where_it_was(tmp_path):
@@ -246,6 +256,42 @@ def test_a_non_finite_loss_stops_with_step_term_and_checkpoint(tmp_path, capsys)
     message = capsys.readouterr().err
     assert end.value.code == 2
     assert "step 3" in message and "loss_q" in message and "checkpoint.pt" in message
+    assert torch.load(run.folder / "checkpoint.pt", weights_only=True)["step"] == 3, (
+        "the last good one is kept"
+    )
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):
+    """The loss of a step is read before its update: a broken gradient shows in the weights first."""
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(SystemExit) as end, open_run(tmp_path, save_every=1) as run:
+        for step in run.steps(5, model=model):
+            run.log(step, loss=torch.tensor(1.0))
+            if step == 3:
+                model.weight.data.fill_(math.nan)
+    assert end.value.code == 2 and "model.weight is not finite" in capsys.readouterr().err
+    assert torch.load(run.folder / "checkpoint.pt", weights_only=True)["step"] == 3
+
+
+def test_a_number_logged_between_two_lines_is_in_the_next_one_although_a_checkpoint_came(tmp_path):
+    value = torch.zeros(())
+    with open_run(tmp_path, log_every=4, save_every=3) as run:
+        for step in run.steps(8):
+            run.log(step, loss=value.fill_(step), **({"rare": 7.0} if step == 2 else {}))
+    lines = [json.loads(x) for x in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == [0, 4, 7] and lines[1]["rare"] == 7.0
+    assert [x["loss"] for x in lines] == [0.0, 4.0, 7.0], "values, not references to a buffer that changes"
+
+
+def test_an_early_end_is_the_end_after_a_resume_too(tmp_path):
+    seen = []
+    for resume in (False, True):
+        with open_run(tmp_path, resume=resume) as run:
+            for step in run.steps(10):
+                seen.append(step)
+                if step == 3:
+                    run.last = step
+    assert seen == [0, 1, 2, 3]
 
 
 def test_stages_have_their_own_seeds_whatever_ran_before(tmp_path):
@@ -270,8 +316,9 @@ def work(name, run):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_jobs_run_once_and_a_rerun_does_only_those_without_result(workers, tmp_path):
     names = ["a", "b", "bad"]
-    with pytest.raises(SystemExit), open_run(tmp_path, workers=workers) as run:
+    with pytest.raises(SystemExit) as end, open_run(tmp_path, workers=workers) as run:
         run.jobs(names, work)
+    assert end.value.code == 2
     (run.folder / "mended").touch()
     with open_run(tmp_path, workers=workers, resume=True) as run:
         results = run.jobs(names, work)
@@ -283,7 +330,8 @@ def test_jobs_give_the_same_numbers_in_any_number_of_processes(tmp_path):
     found = []
     for workers in (1, 2):
         with open_run(tmp_path / str(workers), workers=workers) as run:
-            found.append(run.jobs(["a", "b", "c"], work))
+            found.append(run.stage("grid").jobs(["a", "b", "c"], work))
+            found[-1]["after"] = torch.rand(3).tolist()
     assert found[0] == found[1]
 
 
@@ -304,6 +352,8 @@ def test_claim_arithmetic_is_the_paired_standard_error(tmp_path):
         assert run.claim("the same within 3.2", ours, theirs, better="same", margin=3.2)["holds"]
         assert not run.claim("the same within 3.1", ours, theirs, better="same", margin=3.1)["holds"]
         assert not run.claim("one pair", [9.0], [1.0])["holds"]
+        with pytest.raises(ValueError, match="margin"):
+            run.claim("alike", ours, theirs, better="same")
         with pytest.raises(ValueError, match="paired"):
             run.claim("unpaired", [1.0, 2.0], [1.0])
         run.finish(tokens_per_s=3.0)
@@ -336,10 +386,24 @@ def test_char_tokenizer_round_trip_and_offsets():
         tok.encode("az")
 
 
-@pytest.fixture(params=["untied", "tied"])
+@pytest.fixture(params=["untied", "tied", "eager", "gpt2"])
 def lm(request):
+    """A tiny Llama (rotary positions) or GPT-2 (learned ones: a wrong position shows)."""
     torch.manual_seed(1)
-    model = common.tiny_lm(11, 16, 2, heads=2, context=64, tie_word_embeddings=request.param == "tied")
+    if request.param == "gpt2":
+        size = {
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_positions": 64,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=11, **size))
+    else:
+        model = common.tiny_lm(11, 16, 2, heads=2, context=64, tie_word_embeddings=request.param == "tied")
+    if request.param == "eager":
+        model.set_attn_implementation("eager")
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(4)  # far from uniform, so that mistakes show
@@ -348,7 +412,6 @@ def lm(request):
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 1000])
 def test_token_logprobs_equal_the_full_log_softmax_with_gradients(lm, chunk):
-    lm = lm.double()
     ids = torch.randint(11, (3, 7))
     mask = torch.arange(7) < torch.tensor([[7], [4], [2]])
     logits = lm(ids, attention_mask=mask.long()).logits[:, :-1] / 0.7
@@ -356,10 +419,8 @@ def test_token_logprobs_equal_the_full_log_softmax_with_gradients(lm, chunk):
     expected = full.gather(2, ids[:, 1:, None])[..., 0]
     logp, entropy = common.token_logprobs(lm, ids, mask, 0.7, chunk)
     keep = mask[:, 1:]
-    torch.testing.assert_close(logp[keep].double(), expected[keep], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        entropy[keep].double(), -(full.exp() * full).sum(-1)[keep], rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(logp[keep], expected[keep], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy[keep], -(full.exp() * full).sum(-1)[keep], rtol=1e-5, atol=1e-5)
     grads = torch.autograd.grad((logp * keep).sum(), list(lm.parameters()))
     wanted = torch.autograd.grad((expected * keep).sum(), list(lm.parameters()))
     for g, w in zip(grads, wanted, strict=True):
@@ -434,6 +495,32 @@ def test_top_p_keeps_the_smallest_set_that_holds_it():
     share = torch.bincount(tokens, minlength=4) / 10_000
     torch.testing.assert_close(share, torch.tensor([0.0, 2 / 3, 0.0, 1 / 3]), atol=0.02, rtol=0)
     torch.testing.assert_close(logp[tokens == 1][0], torch.tensor(0.5).log())
+    assert (common.draw_tokens(logits, torch.rand(10_000), 1.0, top_p=1e-9)[0] == 1).all(), (
+        "one token at least"
+    )
+
+
+def test_log_probs_use_float32_logits_under_bfloat16_autocast():
+    model = common.tiny_lm(50, 16, 1, heads=1)
+    hidden = torch.randn(20, 16) * 5
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = common.head_logits(model, hidden)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, hidden @ model.lm_head.weight.T, rtol=1e-5, atol=1e-5)
+
+
+def test_models_that_rescale_their_logits_are_refused(lm):
+    lm.config.logits_scaling = 8.0
+    with pytest.raises(ValueError, match="logits_scaling"):
+        common.token_logprobs(lm, torch.tensor([[1, 2]]))
+
+
+def test_casting_leaves_the_rotary_frequencies_alone():
+    model = common.cast_parameters(common.tiny_lm(50, 16, 1, heads=1), torch.bfloat16)
+    assert (
+        model.lm_head.weight.dtype == torch.bfloat16
+        and model.model.rotary_emb.inv_freq.dtype == torch.float32
+    )
 
 
 def test_load_lm_says_what_is_missing(tmp_path):

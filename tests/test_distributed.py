@@ -17,12 +17,21 @@ import rlt
 def collectives(run):
     """What two ranks see of each other."""
     x = torch.tensor([1.0, 2.0]) * (run.rank + 1)
+    two_workers = run.stage("workers")
+    two_workers.cfg = dataclasses.replace(run.cfg, workers=2)
+    try:
+        run.agree("rank 1 has a problem" if run.rank == run.world_size - 1 else None)
+        error = None
+    except common.UserError as e:
+        error = str(e)
     return {
         "mean": run.mean(x).tolist(),
         "unchanged": x.tolist(),
         "gather": run.gather({"rank": run.rank}),
         "same": [torch.rand(3, generator=run.generator("a")).tolist(), torch.rand(3).tolist()],
         "jobs": run.jobs(["a", "b", "c"], job),
+        "workers": two_workers.stage("grid").jobs(["d", "e", "f"], draw),
+        "error": error,
     }
 
 
@@ -45,6 +54,10 @@ def update(run):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     rlt.grpo_update(run.wrap(model), reference, prompts[mine], completions[mine], advantage, optimizer, task)
     return {"weights": torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()}
+
+
+def draw(name, run):
+    return {"draw": torch.rand(()).item()}
 
 
 def training(run):
@@ -83,7 +96,12 @@ def test_collectives_and_jobs(run_script, tmp_path):
     assert first["same"] == second["same"], "generators agree unless a script asks for other streams"
     assert first["jobs"] == second["jobs"] and [r["by"] for r in first["jobs"].values()] == [0, 1, 0]
     assert all(r["world"] == 1 for r in first["jobs"].values())
+    assert first["workers"] == second["workers"] and len(first["workers"]) == 3, (
+        "two ranks with two workers each"
+    )
+    assert first["error"] == second["error"] == "rank 1 has a problem"
     (alone,) = results(run_script, tmp_path, "collectives", 0)
+    assert alone["workers"] == first["workers"]
     assert [r["draw"] for r in alone["jobs"].values()] == [r["draw"] for r in first["jobs"].values()]
 
 
@@ -117,10 +135,10 @@ def test_sharded_models_train_as_whole_ones_do_and_resume_on_another_number_of_r
     """FSDP2 over two ranks: warm-up, RL, collection, distillation, evaluation, then a resume on one rank."""
     line = [ROOT / "rlt.py", *text_files, "--stages", "warmup,rl,collect,distil,eval", "--updates", "3"]
     run_script(*line)
-    whole = {stage: rows(tmp_path, stage) for stage in ("warmup", "rl", "distil")}
+    whole = {stage: rows(tmp_path, stage) for stage in ("warmup", "rl", "student-RLT")}
     out = tmp_path / "out" / "rlt-text-s0"
     traces = (out / "traces.jsonl").read_text().splitlines()
-    sharded = [*line, "--shard", "--save_every", "2"]
+    sharded = [*line, "--shard", "--save_every", "2", "--sft_save_every", "1"]
     run_script(*sharded, ranks=2)
     for stage, expected in whole.items():
         torch.testing.assert_close(
@@ -131,6 +149,11 @@ def test_sharded_models_train_as_whole_ones_do_and_resume_on_another_number_of_r
     (out / "rl" / "checkpoint.previous.pt").rename(out / "rl" / "checkpoint.pt")  # as if killed after step 1
     before = rows(tmp_path, "rl")
     run_script(*sharded, "--resume")
+    torch.testing.assert_close(torch.tensor(rows(tmp_path, "rl")), torch.tensor(before), rtol=2e-3, atol=2e-4)
+    (out / "rl" / "checkpoint.previous.pt").rename(
+        out / "rl" / "checkpoint.pt"
+    )  # and back: one rank saved, two resume
+    run_script(*sharded, "--resume", ranks=2)
     torch.testing.assert_close(torch.tensor(rows(tmp_path, "rl")), torch.tensor(before), rtol=2e-3, atol=2e-4)
 
 

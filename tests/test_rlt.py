@@ -548,7 +548,7 @@ class Table(list):
     [
         ([stratos_row()], ([Example("Q", "\n\nS\n\n", "\n\nT\n\n")], "SYS")),
         ([stratos_row(), stratos_row(system="OTHER")], "system varies"),
-        ([stratos_row(), stratos_row(value="no tags")], "row 1"),
+        ([stratos_row(), stratos_row(value="no tags")], "row 2"),
         ([{"a": 1}], "neither"),
     ],
 )
@@ -658,12 +658,17 @@ def test_smoke_runs_resumes_shows_and_scores(run_script, tmp_path):
 
 
 def test_all_stages_on_a_real_tokenizer_resume_where_they_were(run_script, tmp_path, text_files):
-    stages = ["--stages", "warmup,rl,collect,distil,eval"]
+    stages = ["--stages", "warmup,baselines,rl,collect,distil,eval"]
     out = run_script(ROOT / "rlt.py", *text_files, *stages).stdout
     folder = tmp_path / "out" / "rlt-text-s0"
     assert "9 problems; 1 dropped" in out and "what each of its tokens costs" in out
     traces = [json.loads(x) for x in (folder / "traces.jsonl").read_text().splitlines()]
     assert len(traces) == 5 and all(math.isfinite(t["reward"]) for t in traces)
+    results = json.loads((folder / "results.json").read_text())
+    rivals = ("nothing", "correctness RL", "the corpus", "the teacher before RL")
+    assert [c["text"] for c in results["claims"]] == [
+        f"a student of RLT beats a student of {x}" for x in rivals
+    ]
     assert (folder / "teacher" / "config.json").exists() and (folder / "distilled" / "config.json").exists()
     before = (folder / "rl" / "metrics.jsonl").read_text()
     (folder / "traces.jsonl").write_text("\n".join(json.dumps(t) for t in traces[:3]) + '\n{"question": "ha')
