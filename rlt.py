@@ -111,7 +111,7 @@ class Config(common.Config):
     warmup_batch: int = 64  # texts a step
     warmup_lr: float = 2e-3  # peak; 5 % linear warm-up, then cosine
     # reinforcement learning
-    updates: int = 40  # optimizer steps, one for each batch of completions
+    updates: int = 36  # optimizer steps, one for each batch of completions
     prompts: int = 8  # questions an update (P)
     group: int = 16  # completions a question (G)
     max_new: int = 64  # tokens a completion, at most
@@ -129,12 +129,12 @@ class Config(common.Config):
     sft_tokens: int = 16384  # longer texts are cut in warm-up and distillation, and counted
     sft_save_every: int = 1000  # steps between two checkpoints of these stages
     traces: int = 512  # explanations to collect and distil from
-    distil_steps: int = 100  # optimizer steps
+    distil_steps: int = 80  # optimizer steps
     distil_batch: int = 64  # texts a step
     distil_lr: float = 1e-3  # peak; 10 % linear warm-up, then cosine
     cold_traces: int = 64  # built-in task: explanations for the cold start of correctness RL
     cold_steps: int = 30  # built-in task: distillation steps of the cold start
-    cold_updates: int = 20  # built-in task: updates of correctness RL after it
+    cold_updates: int = 16  # built-in task: updates of correctness RL after it
     # evaluation
     eval_problems: int = 512  # problems, at most
     eval_samples: int = 1  # answers a problem (avg@k)
