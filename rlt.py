@@ -1298,6 +1298,7 @@ def hop_study(cfg: Config, run: Run) -> None:
     for when in () if cfg.easy else ("before RL", "after RL"):
         numbers = {k: mean_se(column("", "rlt", k, f"cold start, {when}")) for k in keys}
         rows.append({"chains": cfg.chains, "row": f"{cfg.cold_traces} RLT traces, {when}"} | numbers)
+    rows.sort(key=lambda row: -row["chains"])
     how = f"{cfg.eval_problems} fresh problems, +- s.e. over {cfg.seeds} seeds on one base model"
     run.table(rows, f"accuracy on {how}")
     if not cfg.easy:
