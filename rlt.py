@@ -111,7 +111,7 @@ class Config(common.Config):
     warmup_batch: int = 64  # texts a step
     warmup_lr: float = 2e-3  # peak; 5 % linear warm-up, then cosine
     # reinforcement learning
-    updates: int = 36  # optimizer steps, one for each batch of completions
+    updates: int = 40  # optimizer steps, one for each batch of completions
     prompts: int = 8  # questions an update (P)
     group: int = 16  # completions a question (G)
     max_new: int = 64  # tokens a completion, at most
@@ -163,9 +163,7 @@ class Config(common.Config):
             raise ValueError("--data, --bench, --student and --learner need a --teacher")
         longest = max(self.max_new, self.eval_new, 4 * self.chains)
         if self.teacher is None and self.symbols + 2 * self.chains + longest + 8 > self.context:
-            raise ValueError(
-                f"--context {self.context} is too short for these --symbols, --chains and --max_new"
-            )
+            raise ValueError(f"--context {self.context} is too short for --symbols, --chains and --max_new")
         if self.group < 2:
             raise ValueError("--group must be 2 or more: the advantage compares completions of one question")
         if not self.chains <= self.symbols <= len(SYMBOLS):
@@ -175,7 +173,7 @@ class Config(common.Config):
 
 
 # fmt: off
-DEMO = Config(workers=2, save_every=1000)
+DEMO = Config(workers=2, log_every=4, save_every=1000)
 SMALL = Config(teacher="HuggingFaceTB/SmolLM2-135M-Instruct", data="openai/gsm8k", holdout=256, updates=100,
     max_new=512, temperature=0.7, lr=1e-6, retokenize=True, warmup_steps=200, warmup_batch=16, warmup_lr=1e-5,
     traces=2000, distil_steps=200, distil_batch=32, distil_lr=1e-5, eval_problems=256, eval_new=512,
@@ -713,9 +711,8 @@ class Sampler:
     def __init__(self, policy: LogProbLM, task: Task):
         self.policy, self.task, self.lm = policy, task, policy.lm
         if task.run.sharded:
-            self.lm = empty_twin(
-                policy.lm, task.run.device, torch.bfloat16 if task.run.amp else torch.float32
-            )
+            dtype = torch.bfloat16 if task.run.amp else torch.float32
+            self.lm = empty_twin(policy.lm, task.run.device, dtype)
 
     def __call__(self, prompts: list[list[int]], uniforms: Tensor, temperature: float, top_p=1.0):
         """uniforms (N, T) decide the samples, N / len(prompts) a prompt -> N lists of ids, EOS included."""
@@ -745,9 +742,7 @@ class VLLMSampler:
     engines: ClassVar[dict] = {}
 
     def __init__(self, policy: LogProbLM, task: Task):
-        os.environ.setdefault(
-            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
-        )  # the engine in this process: weights go in
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the weights stay in this process
         try:
             import vllm
         except ImportError:
@@ -758,8 +753,9 @@ class VLLMSampler:
         if "RANK" in os.environ:
             settings["distributed_executor_backend"] = "external_launcher"
         name = task.cfg.teacher  # one engine for all stages: it holds a GPU
-        self.engine = self.engines.setdefault(name, None) or vllm.LLM(name, **settings)
-        self.engines[name] = self.engine
+        if name not in self.engines:
+            self.engines[name] = vllm.LLM(name, **settings)
+        self.engine = self.engines[name]
 
     def __call__(self, prompts: list[list[int]], uniforms: Tensor, temperature: float, top_p=1.0):
         self.engine.wake_up()
@@ -813,7 +809,7 @@ def train_grpo(policy: LogProbLM, examples: list[Example], kind: str, student, t
     sampler = make_sampler(policy, task) if kind == "rlt" else Sampler(policy, task)
     prompt = task.fmt.teacher_prompt if kind == "rlt" else task.fmt.student_prompt
     share, mute = cfg.prompts // run.world_size, 0
-    history = {"names": [], "rows": [], "tokens": 0, "seconds": run.seconds}
+    history = {"rows": [], "tokens": 0, "seconds": run.seconds}
     mine = slice(run.rank * share, (run.rank + 1) * share)  # whole groups: advantages need no other rank
     state = {"model": policy, "optimizer": optimizer, "reference": reference, "history": history}
     for step in run.steps(cfg.updates, **state):
@@ -838,19 +834,20 @@ def train_grpo(policy: LogProbLM, examples: list[Example], kind: str, student, t
         signal = advantage.view(-1, cfg.group).ne(0).any(1).float()  # groups with something to learn
         parts = {"reward": reward, "signal": signal} | parts
         means = run.mean(torch.stack([v.mean().to(run.device) for v in parts.values()]))
-        history["names"], history["tokens"] = list(parts), history["tokens"] + sum(map(len, completions))
+        means = dict(zip(parts, means.tolist(), strict=True))
+        history["tokens"] += sum(map(len, completions))
         history["rows"].append(means)
-        run.log(step, **dict(zip(parts, means.unbind(), strict=True)))
-        mute = 0 if signal.any() or run.world_size > 1 else mute + 1
+        run.log(step, **means)
+        mute = 0 if means["signal"] else mute + 1
         if mute == 10:
             run.print(
-                f"{run.name} {step}: for 10 updates no group had two different rewards; the policy stands"
+                f"{run.name} {step}: in 10 updates no group had two different rewards; the policy stands"
             )
-        if kind == "rlt" and run.world_size == 1 and not parts["closed"].any():
+        if means.get("closed") == 0:
             run.print(f"{run.name} {step}: every explanation was cut at --max_new {cfg.max_new}: raise it")
     run.seconds = history["seconds"]
-    last = [x.to(run.device) for x in history["rows"][-max(1, cfg.updates // 4) :]]
-    means = dict(zip(history["names"], torch.stack(last).mean(0).tolist(), strict=True)) if last else {}
+    last = history["rows"][-max(1, cfg.updates // 4) :]
+    means = {k: float(np.mean([row[k] for row in last])) for k in last[0]} if last else {}
     return means | speed(policy, history["tokens"], kind, run)
 
 
