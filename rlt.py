@@ -1413,7 +1413,7 @@ def describe(x: dict, cfg: Config) -> str:
 def newest(cfg: Config, run: Run) -> tuple[LogProbLM, LogProbLM, Task, list[Example]]:
     """Teacher, student, task and problems for --show and --score, as trained in the run folder, if so."""
     if cfg.teacher:
-        data = replace(cfg, shard=False, data=cfg.data or cfg.score)
+        data = replace(cfg, shard=False, data=cfg.score or cfg.data, holdout=0)
         task, lm, student, examples, _ = text_task(data, run)
         trained = run.folder / "teacher"
         run.print(f"teacher: {trained if trained.exists() else f'{cfg.teacher}, not trained yet'}")
@@ -1607,7 +1607,10 @@ def dry_run(cfg: Config, run: Run) -> None:
     size = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
     if not cfg.teacher:
         with torch.device("meta"):
-            n, runs = size(hop_model(cfg)), 7 * cfg.seeds
+            n, runs = (
+                size(hop_model(cfg)),
+                6 * cfg.seeds,
+            )  # RL: RLT, lambda = 0, sparse, cold start, and two in the control
         tokens = cfg.updates * cfg.prompts * cfg.group * cfg.max_new
         return run.print(f"{n:,} parameters; {runs} runs of at most {cfg.updates} updates, {tokens:,} tokens")
     teacher = meta_model(cfg.teacher)

@@ -681,6 +681,22 @@ def test_all_stages_on_a_real_tokenizer_resume_where_they_were(run_script, tmp_p
     )
 
 
+def test_score_ranks_a_file_with_given_models_and_refuses_text_for_the_built_in_task(
+    run_script, tmp_path, text_files
+):
+    traces = ["We add the two numbers.", "naïve 日本", "It is 31."]
+    row = {"question": "What is 1 plus 30?", "solution": r"It is \boxed{31}."}
+    lines = [json.dumps(row | {"reasoning_trace": t}) + "\n" for t in traces]
+    (tmp_path / "t.jsonl").write_text("".join(lines))
+    run_script(ROOT / "rlt.py", "--teacher", "lm", "--score", "t.jsonl", "--context", 700, "--max_new", 12)
+    ranked = [json.loads(x) for x in (tmp_path / "t.scored.jsonl").read_text().splitlines()]
+    assert sorted(r["reasoning_trace"] for r in ranked) == sorted(traces) and not (tmp_path / "out").exists()
+    rewards = [r["reward"] for r in ranked]
+    assert rewards == sorted(rewards, reverse=True) and all(math.isfinite(r) for r in rewards)
+    done = run_script(ROOT / "rlt.py", "--score", "t.jsonl", check=False)
+    assert done.returncode == 2 and "--teacher" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_bad_input_is_one_line_with_exit_code_2(run_script, tmp_path, text_files):
     other = bpe(["quite another text: 12 plus 30"], size=300)
     common.tiny_lm(len(other), 32, 2).save_pretrained(tmp_path / "other")
