@@ -443,8 +443,12 @@ def test_token_logprobs_never_holds_a_full_vocabulary_tensor():
                     largest["rows"] = max(largest["rows"], x.numel() // vocabulary)
             return out
 
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        with Watch():
+            logp, _ = common.token_logprobs(model, ids, chunk=chunk)
+        assert not [shape for shape in kept if shape[-1:] == (vocabulary,)], "kept from chunk to chunk"
     with Watch():
-        logp, _ = common.token_logprobs(model, ids, chunk=chunk)
         logp.sum().backward()
     assert largest["rows"] == chunk
 
