@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import gc
 import hashlib
 import inspect
 import json
@@ -255,6 +256,8 @@ class Run:
                 sys.stderr.write(f"{self.script}.py: {error}\n")
             sys.exit(2)
         if kind is None and dist.is_initialized():
+            gc.collect()  # sharded models let go of their communicators before these go
+            dist.barrier()
             dist.destroy_process_group()
 
     def agree(self, error: str | None) -> None:
@@ -342,7 +345,7 @@ class Run:
         if self.world_size == 1:
             return cast_parameters(model, dtype).to(self.device)
         half = torch.bfloat16 if self.amp else None
-        options = {"mesh": dist.init_device_mesh(self.device.type, (self.world_size,))}
+        options = {"mesh": device_mesh(self.device.type, self.world_size)}
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
         options["offload_policy"] = CPUOffloadPolicy() if offload else OffloadPolicy()
         if not any(p.requires_grad for p in model.parameters()):
@@ -657,6 +660,12 @@ def flat_tensors(data, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(data, (dict, list, tuple)):
         for key, value in data.items() if isinstance(data, dict) else enumerate(data):
             yield from flat_tensors(value, f"{name}.{key}".lstrip("."))
+
+
+@functools.cache
+def device_mesh(kind: str, size: int):
+    """The mesh of all ranks, one for all models."""
+    return dist.init_device_mesh(kind, (size,))
 
 
 @functools.cache
