@@ -1024,7 +1024,10 @@ def collect(teacher: LogProbLM, student, examples: list[Example], task: Task) ->
         completions = sampler(task.ids([task.fmt.teacher_prompt(e) for e in mine]), uniforms, cfg.temperature)
         reward, parts, detail = rlt_reward(mine, completions, teacher, student, task)
         numbers = {k: v.tolist() for k, v in ({"reward": reward} | parts).items()}
-        texts = [{"question": e.q, "solution": e.s} for e in mine]
+        origin = {"teacher": cfg.teacher or "built-in task", "run": run.name or run.script, "seed": cfg.seed}
+        texts = [
+            {"id": i, **origin, "question": e.q, "solution": e.s} for i, e in zip(places, mine, strict=True)
+        ]
         rows = [x | {"reasoning_trace": r.t} for x, r in zip(texts, detail["rows"], strict=True)]
         rows = run.gather([row | {k: v[i] for k, v in numbers.items()} for i, row in enumerate(rows)])
         ordered = [row for rank_rows in zip(*rows, strict=True) for row in rank_rows][: end - start]

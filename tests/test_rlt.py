@@ -664,6 +664,7 @@ def test_all_stages_on_a_real_tokenizer_resume_where_they_were(run_script, tmp_p
     assert "9 problems; 1 dropped" in out and "what each of its tokens costs" in out
     traces = [json.loads(x) for x in (folder / "traces.jsonl").read_text().splitlines()]
     assert len(traces) == 5 and all(math.isfinite(t["reward"]) for t in traces)
+    assert [t["id"] for t in traces] == list(range(5)) and {t["teacher"] for t in traces} == {"lm"}
     results = json.loads((folder / "results.json").read_text())
     rivals = ("nothing", "correctness RL", "the corpus", "the teacher before RL")
     assert [c["text"] for c in results["claims"]] == [
