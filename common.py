@@ -1,7 +1,8 @@
-"""What the ten scripts share: command line, one `Run` per process, language-model helpers. No method is here.
+"""What the ten scripts share: command line, one `Run` per process, helpers for LMs and RL. No method is here.
 
 Reading order: `Config` and `parse_config` (a dataclass becomes the command line), `Run` (ranks, seeds, output
-folder, checkpoints, jobs, claims), then the language-model helpers `load_lm`, `generate`, `token_logprobs`.
+folder, checkpoints, jobs, claims), then the language-model helpers `load_lm`, `generate`, `token_logprobs`, and
+those for reinforcement learning: `DmControl`, `evaluate_policy`, `Replay`, `EnsembleLinear`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import gc
 import hashlib
 import inspect
 import json
+import logging
 import math
 import os
 import pickle
@@ -30,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -882,3 +885,151 @@ def peak_flops(device: torch.device) -> float:
         b = a @ a
     b.sum().item()
     return 5 * 2 * 1024**3 / (time.perf_counter() - begin)
+
+
+# --- reinforcement learning ---
+
+
+class DmControl(gymnasium.Env):
+    """A dm_control environment as a gymnasium one: flat float32 observations, actions scaled to [-1, 1].
+
+    A time limit truncates, a discount of 0 terminates. info["physics"] is the physics state (float64).
+    """
+
+    metadata: typing.ClassVar[dict] = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, env, camera: int = 0, size: int = 84):
+        self.env, self.camera, self.size, self.render_mode = env, camera, size, "rgb_array"
+        spec, shapes = env.action_spec(), env.observation_spec().values()
+        self.low, self.span = spec.minimum, spec.maximum - spec.minimum
+        width = sum(int(np.prod(s.shape)) for s in shapes)
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (width,), np.float32)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, spec.shape, np.float32)
+
+    def _read(self, step):
+        obs = np.concatenate([np.ravel(x) for x in step.observation.values()]).astype(np.float32)
+        return obs, {"physics": self.env.physics.get_state()}
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        if seed is not None:  # dm_control's tasks draw their starts from a generator of their own
+            self.env.task._random = np.random.RandomState(seed)
+        return self._read(self.env.reset())
+
+    def step(self, action):
+        unit = (np.clip(np.asarray(action, float), -1, 1) + 1) / 2
+        step = self.env.step(self.low + unit * self.span)
+        obs, info = self._read(step)
+        terminated = step.last() and step.discount == 0
+        return obs, float(step.reward), terminated, step.last() and not terminated, info
+
+    def render(self):
+        return self.env.physics.render(self.size, self.size, camera_id=self.camera)
+
+
+def dm_control_env(domain: str, task: str, **more) -> DmControl:
+    """The task of dm_control's suite as a gymnasium environment; UserError names the nearest one."""
+    os.environ.setdefault("MUJOCO_GL", "egl" if not os.environ.get("DISPLAY") else "glfw")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # MuJoCo's deprecations in the suite's own files
+    from dm_control import suite
+
+    if (domain, task) not in suite.ALL_TASKS:
+        names = [f"{d}_{t}" for d, t in suite.ALL_TASKS]
+        near = difflib.get_close_matches(f"{domain}_{task}", names, 1, 0.0)[0]
+        raise UserError(f"{domain}_{task}: no such task in dm_control; the nearest is {near}")
+    return DmControl(suite.load(domain, task), **more)
+
+
+def vector_env(makers: Sequence[Callable[[], gymnasium.Env]], processes: bool = False, autoreset=True):
+    """Step environments together, here or in a process each; an ended one restarts in the step that ends it."""
+    kind = gymnasium.vector.AsyncVectorEnv if processes else gymnasium.vector.SyncVectorEnv
+    mode = gymnasium.vector.AutoresetMode
+    return kind(list(makers), autoreset_mode=mode.SAME_STEP if autoreset else mode.DISABLED)
+
+
+@torch.no_grad()
+def evaluate_policy(envs, policy: Callable, seed: int, options: dict | None = None) -> np.ndarray:
+    """Return of the first episode of each environment of a vector env: (n,), undiscounted.
+
+    `policy` maps observations (n, d) to actions (n, m), both numpy; it keeps getting all n rows.
+    """
+    obs, _ = envs.reset(seed=seed, options=options)
+    total, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
+    while running.any():
+        obs, reward, terminated, truncated, _ = envs.step(policy(obs))
+        total += reward * running
+        running &= ~(terminated | truncated)
+    return total
+
+
+class Replay:
+    """The last `capacity` transitions as one table per field on the training device.
+
+    Fields are named by the first `add`; each is (rows, ...). `sample` draws rows with replacement.
+    """
+
+    def __init__(self, capacity: int, device: torch.device | str = "cpu"):
+        self.capacity, self.device, self.size, self.next = capacity, torch.device(device), 0, 0
+        self.fields: dict[str, Tensor] = {}
+
+    def add(self, **rows: Tensor | np.ndarray) -> None:
+        rows = {k: torch.as_tensor(v).to(self.device) for k, v in rows.items()}
+        n = len(next(iter(rows.values())))
+        for k, v in rows.items():
+            if k not in self.fields:
+                self.fields[k] = torch.zeros(self.capacity, *v.shape[1:], dtype=v.dtype, device=self.device)
+        place = (self.next + torch.arange(n, device=self.device)) % self.capacity
+        for k, v in rows.items():
+            self.fields[k][place] = v
+        self.next, self.size = (self.next + n) % self.capacity, min(self.size + n, self.capacity)
+
+    def sample(self, count: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        where = generator.device if generator else self.device
+        i = torch.randint(self.size, (count,), generator=generator, device=where).to(self.device)
+        return {k: v[i] for k, v in self.fields.items()}
+
+    def state_dict(self) -> dict:
+        return {"size": self.size, "next": self.next, "fields": self.fields}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.size, self.next = state["size"], state["next"]
+        self.fields = {k: v.to(self.device) for k, v in state["fields"].items()}
+
+
+class EnsembleLinear(nn.Module):
+    """`members` linear layers as one batched product: (members, B, inputs) -> (members, B, outputs).
+
+    x may have fewer members than the layer: each of them then serves as many consecutive layers. Weights are
+    (members, inputs, outputs), zero until `orthogonal_` or the caller fills them; biases (members, 1, outputs).
+    """
+
+    def __init__(self, members: int, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(members, inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(members, 1, outputs))
+
+    def matrices(self) -> Tensor:
+        """What multiplies x; layers that constrain their weights override this."""
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) != len(self.weight):
+            x = x.repeat_interleave(len(self.weight) // len(x), 0)
+        if self.weight.shape[2] == 1:  # a dot product gives a member the same bits alone and in company
+            return (x * self.matrices().mT).sum(-1, keepdim=True) + self.bias
+        return torch.baddbmm(self.bias, x, self.matrices())
+
+    @torch.no_grad()
+    def orthogonal_(self, gain: float, generators: Sequence[torch.Generator]) -> None:
+        """Orthogonal weights and zero biases; each generator serves as many consecutive members."""
+        for i, w in enumerate(self.weight):
+            generator = generators[i * len(generators) // len(self.weight)]
+            fresh = torch.empty(w.shape[1], w.shape[0], dtype=w.dtype)
+            w.copy_(nn.init.orthogonal_(fresh, gain, generator=generator).T)
+        self.bias.zero_()
+
+
+@torch.no_grad()
+def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) target + tau source, for all parameters in one fused call; buffers stay."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
