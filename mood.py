@@ -1386,7 +1386,8 @@ def fit(learner: Learner, run: Run) -> int:
         for i in range(cfg.seeds):
             column = [v[i] for v in values.values()]
             if dead[i] < 0 and (
-                not all(map(math.isfinite, column)) or values.get("q_max", column)[i] > learner.limit
+                not all(map(math.isfinite, column))
+                or values.get("q_max", [0.0] * cfg.seeds)[i] > learner.limit
             ):
                 learner.retire(i, step)
                 dead[i] = step
@@ -1413,7 +1414,7 @@ def score(learner: Learner, task: str, test: Sequence[Transitions], run: Run) ->
         states = [later_states(test[i % len(test)]) for i in range(cfg.seeds)]
         starts["mid"] = {"physics": np.concatenate([s[rng.integers(len(s), size=count)] for s in states])}
     for start, options in starts.items():
-        for samples in sorted({1, cfg.es}):
+        for samples in sorted({1, cfg.es} if cfg.algo != "bc" else {1}):  # cloning has no critic to ask
             returns = evaluate(learner, envs, samples, run.stream(start) % 2**31, options)
             returns[learner.diverged.cpu().numpy() >= 0] = math.nan
             out[f"{start} {samples}"] = normalized_score(returns, task).mean(1).tolist()
@@ -1433,7 +1434,7 @@ def later_states(data: Transitions) -> np.ndarray:
 
 def report(cfg: Config, run: Run, results: dict[str, dict]) -> None:
     """The table of all arms, the differences that added data make, the claims, the figure."""
-    measures = ["imitation_error", *next(iter(results.values()))["returns"]]
+    measures = ["imitation_error", *dict.fromkeys(m for r in results.values() for m in r["returns"])]
     lines = []
     for name, r in results.items():
         numbers = r["returns"] | {"imitation_error": r.get("imitation_error", [])}
@@ -1448,7 +1449,7 @@ def report(cfg: Config, run: Run, results: dict[str, dict]) -> None:
     lines.sort(key=lambda x: (x["task"], cfg.splits.index(x["data"]), list(rows(cfg)).index(x["row"])))
     run.table(lines, f"mean +- s.e. over {cfg.seeds} seeds; returns by start and number of sampled actions")
     narrow, wide = cfg.splits[0], cfg.splits[-1]
-    pick = lambda t, split, row, m: results[f"{t}/{split}/{row}"]["returns"][m]  # noqa: E731
+    pick = lambda t, split, row, m: results[f"{t}/{split}/{row}"]["returns"].get(m, [])  # noqa: E731
     if narrow != wide and (shared := [r for r in rows(cfg) if r in cfg.rows]):
         changes = []
         for row in shared:
