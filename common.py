@@ -646,7 +646,14 @@ def _job_process(index: int, cfg: Config, folder: Path, name: str, share: list[s
                 mine, begun.value = begun.value, begun.value + 1
             if mine >= len(share):
                 break
-            run._job(share[mine], work)
+            try:
+                run._job(share[mine], work)
+            except UserError:
+                with begun.get_lock():  # one line in all, and no worker begins another job
+                    first, begun.value = begun.value < 10**9, 10**9
+                if first:
+                    raise
+                sys.exit(2)
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -916,9 +923,12 @@ class DmControl(gymnasium.Env):
             self.env.task._random = np.random.RandomState(seed)
         return self._read(self.env.reset())
 
+    def control(self, action: np.ndarray) -> np.ndarray:
+        """From [-1, 1] to the range of the actuators."""
+        return self.low + (np.clip(np.asarray(action, float), -1, 1) + 1) / 2 * self.span
+
     def step(self, action):
-        unit = (np.clip(np.asarray(action, float), -1, 1) + 1) / 2
-        step = self.env.step(self.low + unit * self.span)
+        step = self.env.step(self.control(action))
         obs, info = self._read(step)
         terminated = step.last() and step.discount == 0
         return obs, float(step.reward), terminated, step.last() and not terminated, info
@@ -1001,6 +1011,7 @@ class EnsembleLinear(nn.Module):
 
     x may have fewer members than the layer: each of them then serves as many consecutive layers. Weights are
     (members, inputs, outputs), zero until `orthogonal_` or the caller fills them; biases (members, 1, outputs).
+    On one CPU thread a member gets the same bits alone and in company (hidden widths that 8 divides).
     """
 
     def __init__(self, members: int, inputs: int, outputs: int):
@@ -1015,7 +1026,7 @@ class EnsembleLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if len(x) != len(self.weight):
             x = x.repeat_interleave(len(self.weight) // len(x), 0)
-        if self.weight.shape[2] == 1:  # a dot product gives a member the same bits alone and in company
+        if self.weight.shape[2] == 1:  # batched matrix-vector products change bits with the number of members
             return (x * self.matrices().mT).sum(-1, keepdim=True) + self.bias
         return torch.baddbmm(self.bias, x, self.matrices())
 

@@ -1,4 +1,50 @@
-"""placeholder docstring"""
+"""Simple ingredients for offline RL on heterogeneous data: a larger actor, and the MOOD testbed.
+
+Cetin, Tirinzoni, Pirotta, Lazaric, Ollivier, Touati, "Simple Ingredients for Offline Reinforcement Learning",
+ICML 2024, arXiv 2403.13097; facts of the authors' code are from github.com/facebookresearch/offline_rl.
+
+The claim. Offline RL gets worse when trajectories collected for related but different tasks are simply added to
+its data. Of the explanations tested (conservatism, critic ensembles, a bias of advantage weighting, how actions
+are picked at test time, network size) the size of the actor matters most: with a larger one AWAC and IQL cope.
+
+Actor mu(s) = tanh f(s), a = mu + sigma n kept in [-1, 1]; N critics Q_i, targets Q'; one update is
+  eq. (1)  U(q) = mean_{i != j} |q_i - q_j|,  P(q) = mean_i q_i - p U(q)      of two at p = 1/2: their minimum
+  eq. (2)  y = r + gamma (1 - terminated) P(Q'(s', a')),  a' ~ pi(s') with noise clipped to +-0.3
+           L_Q = 1/2 sum_i mean (Q_i(s, a) - y)^2
+  eq. (3)  A(s, a) = mean_i Q_i(s, a) - 1/K sum_k P(Q(s, a_k)),  a_k ~ pi(s)   pessimism for the policy only
+  eq. (4)  AWAC: L_pi = -mean_b w_b l(s_b, a_b),  w = B softmax_b(A / beta),  l the log-density a dimension
+  eq. (5)  IQL: L_V = mean |kappa - 1{u < 0}| u^2,  u = P(Q'(s, a)) - V(s);  y = r + gamma (1 - terminated) V(s')
+  eq. (6)  TD3+BC: L_pi = -mean P(Q(s, a_pi)) + alpha sg(mean |P(Q(s, a_pi))|) mse(mu(s), a)
+  eq. (7)  ASAC: l is maximised on rows drawn with P(i) = softmax(g)_i over all the data, g_i = A_i / beta
+  eq. (8)  evaluation sampling: act with argmax_k P(Q(s, a_k)) of M samples
+then Q' moves tau of the way to Q.
+
+How to run
+  python mood.py                                    four seeds, five mixtures and baselines, on two CPU cores
+  python mood.py --collect --data D                 build a testbed folder D (cheetah; --collect_with td3: all)
+  python mood.py --data D --repeat 4                train on it; also ExORL's folders
+  python mood.py --data hopper_medium-v2.hdf5 --splits all --normalize --repeat 1    D4RL; minari:ID likewise
+  python mood.py --rows baseline,big_actor,... (all: see ROWS)     the paper's hypotheses, one a row
+  python mood.py --config bench --corl DIR          updates a second beside CORL's own files
+  torchrun --nproc_per_node=8 mood.py --config full --data D       15 tasks x 4 mixtures x all rows x 5 seeds
+Jobs task/mixture/row are dealt to ranks and workers; the seeds of a job share one batched network.
+
+Where this file departs from the paper and its code
+- Its tables were not at hand: hyperparameters are read off the authors' code, no figure here is quoted from them.
+- Kept from the code: log-density averaged over dimensions and without the truncation's correction; fixed sigma;
+  no target actor, no delayed updates; the advantage of IQL is AWAC's, V is not in it (iql_value: Q' - V, as in
+  the IQL paper). Changed: softmax weights times B (only Adam's epsilon notices); V is initialised as the other
+  networks; one gamma (the code's flag is never passed on); N = 1 works; TD3+BC clones with mu(s), not with a
+  noisy sample; of a row drawn twice ASAC keeps the last score; states of modern critics can be saved.
+- Collected data are ours: agents of TD3 (and of TD3 on RND's novelty) trained online, or, for the demo,
+  evolved open-loop gaits of the cheetah. The authors' data are not public.
+- Seeds draw random numbers from their own generators: stacked or alone, they get the same.
+- The demo is selected and small: gamma 0.95, actions held for 4 physics steps, observations standardised, data
+  of five gaits, an actor of 8 units against one of 128, the same settings for both. A temperature three times
+  lower and higher is shown for both (low_beta, high_beta).
+
+Reading order: ROWS, Config, Agent, the losses, update, LogSampler, Learner, act, train_arm, main.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +90,7 @@ ROWS: dict[str, Callable[[Config], dict]] = {
     "low_beta": lambda c: {"beta": c.beta / 3},
     "low_beta_big_actor": lambda c: {"beta": c.beta / 3, "actor": c.big_actor},
     "high_beta": lambda c: {"beta": c.beta * 3},
+    "high_beta_big_actor": lambda c: {"beta": c.beta * 3, "actor": c.big_actor},
     "asac": lambda c: {"algo": "asac"},
     "asac_big_actor": lambda c: {"algo": "asac", "actor": c.big_actor},
     "iql": lambda c: {"algo": "iql"},
@@ -109,8 +156,7 @@ class Config(common.Config):
         0.3,
         0.6,
     )  # perturbation of the collected gaits, episode by episode
-    bench: bool = False  # only time updates at CORL's sizes, with one seed and with four
-    corl: str = ""  # for --bench: folder with CORL's own iql.py and awac.py, to be timed beside
+    corl: str = ""  # --config bench: folder with CORL's own iql.py and awac.py, to be timed beside ours
 
     may_change: ClassVar[set[str]] = {"rows", "more_rows"}
 
@@ -143,6 +189,15 @@ class Config(common.Config):
 # --- networks: the leading axis holds the stacked seeds, times the members for critics ---
 
 
+def unit(x: Tensor) -> Tensor:
+    return nn.functional.normalize(x, dim=-1, eps=1e-12)
+
+
+def times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """(E, i, o), (E, o) -> (E, i), with the same bits for every number of members E."""
+    return (matrices * vectors[:, None]).sum(-1)
+
+
 class SpectralLinear(EnsembleLinear):
     """Linear layers over their largest singular value, one power iteration a forward pass in training mode.
 
@@ -157,11 +212,10 @@ class SpectralLinear(EnsembleLinear):
     def matrices(self) -> Tensor:
         if self.training:
             with torch.no_grad():
-                unit = nn.functional.normalize
-                self.v.copy_(unit((self.weight @ self.u[..., None])[..., 0], dim=-1, eps=1e-12))
-                self.u.copy_(unit((self.weight.mT @ self.v[..., None])[..., 0], dim=-1, eps=1e-12))
+                self.v.copy_(unit(times(self.weight, self.u)))
+                self.u.copy_(unit((self.weight * self.v[..., None]).sum(1)))
         u, v = self.u.clone(), self.v.clone()  # another pass may move them before the backward of this one
-        sigma = torch.einsum("ei,eio,eo->e", v, self.weight, u)
+        sigma = (v * times(self.weight, u)).sum(-1)
         return self.weight / sigma[:, None, None]
 
     @torch.no_grad()
@@ -169,7 +223,7 @@ class SpectralLinear(EnsembleLinear):
         super().orthogonal_(gain, generators)
         for i, u in enumerate(self.u):
             generator = generators[i * len(generators) // len(self.u)]
-            u.copy_(nn.functional.normalize(torch.randn(u.shape, generator=generator, dtype=u.dtype), dim=0))
+            u.copy_(unit(torch.randn(u.shape, generator=generator, dtype=u.dtype)))
 
 
 class EnsembleLayerNorm(nn.Module):
@@ -193,19 +247,19 @@ class Block(nn.Module):
         self.inner, self.outer = (SpectralLinear(members, width, width) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.outer(self.inner(self.norm(x)).relu())
+        return x + self.outer(self.inner(self.norm(x)).relu_())
 
 
 def network(size: str, members: int, inputs: int, outputs: int) -> nn.Sequential:
     """`size` s256x2: two hidden ReLU layers of 256; m1024x1: a ReLU layer of 1024 and one residual block."""
     kind, width, depth = re.fullmatch(r"([sm])(\d+)x(\d+)", size).groups()
     width, depth = int(width), int(depth)
-    layers = [EnsembleLinear(members, inputs, width), nn.ReLU()]
+    layers = [EnsembleLinear(members, inputs, width), nn.ReLU(inplace=True)]
     if kind == "m":
         layers += [Block(members, width) for _ in range(depth)]
     else:
         for _ in range(depth - 1):
-            layers += [EnsembleLinear(members, width, width), nn.ReLU()]
+            layers += [EnsembleLinear(members, width, width), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, EnsembleLinear(members, width, outputs))
 
 
@@ -249,7 +303,7 @@ def log_prob(mean: Tensor, a: Tensor, std: float) -> Tensor:
 
 
 def pessimistic(q: Tensor, p: float) -> Tensor:
-    """Mean over members minus p times the mean |q_i - q_j| over ordered pairs: (S, N, B) -> (S, B)."""
+    """P(q), eq. (1): mean over members minus p times their mean |q_i - q_j|, i != j: (S, N, B) -> (S, B)."""
     n = q.shape[1]
     if n == 1:
         return q[:, 0]
@@ -260,21 +314,21 @@ def pessimistic(q: Tensor, p: float) -> Tensor:
 
 
 def advantage_weights(advantage: Tensor, beta: float, kind: str = "softmax") -> Tensor:
-    """softmax over the batch times B, so that their mean is 1, or exp clipped at 100: (S, B) -> (S, B)."""
+    """w of eq. (4), softmax over the batch with mean 1, or exp clipped at 100: (S, B) -> (S, B)."""
     if kind == "exp":
         return (advantage / beta).exp().clamp(max=100)
     return (advantage / beta).softmax(-1) * advantage.shape[-1]
 
 
 def expectile_loss(u: Tensor, kappa: float) -> Tensor:
-    """|kappa - 1{u < 0}| u^2."""
-    return torch.where(u < 0, 1 - kappa, kappa) * u**2
+    """|kappa - 1{u < 0}| u^2, eq. (5), elementwise."""
+    return (kappa - (u < 0).to(u.dtype)).abs() * u**2
 
 
 def advantage(agent: Agent, s: Tensor, a: Tensor, mean: Tensor, noise: Tensor, cfg: Config) -> Tensor:
-    """mean_i Q_i(s, a) - (1/K) sum_k P(Q(s, a_k)) with a_k ~ pi(s), online critics: (S, B).
+    """A(s, a) = mean_i Q_i(s, a) - 1/K sum_k P(Q(s, a_k)), eq. (3), by the online critics: (S, B).
 
-    Pessimism for the policy's actions only. noise (K, S, B, m).
+    a_k is `mean` (S, B, m) plus noise (K, S, B, m).
     """
     k, b = len(noise), s.shape[1]
     sampled = torch.cat([a, *(squash(mean, n) for n in noise)], 1)  # one pass for data and policy actions
@@ -284,7 +338,7 @@ def advantage(agent: Agent, s: Tensor, a: Tensor, mean: Tensor, noise: Tensor, c
 
 
 def critic_target(agent: Agent, batch: dict, noise: Tensor, cfg: Config) -> Tensor:
-    """y = r + gamma (1 - terminated) P(Q_target(s', a')), a' a clipped sample of the online actor: (S, B)."""
+    """y of eq. (2), a' from the online actor with clipped noise (S, B, m), standard normal: (S, B)."""
     with torch.no_grad():
         a = squash(agent.mean(batch["next"]), cfg.std * noise, cfg.noise_clip)
         q = agent.q(batch["next"], a, target=True)
@@ -292,7 +346,7 @@ def critic_target(agent: Agent, batch: dict, noise: Tensor, cfg: Config) -> Tens
 
 
 def td3bc_loss(q: Tensor, a: Tensor, action: Tensor, alpha: float) -> Tensor:
-    """-mean P(Q) + alpha sg(mean |P(Q)|) mse(a, data action): q (S, B), a, action (S, B, m) -> (S,)."""
+    """Eq. (6) for q = P(Q(s, a_pi)) (S, B), a = mu(s) and the data's action (S, B, m) -> (S,)."""
     return -q.mean(-1) + alpha * q.abs().mean(-1).detach() * ((a - action) ** 2).mean((-1, -2))
 
 
@@ -318,7 +372,7 @@ def update(agent: Agent, opt: dict, batch: dict, actor_batch: dict, noise: Tenso
                 y = batch["reward"] + cfg.discount * batch["live"] * agent.value(batch["next"])[..., 0]
         else:
             y = critic_target(agent, batch, noise[0], cfg)
-        q = agent.q(s, a)
+        q = agent.q(s, a)  # eq. (2)
         log["critic_loss"] = 0.5 * ((q - y[:, None]) ** 2).sum(1).mean(-1)
         descend(opt["critic"], log["critic_loss"])
         log["q_max"] = q.detach().abs().amax((1, 2))
@@ -349,7 +403,7 @@ BLOCK = 1024
 
 
 class LogSampler(nn.Module):
-    """Draws rows with P(i) = softmax(logits)_i for each seed, in log space, where the logits are.
+    """Draws rows with P(i) = softmax(logits)_i, eq. (7), for each seed, in log space, on the device.
 
     Two levels: logits in blocks of 1024, and the log of each block's mass.
     """
@@ -475,14 +529,18 @@ class TestbedEnv(common.DmControl):
         return obs, float(total[self.column]), terminated, truncated, info | {"rewards": total / count}
 
 
-def relabel(physics: np.ndarray, domain: str, task: str) -> np.ndarray:
-    """Reward of `task` at each physics state (n, p): (n,). Velocity sensors are computed from the state."""
-    env, reward = common.dm_control_env(domain, DOMAINS[domain][0]).env, reward_functions(domain)[task]
+def relabel(physics: np.ndarray, action: np.ndarray, domain: str, task: str) -> np.ndarray:
+    """Reward of `task` at each physics state (n, p) and the action (n, m) that led there: (n,).
+
+    Velocity sensors are computed from the state; the humanoid's rewards depend on the action, too.
+    """
+    env, reward = common.dm_control_env(domain, DOMAINS[domain][0]), reward_functions(domain)[task]
     out = np.empty(len(physics), np.float32)
     for i, state in enumerate(physics):
-        with env.physics.reset_context():
-            env.physics.set_state(state)
-        out[i] = reward(env.physics)
+        with env.env.physics.reset_context():
+            env.env.physics.set_state(state)
+        env.env.physics.set_control(env.control(action[i]))
+        out[i] = reward(env.env.physics)
     return out
 
 
@@ -511,9 +569,9 @@ class Cheetah(gymnasium.vector.VectorEnv):
             if options and "physics" in options:
                 d.qpos[:], d.qvel[:] = np.split(options["physics"][i], 2)
                 mujoco.mj_forward(self.model, d)
-            else:  # as dm_control: random joint angles, then 200 steps to settle
-                d.qpos[limited] = rng.uniform(low, high)
+            else:  # as dm_control, to the bit: random joint angles, then 200 steps to settle
                 mujoco.mj_forward(self.model, d)
+                d.qpos[limited] = rng.uniform(low, high)
                 self.advance(d, 200)
         return self.physics()[:, 1:].astype(np.float32), {}
 
@@ -734,12 +792,11 @@ def load_exorl(folder: Path, domain: str, task: str) -> Transitions:
     parts, sources = {}, sorted({f.parent for f in folder.rglob("*.npz")})
     for parent in sources:
         episodes = []
-        for k, path in enumerate(sorted(parent.glob("*.npz"))):
+        for path in sorted(parent.glob("*.npz")):
             keys = ("observation", "action", "discount", "physics")
             obs, action, discount, physics = fields(path, load_npz(path), keys)
-            reward = np.concatenate([[0], relabel(physics[1:], domain, task)])
-            part = from_episodes(*(x[None] for x in (obs, action, reward, discount == 0, physics)))
-            episodes.append(replace(part, episode=part.episode + k))
+            reward = np.concatenate([[0], relabel(physics[1:], action[1:], domain, task)])
+            episodes.append(from_episodes(*(x[None] for x in (obs, action, reward, discount == 0, physics))))
         name = parent.parent.name if parent.name == "buffer" else parent.name
         parts[name] = concatenate(episodes, [name] * len(episodes))
         parts[name].source.zero_()
@@ -954,9 +1011,11 @@ class Learner(nn.Module):
 
 
 def adam(parameters, rate: float, device: torch.device) -> torch.optim.Adam:
-    """Fused Adam; on a GPU its step can be captured in a CUDA graph."""
-    graph = device.type == "cuda"
-    return torch.optim.Adam(parameters, torch.tensor(rate) if graph else rate, fused=True, capturable=graph)
+    """Fused Adam, on a GPU fit for a CUDA graph. In float64, which tests use, unfused: its bits are the same
+    for a seed alone and in company, those of the fused loop's last few elements are not."""
+    parameters, graph = list(parameters), device.type == "cuda"
+    fused = parameters[0].dtype != torch.float64
+    return torch.optim.Adam(parameters, torch.tensor(rate) if graph else rate, fused=fused, capturable=graph)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -994,7 +1053,7 @@ def graphed(function: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str,
 
 @torch.no_grad()
 def act(agent: Agent, s: Tensor, count: int, noise: Tensor | None, cfg: Config) -> Tensor:
-    """Mean action for count = 1, else evaluation sampling: of `count` samples the one with the best P(Q).
+    """Mean action for count = 1, else evaluation sampling, eq. (8): of `count` samples the best by P(Q).
 
     s (S, B, d); noise (S, B, count, m), standard normal, unclipped. Returns (S, B, m).
     """
@@ -1687,6 +1746,7 @@ def corl_speed(cfg: Config, data: Transitions) -> dict[str, float]:
 
 CONFIGS = {
     "demo": Config(workers=2),
+    "bench": Config(config="bench"),  # only times updates, at CORL's sizes, with one seed and with four
     "smoke": Config(
         config="smoke",
         seeds=2,
@@ -1763,7 +1823,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Run(cfg) as run:
         if cfg.dry_run:
             return dry_run(cfg, run)
-        if cfg.bench:
+        if cfg.config == "bench":
             return bench(cfg, run)
         speed = {}
         if cfg.collect or not cfg.data:
