@@ -1,8 +1,8 @@
 """What the ten scripts share: command line, one `Run` per process, helpers for LMs and RL. No method is here.
 
 Reading order: `Config` and `parse_config` (a dataclass becomes the command line), `Run` (ranks, seeds, output
-folder, checkpoints, jobs, claims), then the language-model helpers `load_lm`, `generate`, `token_logprobs`, and
-those for reinforcement learning: `DmControl`, `evaluate_policy`, `Replay`, `EnsembleLinear`.
+folder, checkpoints, jobs, claims), then helpers for language models, `load_lm`, `generate`, `token_logprobs`,
+and for reinforcement learning, `DmControl`, `evaluate_policy`, `Replay`, `EnsembleLinear`.
 """
 
 from __future__ import annotations
@@ -951,7 +951,8 @@ def dm_control_env(domain: str, task: str, **more) -> DmControl:
 
 
 def vector_env(makers: Sequence[Callable[[], gymnasium.Env]], processes: bool = False, autoreset=True):
-    """Step environments together, here or in a process each; an ended one restarts in the step that ends it."""
+    """Step environments together, here or in a process each. An ended one restarts in the step that ends it,
+    unless `autoreset` is off: then all are reset together."""
     kind = gymnasium.vector.AsyncVectorEnv if processes else gymnasium.vector.SyncVectorEnv
     mode = gymnasium.vector.AutoresetMode
     return kind(list(makers), autoreset_mode=mode.SAME_STEP if autoreset else mode.DISABLED)
@@ -983,7 +984,7 @@ class Replay:
         self.fields: dict[str, Tensor] = {}
 
     def add(self, **rows: Tensor | np.ndarray) -> None:
-        rows = {k: torch.as_tensor(v).to(self.device) for k, v in rows.items()}
+        rows = {k: torch.as_tensor(v)[-self.capacity :].to(self.device) for k, v in rows.items()}
         n = len(next(iter(rows.values())))
         for k, v in rows.items():
             if k not in self.fields:
@@ -1009,8 +1010,8 @@ class Replay:
 class EnsembleLinear(nn.Module):
     """`members` linear layers as one batched product: (members, B, inputs) -> (members, B, outputs).
 
-    x may have fewer members than the layer: each of them then serves as many consecutive layers. Weights are
-    (members, inputs, outputs), zero until `orthogonal_` or the caller fills them; biases (members, 1, outputs).
+    x may have fewer members than the layer: each of them then serves as many consecutive layers. Weights
+    (members, inputs, outputs) are zero until `orthogonal_` or the caller fills them.
     On one CPU thread a member gets the same bits alone and in company (hidden widths that 8 divides).
     """
 

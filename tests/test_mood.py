@@ -1,4 +1,4 @@
-"""mood.py: equations against closed forms, stacked seeds against separate runs, loaders against true formats."""
+"""mood.py: equations against closed forms, stacked seeds against separate runs, loaders on true formats."""
 
 import itertools
 import json
@@ -558,7 +558,7 @@ def test_asac_writes_the_updated_agents_advantages_for_both_batches():
             learner.agent, batch["obs"], batch["action"], learner.agent.mean(batch["obs"]), noise, cfg
         )
     for s in range(2):
-        expected = {i: g for i, g in zip(rows[s].tolist(), (gain[s] / 0.5).tolist(), strict=True)}
+        expected = dict(zip(rows[s].tolist(), (gain[s] / 0.5).tolist(), strict=True))
         for i, value in expected.items():
             assert learner.sampler.logits[s].view(-1)[i].item() == pytest.approx(value, abs=1e-5)
 
@@ -633,7 +633,7 @@ def test_an_episode_lasts_a_thousand_physics_steps_whatever_the_repeat():
         env, steps, over = mood.Cheetah(1, "walk", repeat), 0, False
         env.reset(seed=0)
         while not over:
-            _, reward, terminated, (over,), _ = env.step(np.zeros((1, 6)))
+            _, _, terminated, (over,), _ = env.step(np.zeros((1, 6)))
             steps += 1
         assert steps == decisions and not terminated.any()
 
