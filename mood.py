@@ -428,7 +428,7 @@ def update(agent: Agent, opt: dict, batch: dict, actor_batch: dict, noise: Tenso
     return log | {"weight": weight}
 
 
-BLOCK = 1024
+BLOCK = 256
 
 
 class LogSampler(nn.Module):
@@ -1638,7 +1638,8 @@ def plot(cfg: Config, results: Results, figure) -> None:
             ax.plot(np.repeat(x, cfg.seeds), np.concatenate(found), ".", color="black", ms=3)
         ax.set_xticks(place, cfg.splits)
         ax.set_title(titles[start], fontsize=9)
-        ax.legend(fontsize=7)
+        ax.set_ylim(0, 1.3 * ax.get_ylim()[1])
+        ax.legend(fontsize=7, ncol=2, loc="upper right")
     errors = {row: results(wide, row, "imitation_error", task) for row in ROWS}
     errors = {row: e for row, e in errors.items() if len(e)}
     for j, e in enumerate(errors.values()):

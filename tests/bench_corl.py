@@ -1,7 +1,7 @@
 """Updates a second of mood.py beside CORL's own iql.py and awac.py: python tests/bench_corl.py DIR
 
-DIR is the folder algorithms/offline of a checkout of CORL. Sizes are CORL's: observations of 17, actions of 6,
-batch 256, hidden layers 256x2 (IQL) and 256x3 (AWAC), two critics, exp weights, standardised observations.
+DIR is the folder algorithms/offline of a checkout of CORL. Sizes are CORL's: observations of 17, actions of
+6, batch 256, hidden layers 256x2 (IQL) and 256x3 (AWAC), two critics, exp weights, standardised observations.
 Numbers are the best of three intervals of 4 s; they go to results.json in out/mood-bench-s0.
 """
 

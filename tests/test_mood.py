@@ -449,19 +449,29 @@ def test_seeds_that_share_one_data_set_train_as_with_copies_of_it():
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_diverged_seed_is_set_aside_and_the_others_do_not_notice():
-    cfg = replace(SMALL, seeds=2)
+@pytest.mark.parametrize("change", [{"algo": "asac"}, {"algo": "iql", "actor": "m8x1", "critic": "m8x1"}])
+def test_a_diverged_seed_is_set_aside_and_the_others_do_not_notice(change):
+    cfg = replace(SMALL, seeds=2, **change)
     one, two = (mood.Learner(cfg, [0, 1], [transitions()]) for _ in range(2))
     with torch.no_grad():
-        one.agent.critic[0].weight[0] = math.nan
-    for step in range(5):
+        one.agent.critic[0].weight[:2] = math.nan  # both members of the first seed
+    for step in range(6):
         one.step(step)
         two.step(step)
-        if step == 2:
+        if step in (2, 4):
             one.retire(0, step)
-    assert all(p.isfinite().all() for p in one.agent.parameters())
+    states = one.state_dict() | {k: o.state_dict()["state"] for k, o in one.optimizers.items()}
+    assert all(x.isfinite().all() for _, x in common.flat_tensors(states))
     assert torch.equal(one.agent.actor[0].weight[1], two.agent.actor[0].weight[1])
+    assert torch.equal(one.agent.critic[0].weight[2:], two.agent.critic[0].weight[2:])
     assert one.diverged.tolist() == [2, -1]
+
+
+def test_a_run_with_a_diverged_seed_reports_the_others(run_script, tmp_path):
+    done = run_script(ROOT / "mood.py", *TINY, "--lr", "1e18", "--updates", "30")
+    arms = [row for row in result_of(tmp_path)["table"] if "actor parameters" in row]
+    assert all(row["diverged"] == 2 and row["reset 1"] is None for row in arms)
+    assert "diverged at update" in done.stdout and not result_of(tmp_path)["claims"]
 
 
 def test_constant_weights_make_awac_behaviour_cloning(monkeypatch):
@@ -658,7 +668,14 @@ def test_stored_physics_reproduce_every_tasks_reward(domain):
 def test_rewards_of_the_testbeds_own_tasks_are_their_formulas():
     assert mood.cheetah_reward(np.array([-3.0, 5.0, 20.0]), "run").tolist() == [0.0, 0.5, 1.0]
     assert mood.cheetah_reward(np.array([-1.0, 5.0]), "walk_backward").tolist() == [0.5, 0.0]
-    assert [mood.linear(x, 1, 1, 0.5) for x in (2.0, 1.0, 0.5, 0.0, -1.0, -2.0)] == [1, 1, 0.75, 0.5, 0, 0]
+    assert [mood.tolerance_up(x, 1, 1, 0.5) for x in (2.0, 1.0, 0.5, 0.0, -1.0, -2.0)] == [
+        1,
+        1,
+        0.75,
+        0.5,
+        0,
+        0,
+    ]
     env = mood.TestbedEnv("walker", "spin")
     env.reset(seed=0)
     for _ in range(5):
@@ -790,6 +807,7 @@ def test_d4rl_scores_are_0_for_random_and_100_for_expert():
         )
     assert mood.normalized_score(np.array([3234.3]), "hopper_medium_replay-v2") == pytest.approx(100)
     assert mood.normalized_score(np.array([321.0]), "cheetah_run") == 321
+    assert mood.d4rl_name("Ant_maze_u-maze_noisy_multistart_False.hdf5") == "antmaze"
 
 
 def test_a_minari_data_set_is_read_with_its_truncations(tmp_path, monkeypatch):
@@ -844,6 +862,8 @@ def test_exorl_episodes_are_relabelled_from_their_physics(tmp_path):
             arrays["reward"] = np.full((5, 1), 9.0)  # another task's: must not be used
             arrays["discount"] = arrays["discount"][:, None]
             np.savez(folder / f"20200101T00000{k}_{k}_4.npz", **arrays)
+    with pytest.raises(UserError, match="--repeat 1"):
+        mood.load_data(str(tmp_path), "cheetah_run_backward", 4)
     data = mood.load_data(str(tmp_path), "cheetah_run_backward")
     assert data.sources == ("proto", "rnd") and data.source.tolist() == [0] * 8 + [1] * 4
     np.testing.assert_allclose(data.reward, np.concatenate(list(expected.values())), atol=1e-5)
@@ -855,6 +875,7 @@ def test_exorl_episodes_are_relabelled_from_their_physics(tmp_path):
     [
         ({"terminated": None}, "no field terminated"),
         ({"action": np.zeros((3, 5, 2))}, r"action has shape \(3, 5, 2\)"),
+        ({"observation": np.zeros((3, 6, 4)), "reward": np.zeros((2, 6))}, r"reward has shape \(2, 6\)"),
     ],
 )
 def test_a_broken_mood_file_is_one_line_that_names_the_field(tmp_path, change, words):
@@ -901,12 +922,16 @@ def test_mixtures_are_unions_of_sources_and_same_rows_are_among_the_mixed_ones()
     assert mood.split_sources("mixed+rnd", "run", sources) == ["run", "walk", "rnd"]
     with pytest.raises(UserError, match="no source spin"):
         mood.split_sources("same", "spin", sources)
+    with pytest.raises(UserError, match="only the source run"):
+        mood.split_sources("cross", "run", ["run"])
     data = transitions()
     same, rest = data.select(["a"]).held_out(0.2)
     mixed, _ = data.select(["a", "b"]).held_out(0.2)
     assert len(same) + len(rest) == 100 and len(rest) == 20
     assert torch.equal(mixed.rows(mixed.source == 0).obs, same.obs)
     assert not set(rest.episode.tolist()) & set(same.episode.tolist())
+    whole, nothing = data.rows(data.episode == 0).held_out(0.9)  # the only episode is trained on
+    assert len(whole) == 20 and len(nothing) == 0
 
 
 # --- whole runs
@@ -973,7 +998,7 @@ def test_collect_builds_a_folder_that_data_reads_and_a_second_run_keeps(run_scri
     first = run_script(ROOT / "mood.py", *line)
     index = tmp_path / "d" / "cheetah" / "run" / "index.json"
     before = index.stat().st_mtime_ns
-    assert "complete" in run_script(ROOT / "mood.py", *line).stdout and "complete" not in first.stdout
+    assert "d: complete" in run_script(ROOT / "mood.py", *line).stdout and "complete" not in first.stdout
     assert index.stat().st_mtime_ns == before
     run_script(ROOT / "mood.py", *TINY, "--data", "d")
     data = mood.load_data(str(tmp_path / "d"), "cheetah_walk", 4)
@@ -1032,21 +1057,16 @@ def test_online_agents_fill_a_folder_for_another_domain_and_resume_to_the_same_b
 
 def test_a_d4rl_file_is_trained_on_and_scored_in_gymnasium(run_script, tmp_path):
     hdf5(tmp_path / "hopper_medium-v2.hdf5", d4rl_fields(200))
-    line = [
-        "--config",
-        "smoke",
-        "--data",
-        "hopper_medium-v2.hdf5",
-        "--splits",
-        "all",
-        "--rows",
-        "iql",
-        "--more_rows",
-        "",
-    ]
-    run_script(ROOT / "mood.py", *line, "--updates", "3", "--held_out", "0")
+    line = ["--config", "smoke", "--rows", "iql", "--more_rows", "", "--updates", "4", "--eval_every", "2"]
+    run_script(ROOT / "mood.py", *line, "--data", "hopper_medium-v2.hdf5", "--log_every", "1")
     (row,) = result_of(tmp_path)["table"]
-    assert row["task"] == "hopper_medium-v2" and row["reset 1"] is not None
+    assert row["task"] == "hopper_medium-v2" and row["data"] == "all" and row["reset 1"] is not None
+    curve = tmp_path / "out" / "mood-smoke-s0" / "hopper_medium-v2" / "all" / "iql" / "metrics.jsonl"
+    seen = [json.loads(x) for x in curve.read_text().splitlines()]
+    assert [("return reset 4" in x) for x in seen] == [False, True, False, True]
+    hdf5(tmp_path / "halfcheetah.hdf5", d4rl_fields(50))
+    wrong = run_script(ROOT / "mood.py", *line, "--data", "halfcheetah.hdf5", check=False)
+    assert wrong.returncode == 2 and "11 numbers" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
 @pytest.mark.parametrize(
@@ -1058,7 +1078,9 @@ def test_a_d4rl_file_is_trained_on_and_scored_in_gymnasium(run_script, tmp_path)
         (["--beta", "0"], "--beta"),
         (["--critics", "0"], "--critics must be 1 or more"),
         (["--tasks", "cheetah_runn"], "the nearest is cheetah_run"),
-        (["--data", "nowhere"], "no data for cheetah"),
+        (["--data", "nowhere"], "no data in nowhere/cheetah"),
+        (["--tau", "7"], "--tau must be in [0, 1]"),
+        (["--collect_steps", "2"], "--collect_steps must be from --repeat"),
         (["--config", "full"], "--data FOLDER"),
         (["--tasks", "walker_walk"], "--collect_with td3"),
     ],
@@ -1074,6 +1096,7 @@ def test_the_dry_run_of_full_prints_the_whole_grid(capsys):
     mood.main(["--config", "full", "--dry_run"])
     out = capsys.readouterr().out
     assert f"{15 * 4 * len(mood.ROWS)} jobs of 5 seeds and 2000000 updates" in out
+    assert out.count("baseline") == 4 and "humanoid" in out
 
 
 def test_the_grid_names_every_arm_once():
