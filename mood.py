@@ -1690,6 +1690,8 @@ def dry_run(cfg: Config, run: Run) -> None:
             run.print(f"{domain}: {rows:,} transitions a source, {size:.2f} GB on the device")
 
 
+FULL = ("baseline", "big_actor", "modern_actor", "iql", "iql_big_actor", "td3bc", "td3bc_big_actor")
+
 CONFIGS = {
     "demo": Config(workers=2, log_every=1000, save_every=1000),
     "smoke": Config(
@@ -1706,7 +1708,8 @@ CONFIGS = {
     ),
     "full": Config(
         config="full", tasks=tuple(f"{d}_{t}" for d, tasks in DOMAINS.items() for t in tasks), seeds=5,
-        compile=True, splits=("same", "cross", "mixed", "mixed+rnd"), rows=tuple(ROWS), more_rows=(),
+        compile=True, splits=("same", "cross", "mixed", "mixed+rnd"), rows=FULL,
+        more_rows=tuple(row for row in ROWS if row not in FULL),
         actor="s256x2", big_actor="s1024x2", modern_actor="m1024x2", critic="s256x2", big_critic="m1024x1",
         value="s1024x2", discount=0.99, beta=1.0, batch=1024, updates=2_000_000, lr=1e-4, decay=False,
         normalize=False, repeat=1, held_out=0.0, episodes=50, eval_every=100_000, log_every=10_000,

@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -545,3 +546,105 @@ def test_load_lm_reads_a_local_folder(tmp_path, lm):
     ids = torch.tensor([tokenizer.encode("w3")])
     assert ids.tolist() == [[3]]
     torch.testing.assert_close(loaded(ids).logits, lm(ids).logits)
+
+
+# --- reinforcement learning
+
+
+def test_a_dm_control_task_is_a_gymnasium_environment_with_reproducible_starts():
+    from gymnasium.utils.env_checker import check_env
+
+    env = common.dm_control_env("cartpole", "swingup")
+    check_env(env, skip_render_check=True)
+    a, b = (env.reset(seed=5)[0] for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(a, env.reset()[0])
+    steps, over = 0, False
+    while not over:
+        _, reward, terminated, over, info = env.step(np.ones(1))
+        steps += 1
+    assert steps == 1000 and not terminated and 0 <= reward <= 1  # a time limit truncates
+    assert info["physics"].shape == (4,)
+    with pytest.raises(UserError, match="the nearest is cartpole_swingup"):
+        common.dm_control_env("cartpole", "swingupp")
+
+
+def test_actions_are_scaled_to_the_actuators_range():
+    class Spec:
+        minimum, maximum, shape = np.array([-2.0, 0.0]), np.array([2.0, 1.0]), (2,)
+
+    env = common.DmControl.__new__(common.DmControl)
+    env.low, env.span = Spec.minimum, Spec.maximum - Spec.minimum
+    assert env.control([-1, 1]).tolist() == [-2, 1]
+    assert env.control([0.5, 5]).tolist() == [1, 1]
+
+
+class Countdown(gymnasium.Env):
+    """Rewards of 1 for `length` steps; odd lengths terminate, even ones are truncated."""
+
+    def __init__(self, length):
+        self.length, self.observation_space = length, gymnasium.spaces.Box(0, 99, (1,), np.float32)
+        self.action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.left = self.length
+        return np.array([self.left], np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        end = self.left == 0
+        return np.array([self.left], np.float32), float(action[0]), end and self.length % 2 == 1, end, {}
+
+
+def test_evaluation_counts_each_environments_first_episode_only():
+    envs = common.vector_env([lambda n=n: Countdown(n) for n in (1, 2, 5)])
+    returns = common.evaluate_policy(envs, lambda obs: np.full((3, 1), 0.5, np.float32), seed=0)
+    assert returns.tolist() == [0.5, 1.0, 2.5]
+
+
+def test_environments_in_processes_step_like_those_in_this_one():
+    ends = []
+    for processes in (False, True):
+        envs = common.vector_env([lambda n=n: Countdown(n) for n in (2, 3)], processes, autoreset=False)
+        envs.reset(seed=0)
+        ends.append(envs.step(np.ones((2, 1), np.float32))[0].tolist())
+        envs.close()
+    assert ends[0] == ends[1] == [[1], [2]]
+
+
+def test_the_replay_buffer_keeps_the_last_rows_and_survives_a_checkpoint():
+    replay = common.Replay(5)
+    for i in range(4):
+        replay.add(x=torch.tensor([[2.0 * i], [2.0 * i + 1]]), a=np.array([2 * i, 2 * i + 1]))
+    assert sorted(replay.fields["a"].tolist()) == [3, 4, 5, 6, 7]
+    drawn = replay.sample(500, torch.Generator().manual_seed(0))
+    assert set(drawn["a"].tolist()) == {3, 4, 5, 6, 7} and torch.equal(drawn["x"][:, 0].long(), drawn["a"])
+    other = common.Replay(5)
+    other.load_state_dict(replay.state_dict())
+    other.add(x=torch.tensor([[8.0]]), a=np.array([8]))
+    assert sorted(other.fields["a"].tolist()) == [4, 5, 6, 7, 8]
+    replay.add(x=torch.arange(9.0)[:, None], a=np.arange(9))  # more than fit
+    assert sorted(replay.fields["a"].tolist()) == [4, 5, 6, 7, 8]
+
+
+def test_a_soft_update_moves_parameters_and_leaves_buffers():
+    target, source = (torch.nn.BatchNorm1d(3) for _ in range(2))
+    with torch.no_grad():
+        source.weight.fill_(3.0)
+        source.running_mean.fill_(7.0)
+    common.soft_update(target, source, 0.25)
+    assert target.weight.tolist() == [1.5] * 3 and target.running_mean.tolist() == [0.0] * 3
+
+
+def test_an_ensemble_of_linear_layers_is_a_layer_for_each_member():
+    layer = common.EnsembleLinear(4, 3, 2)
+    layer.orthogonal_(1.5, [torch.Generator().manual_seed(i) for i in (0, 1)])
+    x = torch.randn(2, 5, 3)
+    out = layer(x)
+    for e in range(4):
+        torch.testing.assert_close(out[e], x[e // 2] @ layer.weight[e] + layer.bias[e])
+        torch.testing.assert_close(layer.weight[e].T @ layer.weight[e], 2.25 * torch.eye(2))
+    assert not torch.equal(layer.weight[0], layer.weight[1])
+    narrow = common.EnsembleLinear(2, 3, 1)
+    narrow.orthogonal_(1.0, [torch.Generator().manual_seed(0)])
+    torch.testing.assert_close(narrow(x), x @ narrow.weight + narrow.bias)

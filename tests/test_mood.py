@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -965,56 +966,60 @@ def test_smoke_runs_every_row_and_leaves_claims_and_speed(run_script, tmp_path):
     assert "what adding data does" in done.stdout
 
 
-def test_two_ranks_and_two_workers_give_what_one_process_gives(run_script, tmp_path):
-    tables = []
-    for extra, ranks in (([], 0), ([], 2), (["--workers", "2"], 0)):
-        run_script(ROOT / "mood.py", *TINY, *extra, ranks=ranks)
-        tables.append(result_of(tmp_path)["table"])
-    assert tables[0] == tables[1] == tables[2]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One process from beginning to end: its run folder."""
+    out = tmp_path_factory.mktemp("whole")
+    mood.main([*TINY, "--out", str(out), "--save_every", "4"])
+    return out / "mood-smoke-s0"
 
 
-def test_a_resumed_run_ends_with_the_weights_of_one_never_stopped(run_script, tmp_path):
-    job = "cheetah_run_backward/mixed+rnd/asac"
-    ends = []
-    for part in ("whole", "cut"):
-        arguments = [ROOT / "mood.py", *TINY, "--out", part, "--save_every", "4"]
-        run_script(*arguments)
-        folder = tmp_path / part / "mood-smoke-s0"
-        if part == "cut":  # as if killed after step 4
-            checkpoint = folder / job / "checkpoint.pt"
-            (folder / job / "checkpoint.previous.pt").replace(checkpoint)
-            assert torch.load(checkpoint, weights_only=True)["step"] == 4
-            (folder / job / "result.json").unlink()
-            run_script(*arguments, "--resume")
-        state = torch.load(folder / job / "checkpoint.pt", weights_only=True)
-        ends.append((state["state"], json.loads((folder / "results.json").read_text())["table"]))
-    assert ends[0][1] == ends[1][1]
-    a, b = (dict(common.flat_tensors(state)) for state, _ in ends)
+def test_two_ranks_with_two_workers_each_give_what_one_process_gives(run_script, tmp_path, whole):
+    run_script(ROOT / "mood.py", *TINY, "--save_every", "4", "--workers", "2", ranks=2)
+    assert result_of(tmp_path)["table"] == json.loads((whole / "results.json").read_text())["table"]
+
+
+def test_a_resumed_run_ends_with_the_weights_of_one_never_stopped(tmp_path, whole):
+    job, folder = "cheetah_run_backward/mixed+rnd/asac", tmp_path / "mood-smoke-s0"
+    shutil.copytree(whole, folder)  # as if killed after step 4 of a job
+    (folder / job / "checkpoint.previous.pt").replace(folder / job / "checkpoint.pt")
+    assert torch.load(folder / job / "checkpoint.pt", weights_only=True)["step"] == 4
+    (folder / job / "result.json").unlink()
+    (folder / "cheetah_run_backward/same/baseline/result.json").unlink()  # and one during its evaluation
+    mood.main([*TINY, "--out", str(tmp_path), "--save_every", "4", "--resume"])
+    a, b = (torch.load(f / job / "checkpoint.pt", weights_only=True)["state"] for f in (whole, folder))
+    a, b = dict(common.flat_tensors(a)), dict(common.flat_tensors(b))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    tables = [json.loads((f / "results.json").read_text())["table"] for f in (whole, folder)]
+    assert tables[0] == tables[1]
 
 
-def test_collect_builds_a_folder_that_data_reads_and_a_second_run_keeps(run_script, tmp_path):
-    line = ["--config", "smoke", "--collect", "--data", "d", "--collect_steps", "24"]
-    first = run_script(ROOT / "mood.py", *line)
-    index = tmp_path / "d" / "cheetah" / "run" / "index.json"
-    before = index.stat().st_mtime_ns
-    assert "d: complete" in run_script(ROOT / "mood.py", *line).stdout and "complete" not in first.stdout
-    assert index.stat().st_mtime_ns == before
-    run_script(ROOT / "mood.py", *TINY, "--data", "d")
+def test_collect_builds_a_folder_that_data_reads_and_a_second_run_keeps(tmp_path, capsys):
+    line = ["--config", "smoke", "--collect", "--data", str(tmp_path / "d"), "--collect_steps", "24"]
+    line += ["--out", str(tmp_path)]
+    mood.main(line)
+    source, first = tmp_path / "d" / "cheetah" / "run", capsys.readouterr().out
+    before = (source / "index.json").stat().st_mtime_ns
+    mood.main(line)
+    assert "d: complete" in capsys.readouterr().out and "complete" not in first
+    assert (source / "index.json").stat().st_mtime_ns == before
     data = mood.load_data(str(tmp_path / "d"), "cheetah_walk", 4)
     assert sorted(data.sources) == ["rnd", "run", "run_backward", "walk", "walk_backward"]
-    with np.load(index.parent / "00000.npz") as shard:
+    with np.load(source / "00000.npz") as shard:
         assert shard["reward_walk"].shape == (10, 7) and shard["observation"].shape == (10, 7, 17)
         assert not shard["action"][:, 0].any() and not shard["reward_walk"][:, 0].any()
         np.testing.assert_allclose(shard["observation"], shard["physics"][..., 1:], rtol=1e-6)
-    other = run_script(ROOT / "mood.py", *line, "--gait_generations", "3", check=False)
-    assert other.returncode == 2 and "gait_generations" in other.stderr
-    repeat = run_script(ROOT / "mood.py", *TINY, "--data", "d", "--repeat", "2", check=False)
-    assert repeat.returncode == 2 and "--repeat 4" in repeat.stderr
-    shard = index.parent / "00000.npz"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    broken = run_script(ROOT / "mood.py", *TINY, "--data", "d", check=False)
-    assert broken.returncode == 2 and "00000.npz" in broken.stderr and "Traceback" not in broken.stderr
+    with pytest.raises(SystemExit):
+        mood.main([*line, "--gait_generations", "3"])
+    assert "other values of gait_generations" in capsys.readouterr().err
+    with pytest.raises(UserError, match="collected with --repeat 4"):
+        mood.load_data(str(tmp_path / "d"), "cheetah_walk", 2)
+    (source / "00000.npz").write_bytes((source / "00000.npz").read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"00000\.npz is missing or broken"):
+        mood.load_data(str(tmp_path / "d"), "cheetah_walk", 4)
+    (source / "index.json").unlink()
+    with pytest.raises(UserError, match="--collect has not ended"):
+        mood.load_data(str(tmp_path / "d"), "cheetah_walk", 4)
 
 
 def test_online_agents_fill_a_folder_for_another_domain_and_resume_to_the_same_bytes(run_script, tmp_path):
@@ -1095,8 +1100,12 @@ def test_bad_input_is_one_clear_line(line, words, run_script):
 def test_the_dry_run_of_full_prints_the_whole_grid(capsys):
     mood.main(["--config", "full", "--dry_run"])
     out = capsys.readouterr().out
-    assert f"{15 * 4 * len(mood.ROWS)} jobs of 5 seeds and 2000000 updates" in out
-    assert out.count("baseline") == 4 and "humanoid" in out
+    jobs = 15 * (4 * len(mood.FULL) + len(mood.ROWS) - len(mood.FULL))
+    assert (
+        f"{jobs} jobs of 5 seeds and 2000000 updates" in out
+        and out.count("baseline") == 4
+        and "humanoid" in out
+    )
 
 
 def test_the_grid_names_every_arm_once():
