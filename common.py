@@ -1012,7 +1012,7 @@ class EnsembleLinear(nn.Module):
 
     x may have fewer members than the layer: each of them then serves as many consecutive layers. Weights
     (members, inputs, outputs) are zero until `orthogonal_` or the caller fills them.
-    On one CPU thread a member gets the same bits alone and in company (hidden widths that 8 divides).
+    In float64 on one CPU thread a member gets the same bits alone and in company (widths that 8 divides).
     """
 
     def __init__(self, members: int, inputs: int, outputs: int):
@@ -1027,7 +1027,8 @@ class EnsembleLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if len(x) != len(self.weight):
             x = x.repeat_interleave(len(self.weight) // len(x), 0)
-        if self.weight.shape[2] == 1:  # batched matrix-vector products change bits with the number of members
+        if self.weight.shape[2] == 1 and x.dtype == torch.float64:
+            # slower; batched matrix-vector products change their bits with the number of members
             return (x * self.matrices().mT).sum(-1, keepdim=True) + self.bias
         return torch.baddbmm(self.bias, x, self.matrices())
 

@@ -23,10 +23,10 @@ then Q' moves tau of the way to Q.
 How to run
   python mood.py                                    four seeds, three mixtures, baselines; two CPU cores
   python mood.py --collect --data D                 build a testbed folder (cheetah; --collect_with td3: all)
-  python mood.py --data D                           train on it; ExORL's folders: --repeat 1
+  python mood.py --data D                           train on it; ExORL's folders: --repeat 1 --splits all
   python mood.py --data hopper_medium-v2.hdf5       D4RL, scored in gymnasium; or minari:ID
   python mood.py --rows baseline,big_actor,...      the paper's hypotheses, one a row (all: see ROWS)
-  torchrun --nproc_per_node=8 mood.py --config full --data D    15 tasks x 4 mixtures x all rows x 5 seeds
+  torchrun --nproc_per_node=8 mood.py --config full --data D    15 tasks, 4 mixtures, 5 seeds a job
 Jobs task/mixture/row are dealt to ranks and workers; the seeds of a job share one batched network. On a GPU
 --compile captures an update in one CUDA graph; auto precision is float32 with TF32 products.
 
@@ -76,6 +76,12 @@ from torch import Tensor, nn
 
 import common
 from common import EnsembleLinear, Replay, Run, UserError
+
+
+def one_file(data: str) -> bool:
+    """Whether --data names an HDF5 file."""
+    return data.endswith((".hdf5", ".h5"))
+
 
 SPLITS = ("same", "cross", "mixed", "mixed+rnd", "all")
 
@@ -189,7 +195,7 @@ class Config(common.Config):
                     raise ValueError(
                         f"--{name} {value}: the nearest is {near} (there are {', '.join(known)})"
                     )
-        if self.data.startswith("minari:") or self.data.endswith(".hdf5"):
+        if self.data.startswith("minari:") or one_file(self.data):
             self.splits = ("all",)  # there is no other source to mix with
         at_least_one = ("seeds", "critics", "samples", "updates", "batch", "es", "episodes", "repeat")
         for name in (*at_least_one, "collect_episodes", "collect_steps", "collect_envs", "gait_population"):
@@ -242,7 +248,7 @@ class SpectralLinear(EnsembleLinear):
             with torch.no_grad():
                 self.v.copy_(unit(times(self.weight, self.u)))
                 self.u.copy_(unit((self.weight * self.v[..., None]).sum(1)))
-        u, v = self.u.clone(), self.v.clone()  # another pass may move them before the backward of this one
+        u, v = self.u.clone(), self.v.clone()  # a further pass before the backward one would move them
         sigma = (v * times(self.weight, u)).sum(-1)
         return self.weight / sigma[:, None, None]
 
@@ -297,7 +303,7 @@ class Agent(nn.Module):
 
     def __init__(self, cfg: Config, seeds: Sequence[int], obs: int, actions: int):
         super().__init__()
-        self.seeds, self.critics = seeds, cfg.critics
+        self.critics = cfg.critics
         self.actor = network(cfg.actor, len(seeds), obs, actions)
         self.critic = network(cfg.critic, len(seeds) * cfg.critics, obs + actions, 1)
         self.value = network(cfg.value, len(seeds), obs, 1) if cfg.algo == "iql" else None
@@ -416,11 +422,11 @@ def update(agent: Agent, opt: dict, batch: dict, actor_batch: dict, noise: Tenso
         if cfg.algo in ("bc", "asac"):
             weight = torch.ones_like(s[..., 0])
         elif cfg.algo == "iql" and cfg.iql_advantage == "value":
-            weight = advantage_weights(u.detach(), cfg.beta, cfg.weights)
+            weight = advantage_weights(u.detach().clamp(max=cfg.advantage_clip), cfg.beta, cfg.weights)
         else:
             with torch.no_grad():
-                gain = advantage(agent, s, a, mean, cfg.std * noise[1:], cfg)
-                weight = advantage_weights(gain.clamp(max=cfg.advantage_clip), cfg.beta, cfg.weights)
+                gain = advantage(agent, s, a, mean, cfg.std * noise[1:], cfg).clamp(max=cfg.advantage_clip)
+                weight = advantage_weights(gain, cfg.beta, cfg.weights)
         log["actor_loss"] = -(weight * log_prob(mean, a, cfg.std)).mean(-1)
     descend(opt["actor"], log["actor_loss"])
     if cfg.algo != "bc":
@@ -434,7 +440,7 @@ BLOCK = 256
 class LogSampler(nn.Module):
     """Draws rows with P(i) = softmax(logits)_i, eq. (7), for each seed, in log space, on the device.
 
-    Two levels: logits in blocks of 1024, and the log of each block's mass.
+    Two levels: logits in blocks of 256, and the log of each block's mass.
     """
 
     def __init__(self, sizes: Sequence[int], device: torch.device | str = "cpu"):
@@ -736,9 +742,8 @@ def load_hdf5(path: Path) -> Transitions:
     """A MOOD file (episodes, T + 1, ...) or a D4RL file (steps, ...), told apart by their keys."""
     with open_hdf5(path) as file:
         if "observations" in file:
-            return from_d4rl(path, {k: file[k] for k in file if k != "infos" and k != "metadata"})
-        physics = file["physics"][()] if "physics" in file else None
-        return from_episodes(*read_fields(path, file, EPISODE_KEYS), physics)
+            return from_d4rl(path, file)
+        return from_episodes(*read_fields(path, file, (*EPISODE_KEYS, *({"physics"} & set(file)))))
 
 
 def from_d4rl(path: Path, found: dict) -> Transitions:
@@ -746,20 +751,18 @@ def from_d4rl(path: Path, found: dict) -> Transitions:
 
     Without `timeouts` an episode ends at 1000 steps. `next_observations` are used where the file has them.
     """
-    obs, action, reward, terminal = read_fields(
-        path, found, ("observations", "actions", "rewards", "terminals")
-    )
-    n, terminal = len(obs), terminal.reshape(-1).astype(bool)
-    if "timeouts" in found:
-        timeout = read_fields(path, found, ("observations", "timeouts"))[1].reshape(-1).astype(bool)
+    names = ("observations", "actions", "rewards", "terminals")
+    more = [k for k in ("timeouts", "next_observations") if k in found]
+    obs, action, reward, terminal, *rest = read_fields(path, found, (*names, *more))
+    rest, n, terminal = dict(zip(more, rest, strict=True)), len(obs), terminal.reshape(-1).astype(bool)
+    if "timeouts" in rest:
+        timeout = rest["timeouts"].reshape(-1).astype(bool)
     else:
         timeout, since = np.zeros(n, bool), 0
         for i in range(n):
             timeout[i] = since == 999
             since = 0 if terminal[i] or timeout[i] else since + 1
-    follows = np.concatenate([obs[1:], obs[-1:]])
-    if "next_observations" in found:
-        follows = read_fields(path, found, ("observations", "next_observations"))[1]
+    follows = rest.get("next_observations", np.concatenate([obs[1:], obs[-1:]]))
     keep = ~timeout
     keep[-1] = False
     episode = np.concatenate([[0], np.cumsum(terminal | timeout)[:-1]])[keep]
@@ -776,6 +779,8 @@ GOAL_KEYS = ("observation", "desired_goal")
 
 
 def flat_goal(obs: dict[str, np.ndarray]) -> np.ndarray:
+    if missing := [k for k in GOAL_KEYS if k not in obs]:
+        raise UserError(f"observations have no {', '.join(missing)}, only {', '.join(obs)}")
     return np.concatenate([obs[k] for k in GOAL_KEYS], -1)
 
 
@@ -830,9 +835,9 @@ def load_testbed(folder: Path, task: str, repeat: int) -> Transitions:
     """The folder that --collect builds for a domain, with the rewards of `task`; checksums are verified."""
     parts, needed = {}, ("observation", "action", f"reward_{task}", "terminated", "physics")
     for source in sorted(x for x in folder.iterdir() if x.is_dir()):
-        files = shard_files(source)
-        if (found := read_index(source)["settings"]["repeat"]) != repeat:
-            raise UserError(f"{source}: collected with --repeat {found}, this run has {repeat}")
+        files, settings = verified(source)
+        if settings["repeat"] != repeat:
+            raise UserError(f"{source}: collected with --repeat {settings['repeat']}, this run has {repeat}")
         parts[source.name] = [from_episodes(*read_fields(f, load_npz(f), needed)) for f in files]
     return join(parts)
 
@@ -846,6 +851,8 @@ def load_data(data: str, task: str, repeat: int = 1) -> Transitions:
         if "__" in path.stem and repeat != 1:
             raise UserError(f"{path}: recorded at --repeat 1, this run has {repeat}")
         return load_hdf5(path)
+    if one_file(data):
+        raise UserError(f"--data {data}: no such file")
     domain, name = split_task(task)
     folder = path if path.name == domain else path / domain
     if any(folder.glob("*/index.json")):
@@ -863,6 +870,9 @@ def validate(data: Transitions, name: str, clip_actions: bool) -> list[str]:
     """Stop at what cannot be trained on, return warnings for what can. Checks are done on tensors."""
     if not len(data):
         raise UserError(f"{name}: no transitions")
+    if data.obs.ndim != 2 or data.action.ndim != 2:
+        shapes = f"{tuple(data.obs.shape[1:])} and {tuple(data.action.shape[1:])}"
+        raise UserError(f"{name}: observations and actions must be vectors, not {shapes}")
     notes = []
     for field in ("obs", "action", "reward", "next"):
         x = getattr(data, field).reshape(len(data), -1)
@@ -892,7 +902,8 @@ def split_sources(split: str, task: str, sources: Sequence[str]) -> list[str]:
     if not chosen[split]:
         raise UserError(f"--splits {split}: the data have only the source {', '.join(sources)}")
     if absent := [s for s in chosen[split] if s not in sources]:
-        raise UserError(f"--splits {split}: no source {', '.join(absent)} (there are {', '.join(sources)})")
+        there = f"there are {', '.join(sources)}; --splits all takes them all"
+        raise UserError(f"--splits {split}: no source {', '.join(absent)} ({there})")
     return chosen[split]
 
 
@@ -905,8 +916,7 @@ class Learner(nn.Module):
     """S seeds side by side: their agent, optimizers, data on the device and random numbers.
 
     Seed i draws from a generator of its own, seeded anew by (seed, chunk of updates): it gets the same
-    numbers alone, in company and after a resume. `data` is one data set for all seeds, or a list with one
-    for each.
+    numbers alone, in company and after a resume. `data` has one data set for all seeds, or one for each.
     """
 
     def __init__(self, cfg: Config, seeds: Sequence[int], data: Sequence[Transitions], device="cpu"):
@@ -1117,9 +1127,9 @@ def imitation_error(learner: Learner, data: Sequence[Transitions]) -> list[float
 # --- collecting a testbed folder ---
 #
 # FOLDER/<domain>/<source>/index.json   {"format": 1, "settings": {...}, "files": {shard: sha256}}; the end
-# FOLDER/<domain>/<source>/00000.npz    episodes (E, T + 1, ...): observation float32, action, terminated,
-#                                       physics float64, and reward_<task> for every task of the domain; row t
-#                                       of action, reward and terminated belongs to t - 1 -> t, row 0 is zero
+# FOLDER/<domain>/<source>/00000.npz    episodes (E, T + 1, ...): observation, action, reward_<task> of every
+#                                       task (float32), physics (float64), terminated (bool); row t of action,
+#                                       reward and terminated belongs to t - 1 -> t, row 0 is zero
 
 
 def gait(x: np.ndarray, steps: int, repeat: int) -> np.ndarray:
@@ -1181,7 +1191,7 @@ def collect_gait(source: str, run: Run) -> dict:
         draws = np.random.default_rng(common.stable_hash(f"{seed}/{source}"))
         shard = gait_episodes(env, mean, starts, draws, cfg)
         write_shard(folder / source / "00000.npz", shard)
-        write_index(folder / source, cfg)
+        write_index(folder / source, 1, cfg)
     return {"transitions": shard["action"].shape[0] * (shard["action"].shape[1] - 1)}
 
 
@@ -1270,7 +1280,7 @@ def collect_td3(source: str, run: Run) -> dict:
         raise UserError(
             f"{folder / source}: {len(lost)} shards have been deleted; collect it without --resume"
         )
-    write_index(folder / source, cfg)
+    write_index(folder / source, rounds, cfg)
     return {"transitions": rounds * n * steps}
 
 
@@ -1291,9 +1301,9 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def write_index(source: Path, cfg: Config) -> None:
-    """The file that makes a source complete."""
-    files = {f.name: digest(f) for f in sorted(source.glob("*.npz"))}
+def write_index(source: Path, count: int, cfg: Config) -> None:
+    """The file that makes a source of `count` shards complete."""
+    files = {name: digest(source / name) for name in (f"{k:05d}.npz" for k in range(count))}
     common.write_json(source / "index.json", {"format": 1, "settings": collect_settings(cfg), "files": files})
 
 
@@ -1309,22 +1319,23 @@ def read_index(source: Path) -> dict:
     return index
 
 
-def shard_files(source: Path) -> list[Path]:
-    """The files of a source, after a look at their checksums."""
-    for name, expected in read_index(source)["files"].items():
+def verified(source: Path) -> tuple[list[Path], dict]:
+    """The files of a source, after a look at their checksums, and the settings they were collected with."""
+    index = read_index(source)
+    for name, expected in index["files"].items():
         if not (source / name).exists() or digest(source / name) != expected:
             raise UserError(f"{source / name} is missing or broken; delete {source} and --collect again")
-    return [source / name for name in read_index(source)["files"]]
+    return [source / name for name in index["files"]], index["settings"]
 
 
 def complete(source: Path, cfg: Config) -> bool:
     """Whether the source is there; UserError if it is there with other settings or a broken file."""
     if not (source / "index.json").exists():
         return False
-    found = read_index(source)["settings"]
+    found = verified(source)[1]
     if changed := [k for k, v in collect_settings(cfg).items() if found.get(k) != v]:
         raise UserError(f"{source / 'index.json'} was collected with other values of {', '.join(changed)}")
-    return bool(shard_files(source))
+    return True
 
 
 def data_folders(cfg: Config, run: Run) -> dict[Path, int]:
@@ -1382,7 +1393,7 @@ def targets(cfg: Config) -> list[str]:
     """The tasks of the grid: those of the testbed, or the one data set that --data names."""
     if cfg.data.startswith("minari:"):
         return [cfg.data.removeprefix("minari:").replace("/", ".")]
-    return [Path(cfg.data).stem] if cfg.data.endswith(".hdf5") else list(cfg.tasks)
+    return [Path(cfg.data).stem] if one_file(cfg.data) else list(cfg.tasks)
 
 
 def grid(cfg: Config) -> list[str]:
@@ -1400,7 +1411,7 @@ def evaluation_envs(cfg: Config, task: str, count: int):
 
         data = minari.load_dataset(cfg.data.removeprefix("minari:"))
         return common.vector_env([functools.partial(minari_env, data)] * count)
-    if cfg.data.endswith(".hdf5"):
+    if one_file(cfg.data):
         if name := GYMNASIUM.get(d4rl_name(task)):
             return common.vector_env([functools.partial(gymnasium.make, name)] * count)
         task = task.rpartition("__")[2]  # <data set>__<domain_task>.hdf5
@@ -1454,29 +1465,27 @@ def train_arm(name: str, run: Run) -> dict:
     starts = evaluation_starts(cfg, task, test if isinstance(envs, Cheetah) else [])
     result = fit(learner, envs, starts, run)
     result |= {"parameters": sum(p.numel() for p in learner.agent.actor.parameters()) // cfg.seeds}
+    dead = learner.diverged.cpu().numpy() >= 0
     weight = learner.source_weight / learner.source_weight.sum(1, keepdim=True)
+    weight[learner.diverged >= 0] = math.nan
     result |= {"weight": dict(zip(train[0].sources, weight.T.tolist(), strict=True)), "notes": sorted(notes)}
     result["diverged"] = learner.diverged.tolist()
-    dead = learner.diverged.cpu().numpy() >= 0
     if len(test[0]):
         result["imitation_error"] = np.where(dead, math.nan, imitation_error(learner, test)).tolist()
     returns = score(learner, envs, starts) if envs else {}
     result["returns"] = {
-        k: normalized_score(r, task if cfg.data.endswith(".hdf5") else "").tolist()
-        for k, r in returns.items()
+        k: normalized_score(r, task if one_file(cfg.data) else "").tolist() for k, r in returns.items()
     }
     return result
 
 
 def fit(learner: Learner, envs, starts: dict, run: Run) -> dict:
     """Train, log, evaluate on the way, set seeds aside that diverge: not finite, or |Q| beyond the limit."""
-    cfg, done = learner.cfg, 0
+    cfg, done, begin = learner.cfg, 0, time.perf_counter()
     for step in run.steps(cfg.updates, **learner.state()):
-        with run.timed("training"):
-            out = learner.step(step)
-        done += 1
+        out, done = learner.step(step), done + 1
         saves, looks = (step + 1) % cfg.save_every == 0, cfg.eval_every and (step + 1) % cfg.eval_every == 0
-        if step % cfg.log_every and step != run.last and not saves and not looks:
+        if step % cfg.log_every and step != run.last and not (saves or looks or run.signals):
             continue
         values = dict(zip(out, torch.stack(list(out.values())).tolist(), strict=True))  # one sync
         dead = [d >= 0 for d in learner.diverged.tolist()]
@@ -1493,19 +1502,20 @@ def fit(learner: Learner, envs, starts: dict, run: Run) -> dict:
         alive = [i for i in range(cfg.seeds) if not dead[i]]
         numbers = {k: sum(v[i] for i in alive) / len(alive) for k, v in values.items() if alive}
         if looks and envs and alive:
-            numbers |= {f"return {k}": np.nanmean(r) for k, r in score(learner, envs, starts).items()}
+            with run.timed("evaluation"):
+                numbers |= {f"return {k}": np.nanmean(r) for k, r in score(learner, envs, starts).items()}
         run.log(step, **numbers)
         if not alive:
             run.last = step
-    seconds = run.seconds.get("training", 0.0)
+    seconds = time.perf_counter() - begin - run.seconds.get("evaluation", 0.0)  # the last step was synced
     return {"updates_per_s": done * cfg.seeds / seconds if done else None, "updates": run.last + 1}
 
 
 def evaluation_starts(cfg: Config, task: str, test: Sequence[Transitions]) -> dict[str, tuple]:
     """{name: (seed, options of reset)}, alike for all rows and mixtures of a task.
 
-    From a reset, and, with held-out data (`test`) that have physics, from states of the target task's own
-    episodes, of their second halves.
+    From a reset, and, with held-out data (`test`) that have physics, from states in the second halves of
+    their episodes: the target task's own where there are such, else all. Only the cheetah can start there.
     """
     seed = {k: common.stable_hash(f"{cfg.seed}/{task}/{k}") % 2**31 for k in ("reset", "mid")}
     starts = {"reset": (seed["reset"], None)}
@@ -1576,9 +1586,7 @@ def report(cfg: Config, run: Run, jobs: dict[str, dict]) -> None:
         return
     lines = []
     for row in (r for r in ROWS if r in cfg.rows):
-        change = {
-            m: results(wide, row, m) - results(narrow, row, m) for m in results.measures[1:] if row != "bc"
-        }
+        change = {m: results(wide, row, m) - results(narrow, row, m) for m in results.measures[1:]}
         lines.append({"row": row} | {m: mean_and_error(x) for m, x in change.items()})
     if lines:
         run.table(lines, f"what adding data does: {wide} minus {narrow}, paired by seed")
@@ -1666,8 +1674,9 @@ def cost(cfg: Config, task: str) -> dict[str, float]:
     n["value"] *= iql
     passes = 3 * n["actor"] + 4 * n["value"]
     if cfg.algo != "bc":  # targets 1, training 3, advantage 1 + K
-        critic = 1 + 3 + {"td3bc": 2, "asac": 2 + 2 * k}.get(cfg.algo, 1 + k)
-        passes += critic * n["critics"] + n["actor"] * (not iql)
+        gain = 0 if iql and cfg.iql_advantage == "value" else 1 + k
+        critic = 1 + 3 + {"td3bc": 2, "asac": 2 + 2 * k}.get(cfg.algo, gain)
+        passes += critic * n["critics"] + n["actor"] * {"iql": 0, "asac": 3}.get(cfg.algo, 1)
     held = 16 * sum(n.values()) + 4 * n["critics"]  # weights, gradients, two moments; targets
     return n | {"MB": cfg.seeds * held / 1e6, "GFLOP": 2 * cfg.batch * cfg.seeds * passes / 1e9}
 
@@ -1684,6 +1693,8 @@ def dry_run(cfg: Config, run: Run) -> None:
     run.print(f"{len(jobs)} jobs of {cfg.seeds} seeds and {cfg.updates} updates, {shares} by rank")
     run.print(f"{sum(c['GFLOP'] for c in costs) * 1e9 * cfg.updates:.3g} FLOP in all")
     rows = cfg.collect_episodes * (cfg.collect_steps // cfg.repeat)
+    if one_file(cfg.data) or cfg.data.startswith("minari:"):
+        return
     for domain, (obs, actions) in DIMENSIONS.items():
         if any(split_task(t)[0] == domain for t in cfg.tasks):
             size = rows * (2 * obs + actions + 2) * 4 / 1e9
@@ -1732,7 +1743,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             speed = collect(cfg, run)
         if cfg.collect:
             folder = next(iter(data_folders(cfg, run)))
-            run.print(f"\ntrain on it: python mood.py --data {folder} --repeat {cfg.repeat}")
+            run.print(
+                f"\ntrain on it: python mood.py --data {folder} --repeat {cfg.repeat} --tasks {cfg.tasks[0]}"
+            )
             return run.finish(**speed)
         jobs = run.jobs(grid(cfg), train_arm)
         report(cfg, run, jobs)

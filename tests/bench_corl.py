@@ -2,13 +2,16 @@
 
 DIR is the folder algorithms/offline of a checkout of CORL. Sizes are CORL's: observations of 17, actions of
 6, batch 256, hidden layers 256x2 (IQL) and 256x3 (AWAC), two critics, exp weights, standardised observations.
-Numbers are the best of three intervals of 4 s; they go to results.json in out/mood-bench-s0.
+Numbers are medians of seven intervals, in turn; they go to results.json in out/mood-bench-s0.
 """
 
 import contextlib
 import importlib.util
+import itertools
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -21,29 +24,30 @@ import common
 import mood
 
 
-def rate_of(step, device: torch.device, seconds: float = 4.0) -> float:
-    """Calls a second of step(i), after ten calls to warm up."""
-    sync, rates, i = torch.cuda.synchronize if device.type == "cuda" else lambda: None, [], 0
-    for _ in range(10):
-        step(i := i + 1)
-    for _ in range(3):
-        sync()
-        begin, first = time.perf_counter(), i
-        while time.perf_counter() - begin < seconds:
-            step(i := i + 1)
-        sync()
-        rates.append((i - first) / (time.perf_counter() - begin))
-    return max(rates)
+def median_rates(steps: dict[str, Callable[[], object]], device: torch.device, rounds=7, seconds=1.5) -> dict:
+    """Calls a second of each step, in turn for `rounds` intervals: slow minutes hit all alike."""
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    rates = {name: [] for name in steps}
+    for _ in range(rounds + 1):
+        for name, step in steps.items():
+            sync()
+            begin, calls = time.perf_counter(), 0
+            while time.perf_counter() - begin < seconds:
+                step()
+                calls += 1
+            sync()
+            rates[name].append(calls / (time.perf_counter() - begin))
+    return {name: statistics.median(r[1:]) for name, r in rates.items()}  # the first round warms up
 
 
-def corl_rates(folder: Path, data: mood.Transitions, device: torch.device) -> dict[str, float]:
-    """Updates a second of CORL's files, with empty modules in place of d4rl, gym, pyrallis and wandb."""
+def corl_steps(folder: Path, data: mood.Transitions, device: torch.device) -> dict[str, Callable]:
+    """One update of CORL's files, with empty modules in place of d4rl, gym, pyrallis and wandb."""
     for name in ("d4rl", "gym", "pyrallis", "wandb"):
         sys.modules[name] = mock.MagicMock()
     sys.modules["pyrallis"].wrap = lambda: lambda function: function
     arrays = {"observations": data.obs, "actions": data.action, "rewards": data.reward}
     arrays |= {"next_observations": data.next, "terminals": 1 - data.live}
-    rates = {}
+    steps = {}
     for name in ("iql", "awac"):
         if not (folder / f"{name}.py").is_file():
             sys.exit(f"bench_corl.py: no {folder / name}.py; give CORL's folder algorithms/offline")
@@ -62,8 +66,8 @@ def corl_rates(folder: Path, data: mood.Transitions, device: torch.device) -> di
             train = module.ImplicitQLearning(1.0, *pairs, device=str(device)).train
         else:
             train = module.AdvantageWeightedActorCritic(*pairs).update
-        rates[name] = rate_of(lambda _, train=train, buffer=buffer: train(buffer.sample(256)), device)
-    return rates
+        steps[name] = lambda train=train, buffer=buffer: train(buffer.sample(256))
+    return steps
 
 
 def main() -> None:
@@ -74,21 +78,23 @@ def main() -> None:
         obs, action, reward, following = (torch.randn(*size, generator=g) for size in sizes)
         zeros = torch.zeros(n, dtype=torch.long)
         data = mood.Transitions(obs, action.tanh(), reward, following, torch.ones(n), zeros, zeros)
-        theirs, lines = corl_rates(Path(sys.argv[1] if len(sys.argv) > 1 else "."), data, run.device), []
+        steps = corl_steps(Path(sys.argv[1] if len(sys.argv) > 1 else "."), data, run.device)
         small = {"actor": "s256x2", "critic": "s256x2", "value": "s256x2"}
         sizes = {"iql": {"iql_advantage": "value"} | small, "awac": {"actor": "s256x3", "critic": "s256x3"}}
-        for algo in sizes:
-            for dtype in ("float32", "bfloat16"):
-                for count in (1, 4):
-                    c = replace(cfg, algo=algo, seeds=count, dtype=dtype, **sizes[algo])
-                    learner = mood.Learner(c, list(range(count)), [data], run.device)
-                    rate = count * rate_of(learner.step, run.device)
-                    line = {"algorithm": algo, "dtype": dtype, "seeds": count, "updates_per_s": rate}
-                    lines.append(line | {"CORL": theirs[algo], "ratio": rate / theirs[algo]})
+        arms = list(itertools.product(sizes, ("float32", "bfloat16"), (1, 4)))
+        for algo, dtype, count in arms:
+            c = replace(cfg, algo=algo, seeds=count, dtype=dtype, **sizes[algo])
+            learner, number = mood.Learner(c, list(range(count)), [data], run.device), itertools.count()
+            steps[f"{algo} {dtype} {count}"] = lambda learner=learner, number=number: learner.step(
+                next(number)
+            )
+        rates, lines = median_rates(steps, run.device), []
+        for algo, dtype, count in arms:
+            rate = count * rates[f"{algo} {dtype} {count}"]
+            line = {"algorithm": algo, "dtype": dtype, "seeds": count, "updates_per_s": rate}
+            lines.append(line | {"CORL": rates[algo], "ratio": rate / rates[algo]})
         run.table(lines, f"updates a second of all seeds together, {torch.get_num_threads()} threads")
-        names = [f"{x['algorithm']}_{x['dtype']}_{x['seeds']}_seeds_updates_per_s" for x in lines]
-        speed = dict(zip(names, (x["updates_per_s"] for x in lines), strict=True))
-        run.finish(**speed, **{f"corl_{k}_updates_per_s": v for k, v in theirs.items()})
+        run.finish(**{name.replace(" ", "_") + "_steps_per_s": rate for name, rate in rates.items()})
 
 
 if __name__ == "__main__":
