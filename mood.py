@@ -548,12 +548,15 @@ def reward_functions(domain: str) -> dict[str, Callable]:
 
 
 class TestbedEnv(common.DmControl):
-    """A task of the testbed; info["rewards"] (tasks,) has the step's reward in every task of its domain."""
+    """A task of the testbed, each action held for `repeat` steps whose rewards are added up.
 
-    def __init__(self, domain: str, task: str, repeat: int = 1):
-        base = "walk" if domain in ("walker", "quadruped", "humanoid") else "run"
-        super().__init__(common.dm_control_env(domain, base).env)
-        self.functions, self.repeat = reward_functions(domain), repeat
+    info["rewards"] has their means in every task of the domain, or in this one alone without `every`.
+    """
+
+    def __init__(self, domain: str, task: str, repeat: int = 1, every: bool = True):
+        super().__init__(common.dm_control_env(domain, "run").env)
+        found = reward_functions(domain)
+        self.functions, self.repeat = found if every else {task: found[task]}, repeat
         self.column = list(self.functions).index(task)
 
     def step(self, action):
@@ -1420,7 +1423,7 @@ def evaluation_envs(cfg: Config, task: str, count: int):
     domain, name = split_task(task)
     if domain == "cheetah":
         return Cheetah(count, name, cfg.repeat)
-    return common.vector_env([functools.partial(TestbedEnv, domain, name, cfg.repeat)] * count)
+    return common.vector_env([functools.partial(TestbedEnv, domain, name, cfg.repeat, every=False)] * count)
 
 
 def minari_env(data) -> gymnasium.Env:
@@ -1723,7 +1726,7 @@ CONFIGS = {
         more_rows=tuple(row for row in ROWS if row not in FULL),
         actor="s256x2", big_actor="s1024x2", modern_actor="m1024x2", critic="s256x2", big_critic="m1024x1",
         value="s1024x2", discount=0.99, beta=1.0, batch=1024, updates=2_000_000, lr=1e-4, decay=False,
-        normalize=False, repeat=1, held_out=0.0, episodes=50, eval_every=100_000, log_every=10_000,
+        normalize=False, repeat=1, held_out=0.0, episodes=50, eval_every=500_000, log_every=10_000,
         save_every=50_000, collect_with="td3", collect_episodes=1000, collect_steps=1000,
         collect_net="s1024x2",
     ),
