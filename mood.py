@@ -1709,9 +1709,12 @@ CONFIGS = {
         gait_generations=2, gait_population=8,
     ),
     "gpu": Config(
-        config="gpu", tasks=tuple(f"cheetah_{t}" for t in DOMAINS["cheetah"]), seeds=5, compile=True,
-        splits=("same", "cross", "mixed", "mixed+rnd"), critic="s256x2", value="s256x2", big_critic="s1024x2",
-        big_actor="s1024x2", batch=512, updates=20000, log_every=500, save_every=20000, collect_episodes=400,
+        config="gpu", tasks=("cheetah_run_backward", "cheetah_run"), seeds=5, compile=True,
+        splits=("same", "mixed+rnd"), rows=("baseline", "big_actor", "modern_actor"),
+        more_rows=("big_critic", "five_critics", "asac", "iql", "iql_big_actor", "td3bc", "bc",
+            "bc_big_actor"),
+        big_actor="s1024x2", modern_actor="m1024x1", critic="s256x2", value="s256x2", big_critic="s1024x2",
+        batch=512, updates=10_000, log_every=500, save_every=10_000, collect_episodes=400,
     ),
     "full": Config(
         config="full", tasks=tuple(f"{d}_{t}" for d, tasks in DOMAINS.items() for t in tasks), seeds=5,
