@@ -1286,6 +1286,8 @@ def test_claims_compare_the_right_rows_in_the_right_direction_and_leave_diverged
     assert seen[1] == (f"on the mixture a larger actor returns more{at}", [5, 6], [1, 2], "higher")
     assert seen[2][1:] == ([5, 6], [3, 4], "higher")  # a larger critic
     assert seen[3][1:] == ([7, 8], [2, 3], "higher")  # each size at its best temperature
+    swings = [np.array([9.0, 1.0, 1.0]), np.array([2.0, 2.0, 5.0])]  # a seed must not pick for itself
+    assert mood.picked(swings).tolist() == [2.0, 1.0, 1.0]
     assert [x[3] for x in seen[-2:]] == ["lower"] * 2 and seen[-2][1] == pytest.approx([1 / 6] * 3)
 
 

@@ -61,3 +61,10 @@ def test_links_and_extras_exist():
 
 def test_no_placeholder_is_left():
     assert not re.search(r"@[A-Z]+@", README)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_setting_has_the_comment_that_help_shows(script):
+    source = (ROOT / script).read_text() + (ROOT / "common.py").read_text()
+    for name in vars(SCRIPTS[script]["demo"]):
+        assert re.search(rf"^    {name}: .*?  # \w", source, re.M), name
