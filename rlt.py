@@ -87,13 +87,7 @@ class Config(common.Config):
     data: str = ""  # .jsonl with question, solution and maybe reasoning_trace; Stratos or GSM8K; or countdown
     bench: str = ""  # math500, aime24, gpqa, countdown or a .jsonl to evaluate on; empty: held-out rows
     holdout: int = 0  # rows of data kept for evaluation
-    stages: tuple[str, ...] = (
-        "warmup",
-        "rl",
-        "collect",
-        "distil",
-        "eval",
-    )  # real models: parts to run; baselines, too
+    stages: tuple[str, ...] = (STAGES[0], *STAGES[2:])  # real models: parts to run; baselines, too
     # built-in task
     easy: bool = False  # only the control with half the chains
     symbols: int = 20  # size of the array (M)

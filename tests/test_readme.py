@@ -67,4 +67,4 @@ def test_no_placeholder_is_left():
 def test_every_setting_has_the_comment_that_help_shows(script):
     source = (ROOT / script).read_text() + (ROOT / "common.py").read_text()
     for name in vars(SCRIPTS[script]["demo"]):
-        assert re.search(rf"^    {name}: .*?  # \w", source, re.M), name
+        assert re.search(rf"^    {name}: .*?  # \S", source, re.M), name
