@@ -30,6 +30,7 @@ import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import gymnasium
@@ -714,6 +715,13 @@ def set_rng_state(state: dict, run: Run) -> None:
         run.generator(name).set_state(saved)
 
 
+def mean_se(values: list[float]) -> str | None:
+    """`mean +- s.e.` of some values; the value alone if there is one, None if there is none."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}" if values else None
+    return f"{np.mean(values):.3f} +- {np.std(values, ddof=1) / math.sqrt(len(values)):.3f}"
+
+
 # --- language models ---
 
 
@@ -801,13 +809,22 @@ def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: floa
 
 @torch.no_grad()
 def generate(
-    model, prompts: list[list[int]], uniforms: Tensor, temperature=1.0, top_p=1.0, eos=-1, compile=False
+    model,
+    prompts: list[list[int]],
+    uniforms: Tensor,
+    temperature=1.0,
+    top_p=1.0,
+    eos=-1,
+    compile=False,
+    stop: Callable[[list[list[int]]], list[bool]] | None = None,
+    features: dict[str, Tensor] | None = None,
 ):
     """Sample completions with a static KV cache; every setting is explicit, generation_config is not read.
 
     prompts: P lists of ids. uniforms: (P * n, T) numbers in [0, 1) that decide the samples: n rows a prompt,
-    T tokens at most. A prompt runs once and shares its keys and values out. Returns tokens (P * n, T'), mask
-    (true up to and including the first `eos`) and fp32 log-probs at `temperature`.
+    T tokens at most. A prompt runs once and shares its keys and values out; `features` (pictures) go along.
+    `stop` is asked every 16 tokens which rows (lists of ids) have said enough. Returns tokens (P * n, T'),
+    mask (true up to and including the first `eos`) and fp32 log-probs at `temperature`.
     """
     from transformers import StaticCache
 
@@ -820,7 +837,8 @@ def generate(
     place = torch.arange(longest + steps, device=device)
     seen, positions = place[:longest] >= pads[:, None], (place[:longest] - pads[:, None]).clamp(min=0)
     prefill = dict(attention_mask=seen.long(), position_ids=positions, use_cache=True, logits_to_keep=1)
-    start, cache = model(ids, **prefill), StaticCache(config=model.config, max_cache_len=longest + steps)
+    start = model(ids, **prefill, **features or {})
+    cache = StaticCache(config=model.config, max_cache_len=longest + steps)
     for layer, filled in enumerate(start.cache.layers):
         cache.update(filled.keys.repeat_interleave(n, 0), filled.values.repeat_interleave(n, 0), layer)
     logits, pads = start.logits[:, -1].repeat_interleave(n, 0), pads.repeat_interleave(n)
@@ -833,6 +851,8 @@ def generate(
         mask[:, t], tokens[:, t], logps[:, t] = ~done, torch.where(done, tokens[:, t], token), logp * ~done
         done |= token == eos
         may_sync = t % 16 == 15 or device.type == "cpu"
+        if stop and t % 16 == 15:
+            done |= torch.tensor(stop(tokens[:, : t + 1].tolist()), device=device)
         if t + 1 == steps or (may_sync and done.all()):
             break
         visible = ((place >= pads[:, None]) & (place <= longest + t)).long()
@@ -892,6 +912,105 @@ def peak_flops(device: torch.device) -> float:
         b = a @ a
     b.sum().item()
     return 5 * 2 * 1024**3 / (time.perf_counter() - begin)
+
+
+ARCHITECTURES = {  # model type, vocabulary, width, MLP width, layers, heads, key-value heads, tied embeddings
+    "Qwen2.5-7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4, False),
+    "Qwen2.5-32B": ("qwen2", 152064, 5120, 27648, 64, 40, 8, False),
+    "Bespoke-Stratos-7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4, False),
+    "Llama-3-8B": ("llama", 128256, 4096, 14336, 32, 32, 8, False),
+    "Llama-3-70B": ("llama", 128256, 8192, 28672, 80, 64, 8, False),
+    "Mistral-7B": ("mistral", 32768, 4096, 14336, 32, 32, 8, False),
+    "SmolLM2-135M": ("llama", 49152, 576, 1536, 30, 9, 3, True),
+}
+
+
+def meta_model(name: str) -> nn.Module:
+    """A model on the meta device: from the table above, else from the config of a local folder or hub id."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if found := [v for k, v in ARCHITECTURES.items() if k in name and not Path(name).exists()]:
+        keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        keys += ("num_key_value_heads", "tie_word_embeddings")
+        config = AutoConfig.for_model(found[0][0], **dict(zip(keys, found[0][1:], strict=True)))
+    else:
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except (OSError, ValueError):
+            known = ", ".join(ARCHITECTURES)
+            raise UserError(f"{name}: not local, and --dry_run knows only {known}") from None
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def collate(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Right-padded ids and mask (B, T); masks come from lengths: pad ids may be real. [] makes a dummy."""
+    lengths = torch.tensor([len(x) for x in sequences] or [2])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    ids[mask] = torch.tensor([token for x in sequences or [[0, 0]] for token in x])
+    return ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: float, floor: float = 0.0) -> float:
+    """Linear warm-up over a share of the steps, then a cosine from peak to floor * peak."""
+    first = warmup * total
+    if step < first:
+        return peak * (step + 1) / first
+    cosine = 0.5 + 0.5 * math.cos(math.pi * (step - first) / max(1, total - first))
+    return peak * (floor + (1 - floor) * cosine)
+
+
+def load_hub(name: str, split: str = "train", subset: str | None = None):
+    """A `datasets` table from a hub id or a local folder; UserError says what to install or give instead."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f'{name}: pip install -e ".[lm]", or give a .jsonl') from None
+    try:
+        return datasets.load_dataset(name, subset, split=split)
+    except Exception as e:  # the library raises a dozen kinds
+        why = (str(e).splitlines() or [type(e).__name__])[0][:120]
+        raise UserError(f"{name}: neither a folder nor on the hub ({why}); a .jsonl will do") from None
+
+
+def extract_boxed(text: str) -> str | None:
+    """Content of the last \\boxed{...}, braces matched; None if there is none."""
+    _, box, rest = text.rpartition("\\boxed{")
+    depth = 0
+    for i, c in enumerate(rest if box else ""):
+        depth += {"{": 1, "}": -1}.get(c, 0)
+        if depth < 0:
+            return rest[:i]
+    return None
+
+
+def equal_answers(a: str | None, b: str | None) -> bool:
+    """Whether two short answers agree: as numbers if both are, else as LaTeX without its decoration."""
+
+    def plain(x: str) -> str:
+        x = re.sub(r"\\(left|right|displaystyle|[!,;:$]|q?quad)|\\(text|mathrm|mbox)(?=\{)|[\s$]", "", x)
+        x = re.sub(r"\^\{?\\circ\}?|\\?%", "", x).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+        x = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", x)
+        if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", x):  # a number with thousands, not a list
+            x = x.replace(",", "")
+        x = x.rstrip(".")
+        return x[1:-1] if re.fullmatch(r"\{[^{}]*\}", x) else x
+
+    def number(x: str) -> Fraction | str:
+        decimal, whole = (
+            r"(-?)(\d{0,40}\.?\d{1,40})",
+            re.fullmatch(r"(-?)(\d{0,9})\\frac\{(\d+)\}\{(\d+)\}", x[:60]),
+        )
+        if whole and int(whole[4]):  # a fraction, or a mixed number
+            value = int(whole[2] or 0) + Fraction(int(whole[3]), int(whole[4]))
+            return -value if whole[1] else value
+        parts = [re.fullmatch(decimal, p) for p in x[:100].split("/")]
+        if not all(parts) or len(parts) > 2 or (len(parts) == 2 and not Fraction(parts[1][0])):
+            return x
+        return Fraction(parts[0][0]) / Fraction(parts[1][0] if len(parts) == 2 else 1)
+
+    return a is not None and b is not None and number(plain(a)) == number(plain(b))
 
 
 # --- reinforcement learning ---

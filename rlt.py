@@ -289,19 +289,6 @@ def pad(text: str) -> str:
     return f"\n\n{text.strip()}\n\n"
 
 
-def load_hub(name: str, split: str = "train", subset: str | None = None):
-    """A `datasets` table from a hub id or a local folder; UserError says what to install or give instead."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f'{name}: pip install -e ".[lm]", or give a .jsonl') from None
-    try:
-        return datasets.load_dataset(name, subset, split=split)
-    except Exception as e:  # the library raises a dozen kinds
-        why = (str(e).splitlines() or [type(e).__name__])[0][:120]
-        raise UserError(f"{name}: neither a folder nor on the hub ({why}); a .jsonl will do") from None
-
-
 def load_examples(data: str, seed: int) -> tuple[list[Example], str]:
     """Examples and the student's system prompt from a .jsonl, a Stratos or GSM8K table, or `countdown`."""
     if not data:
@@ -312,7 +299,7 @@ def load_examples(data: str, seed: int) -> tuple[list[Example], str]:
         rows = common.read_jsonl(data, ("question", "solution"))
         parts = [(r["question"], r["solution"], r.get("reasoning_trace")) for r in rows]
         return [Example(q, pad(s), pad(str(t)) if t else None) for q, s, t in parts], STUDENT_SYSTEM
-    rows = load_hub(data, subset="main" if "gsm8k" in data else None)
+    rows = common.load_hub(data, subset="main" if "gsm8k" in data else None)
     if {"question", "answer"} <= set(rows.column_names):  # GSM8K: rationale #### number
         parts = [(r["question"], *r["answer"].rpartition("####")[::2]) for r in rows]
         made = [Example(q, pad(rf"The answer is \boxed{{{s.strip()}}}"), pad(t)) for q, t, s in parts]
@@ -504,15 +491,6 @@ def micro_batches(lengths: list[int], task: Task) -> list[np.ndarray]:
     return groups + [np.array([], int)] * (max(task.run.gather(len(groups))) - len(groups))
 
 
-def collate(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and mask (B, T); masks come from lengths: pad ids may be real. [] makes a dummy."""
-    lengths = torch.tensor([len(x) for x in sequences] or [2])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    ids = torch.zeros(mask.shape, dtype=torch.long)
-    ids[mask] = torch.tensor([token for x in sequences or [[0, 0]] for token in x])
-    return ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
-
-
 @torch.no_grad()
 def score(model: nn.Module, sequences: list[list[int]], task: Task) -> Tensor:
     """Log-probs (N, T - 1) of all next tokens of N sequences at cfg.temperature, in micro-batches."""
@@ -520,7 +498,7 @@ def score(model: nn.Module, sequences: list[list[int]], task: Task) -> Tensor:
     out = torch.zeros(len(sequences), max(map(len, sequences)) - 1, device=device)
     for group in micro_batches([len(x) for x in sequences], task):
         with task.run.autocast():
-            logp, _ = model(*collate([sequences[i] for i in group], device), task.cfg.temperature)
+            logp, _ = model(*common.collate([sequences[i] for i in group], device), task.cfg.temperature)
         if len(group):
             out[torch.from_numpy(group).to(device), : logp.shape[1]] = logp
     return out
@@ -604,7 +582,7 @@ def exact_kl(teacher: LogProbLM, student: LogProbLM, rows: list[Aligned], task: 
             (teacher, row.teacher_ids, row.think_teacher),
             (student, row.student_ids, row.think_student),
         ):
-            inputs, mask = collate([ids], task.run.device)
+            inputs, mask = common.collate([ids], task.run.device)
             with task.run.autocast():
                 h = model.lm.base_model(input_ids=inputs, attention_mask=mask, use_cache=False)
             hidden.append(h.last_hidden_state[0, places - 1])
@@ -853,7 +831,7 @@ def grpo_update(model, reference, prompts, completions, advantage: Tensor, optim
     model.train(run.sharded)  # which turns on gradient checkpointing; no model here has dropout
     stats = {k: torch.zeros((), device=device) for k in ("loss", "kl_ref", "entropy")}
     for group in micro_batches([len(x) for x in sequences], task):
-        ids, valid = collate([sequences[i] for i in group], device)
+        ids, valid = common.collate([sequences[i] for i in group], device)
         first = torch.tensor([len(prompts[i]) for i in group] or [2], device=device)
         mask = valid[:, 1:] & (torch.arange(1, ids.shape[1], device=device) >= first[:, None])  # to EOS
         a = advantage[torch.from_numpy(group).to(device)] if len(group) else torch.zeros(1, device=device)
@@ -920,15 +898,6 @@ def speed(policy: LogProbLM, tokens: int, kind: str, run: Run) -> dict[str, floa
 # --- the supervised stages ---
 
 
-def learning_rate(step: int, total: int, peak: float, warmup: float, floor: float = 0.0) -> float:
-    """Linear warm-up over a share of the steps, then a cosine from peak to floor * peak."""
-    first = warmup * total
-    if step < first:
-        return peak * (step + 1) / first
-    cosine = 0.5 + 0.5 * math.cos(math.pi * (step - first) / max(1, total - first))
-    return peak * (floor + (1 - floor) * cosine)
-
-
 def sft(model: LogProbLM, batch_of: Callable, steps: int, rate: Callable, adam: dict, task: Task, done=None):
     """Train in place: batch_of(step) is the global batch as (text, character where the loss begins).
 
@@ -949,7 +918,7 @@ def sft(model: LogProbLM, batch_of: Callable, steps: int, rate: Callable, adam: 
         loss = torch.zeros((), device=run.device)
         wrapped.train(run.sharded)
         for group in micro_batches([len(i) for i, _ in codes], task):
-            ids, valid = collate([codes[i][0] for i in group], run.device)
+            ids, valid = common.collate([codes[i][0] for i in group], run.device)
             parts = [masks[i] for i in group] or [torch.zeros(2, dtype=torch.bool)]
             mask = nn.utils.rnn.pad_sequence(parts, batch_first=True)[:, 1:].to(run.device)
             with run.autocast():
@@ -981,14 +950,14 @@ def warm_up(teacher: LogProbLM, examples: list[Example], task: Task) -> None:
     cfg, steps = task.cfg, task.cfg.warmup_steps
     if not cfg.warmup or not rows:
         return task.run.print("no warm-up" + ("" if rows else ": no problem has a reasoning trace"))
-    rate = functools.partial(learning_rate, total=steps, peak=cfg.warmup_lr, warmup=0.05)
+    rate = functools.partial(common.learning_rate, total=steps, peak=cfg.warmup_lr, warmup=0.05)
     sft_on(teacher, rows, steps, cfg.warmup_batch, rate, dict(betas=(0.9, 0.95), weight_decay=1e-4), task)
 
 
 def distil(learner: LogProbLM, traces: list[Example], task: Task, steps: int) -> None:
     """Stage 4: SFT in the student's format on raw explanations; the loss covers the assistant's turn."""
     rows = [(text, begin) for e in traces for text, _, _, begin in [task.fmt.student(e, e.t)]]
-    rate = functools.partial(learning_rate, total=steps, peak=task.cfg.distil_lr, warmup=0.1)
+    rate = functools.partial(common.learning_rate, total=steps, peak=task.cfg.distil_lr, warmup=0.1)
     adam = dict(betas=(0.9, 0.999), weight_decay=0.0)
     sft_on(learner, rows, steps, task.cfg.distil_batch, rate, adam, task)
 
@@ -1036,48 +1005,9 @@ def collect(teacher: LogProbLM, student, examples: list[Example], task: Task) ->
 # --- evaluation ---
 
 
-def extract_boxed(text: str) -> str | None:
-    """Content of the last \\boxed{...}, braces matched; None if there is none."""
-    _, box, rest = text.rpartition("\\boxed{")
-    depth = 0
-    for i, c in enumerate(rest if box else ""):
-        depth += {"{": 1, "}": -1}.get(c, 0)
-        if depth < 0:
-            return rest[:i]
-    return None
-
-
-def equal_answers(a: str | None, b: str | None) -> bool:
-    """Whether two short answers agree: as numbers if both are, else as LaTeX without its decoration."""
-
-    def plain(x: str) -> str:
-        x = re.sub(r"\\(left|right|displaystyle|[!,;:$]|q?quad)|\\(text|mathrm|mbox)(?=\{)|[\s$]", "", x)
-        x = re.sub(r"\^\{?\\circ\}?|\\?%", "", x).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-        x = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", x)
-        if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", x):  # a number with thousands, not a list
-            x = x.replace(",", "")
-        x = x.rstrip(".")
-        return x[1:-1] if re.fullmatch(r"\{[^{}]*\}", x) else x
-
-    def number(x: str) -> Fraction | str:
-        decimal, whole = (
-            r"(-?)(\d{0,40}\.?\d{1,40})",
-            re.fullmatch(r"(-?)(\d{0,9})\\frac\{(\d+)\}\{(\d+)\}", x[:60]),
-        )
-        if whole and int(whole[4]):  # a fraction, or a mixed number
-            value = int(whole[2] or 0) + Fraction(int(whole[3]), int(whole[4]))
-            return -value if whole[1] else value
-        parts = [re.fullmatch(decimal, p) for p in x[:100].split("/")]
-        if not all(parts) or len(parts) > 2 or (len(parts) == 2 and not Fraction(parts[1][0])):
-            return x
-        return Fraction(parts[0][0]) / Fraction(parts[1][0] if len(parts) == 2 else 1)
-
-    return a is not None and b is not None and number(plain(a)) == number(plain(b))
-
-
 def same_boxed(e: Example, text: str) -> bool:
     """The last boxed answer of a text against the solution's, or the whole solution if that boxes nothing."""
-    return equal_answers(extract_boxed(text), extract_boxed(e.s) or e.s)
+    return common.equal_answers(common.extract_boxed(text), common.extract_boxed(e.s) or e.s)
 
 
 def solves_countdown(e: Example, text: str) -> bool:
@@ -1093,7 +1023,9 @@ def solves_countdown(e: Example, text: str) -> bool:
         raise ValueError("no arithmetic expression")
 
     asked = re.search(r"numbers \[([\d, ]+)\].* make (\d+)", e.q)
-    expression = (extract_boxed(text) or "").replace("\\times", "*").replace("\\div", "/").strip()[:200]
+    expression = (
+        (common.extract_boxed(text) or "").replace("\\times", "*").replace("\\div", "/").strip()[:200]
+    )
     if asked is None or sorted(re.findall(r"\d+", expression)) != sorted(re.findall(r"\d+", asked[1])):
         return False
     try:
@@ -1108,11 +1040,11 @@ def benchmark(name: str, heldout: list[Example], cfg: Config) -> list[Example]:
         rows, _ = load_examples(name, seed=10**6)
     elif name in ("math500", "aime24"):
         hub, split = {"math500": ("MATH-500", "test"), "aime24": ("aime_2024", "train")}[name]
-        table = load_hub(f"HuggingFaceH4/{hub}", split)
+        table = common.load_hub(f"HuggingFaceH4/{hub}", split)
         rows = [Example(r["problem"], rf"\boxed{{{r['answer']}}}") for r in table]
     elif name == "gpqa":
         rng, rows = np.random.default_rng(0), []
-        for r in load_hub("Idavidrein/gpqa", subset="gpqa_diamond"):
+        for r in common.load_hub("Idavidrein/gpqa", subset="gpqa_diamond"):
             options = [r["Correct Answer"], *(r[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
             order = rng.permutation(4)
             lines = [f"{letter}) {options[i].strip()}" for letter, i in zip("ABCD", order, strict=True)]
@@ -1199,7 +1131,7 @@ def hop_base(task: Task) -> dict:
         return min(found[k] for k in hops) >= 0.99
 
     constant = lambda i: cfg.base_lr * min(1, (i + 1) / 30)  # noqa: E731
-    cosine = lambda i: learning_rate(i, cfg.web_steps, cfg.base_lr, 0.0, 0.05)  # noqa: E731
+    cosine = lambda i: common.learning_rate(i, cfg.web_steps, cfg.base_lr, 0.0, 0.05)  # noqa: E731
     all_written, as_found = (functools.partial(batch_of, p_write=p) for p in (1.0, cfg.p_write))
     adam = dict(betas=(0.9, 0.98), weight_decay=0.01)
     textbook, web = (replace(task, run=run.stage(name)) for name in ("textbook", "web"))
@@ -1288,10 +1220,10 @@ def hop_study(cfg: Config, run: Run) -> None:
     keys, rows = ("greedy", "tau .7", "tau 1", "written", "r_ss", "r_kl", "signal"), []
     for prefix, method in sorted(cells, key=lambda cell: cell[0]):
         count = cfg.chains if not prefix else easy(cfg).chains
-        numbers = {k: mean_se(column(prefix, method, k)) for k in keys}
+        numbers = {k: common.mean_se(column(prefix, method, k)) for k in keys}
         rows.append({"chains": count, "row": LABELS[method]} | numbers)
     for when in () if cfg.easy else ("before RL", "after RL"):
-        numbers = {k: mean_se(column("", "rlt", k, f"cold start, {when}")) for k in keys}
+        numbers = {k: common.mean_se(column("", "rlt", k, f"cold start, {when}")) for k in keys}
         rows.append({"chains": cfg.chains, "row": f"{cfg.cold_traces} RLT traces, {when}"} | numbers)
     rows.sort(key=lambda row: -row["chains"])
     how = f"{cfg.eval_problems} fresh problems, +- s.e. over {cfg.seeds} seeds on one base model"
@@ -1321,13 +1253,6 @@ def hop_claims(column: Callable, run: Run) -> None:
     run.claim("... though r_SS without it (ours) is as high or higher, margin 0.05", *r_ss, margin=-0.05)
     cold = column("", "rlt", "greedy", "cold start, after RL")
     run.claim("correctness RL gets further from a few RLT traces than from the base", cold, sparse)
-
-
-def mean_se(values: list[float]) -> str | None:
-    """`mean +- s.e.` of some values; the value alone if there is one, None if there is none."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}" if values else None
-    return f"{np.mean(values):.3f} +- {np.std(values, ddof=1) / math.sqrt(len(values)):.3f}"
 
 
 def draw_study(figure, folder: Path, seeds: int, example: dict) -> None:
@@ -1551,7 +1476,8 @@ def text_students(
     if problems:
         how = f"temperature {cfg.eval_temperature}, top_p {cfg.eval_top_p}, at most {cfg.eval_new} tokens"
         table = [
-            {"student of": k, f"avg@{cfg.eval_samples}": mean_se(v.tolist())} for k, v in accuracies.items()
+            {"student of": k, f"avg@{cfg.eval_samples}": common.mean_se(v.tolist())}
+            for k, v in accuracies.items()
         ]
         run.table(table, f"{cfg.bench or cfg.data}: {len(problems)} problems, +- s.e. over problems, {how}")
     for source in [k for k in accuracies if k != "RLT" and "RLT" in accuracies]:
@@ -1573,31 +1499,6 @@ def export(model: LogProbLM, task: Task, name: str) -> None:
 
 # --- sizes without weights ---
 
-ARCHITECTURES = {  # model type, vocabulary, width, MLP width, layers, heads, key-value heads, tied embeddings
-    "Qwen2.5-7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4, False),
-    "Qwen2.5-32B": ("qwen2", 152064, 5120, 27648, 64, 40, 8, False),
-    "Bespoke-Stratos-7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4, False),
-    "SmolLM2-135M": ("llama", 49152, 576, 1536, 30, 9, 3, True),
-}
-
-
-def meta_model(name: str) -> nn.Module:
-    """A model on the meta device: from the table above, else from the config of a local folder or hub id."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if found := [v for k, v in ARCHITECTURES.items() if k in name and not Path(name).exists()]:
-        keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        keys += ("num_key_value_heads", "tie_word_embeddings")
-        config = AutoConfig.for_model(found[0][0], **dict(zip(keys, found[0][1:], strict=True)))
-    else:
-        try:
-            config = AutoConfig.from_pretrained(name)
-        except (OSError, ValueError):
-            known = ", ".join(ARCHITECTURES)
-            raise UserError(f"{name}: not local, and --dry_run knows only {known}") from None
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
 
 def dry_run(cfg: Config, run: Run) -> None:
     """Print parameters, memory on each GPU, FLOPs and steps of a configuration without weights or data."""
@@ -1610,8 +1511,8 @@ def dry_run(cfg: Config, run: Run) -> None:
             )  # RL: RLT, lambda = 0, sparse, cold start, and two in the control
         tokens = cfg.updates * cfg.prompts * cfg.group * cfg.max_new
         return run.print(f"{n:,} parameters; {runs} runs of at most {cfg.updates} updates, {tokens:,} tokens")
-    teacher = meta_model(cfg.teacher)
-    student = teacher if cfg.student == "self" else meta_model(cfg.student)
+    teacher = common.meta_model(cfg.teacher)
+    student = teacher if cfg.student == "self" else common.meta_model(cfg.student)
     c, n, gpus = teacher.config, size(teacher), run.world_size if run.world_size > 1 or not cfg.shard else 8
     # a token's keys and values in bfloat16
     kv = 4 * c.num_hidden_layers * c.num_key_value_heads * c.hidden_size // c.num_attention_heads

@@ -448,7 +448,7 @@ def test_supervised_tokens_are_those_of_the_stated_spans(cfg, task, monkeypatch)
 
 
 def test_learning_rate_warms_up_and_ends_at_its_floor():
-    rates = [rlt.learning_rate(i, 100, 2.0, 0.1, 0.05) for i in range(101)]
+    rates = [common.learning_rate(i, 100, 2.0, 0.1, 0.05) for i in range(101)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
     assert rates[55] == pytest.approx(2.0 * (0.05 + 0.95 * 0.5)) and rates[100] == pytest.approx(0.1)
 
@@ -473,8 +473,8 @@ def test_problems_are_what_they_say(cfg):
 
 
 def test_boxed_answers():
-    assert rlt.extract_boxed(r"so \boxed{1} or \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
-    assert rlt.extract_boxed("none") is None and rlt.extract_boxed(r"\boxed{open") is None
+    assert common.extract_boxed(r"so \boxed{1} or \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
+    assert common.extract_boxed("none") is None and common.extract_boxed(r"\boxed{open") is None
     same = [(r"\frac{1}{2}", "0.5"), (r"\dfrac12", "1/2"), ("1,000", "1000"), (r"\text{yes}", "yes")]
     same += [
         ("50\\%", "50"),
@@ -483,9 +483,9 @@ def test_boxed_answers():
         ("-3", "-3.0"),
         ("\\$5", "5"),
     ]
-    assert all(rlt.equal_answers(a, b) for a, b in same), [x for x in same if not rlt.equal_answers(*x)]
+    assert all(common.equal_answers(a, b) for a, b in same), [x for x in same if not common.equal_answers(*x)]
     different = [("1", "2"), (r"\frac{1}{2}", "2"), ("x", "y"), (None, "1"), ("12", "1,2"), ("1/0", "1")]
-    assert not any(rlt.equal_answers(a, b) for a, b in different)
+    assert not any(common.equal_answers(a, b) for a, b in different)
 
 
 def test_countdown_search_and_judge_agree_with_brute_force():
@@ -553,7 +553,7 @@ class Table(list):
     ],
 )
 def test_stratos_form(rows, expected, monkeypatch):
-    monkeypatch.setattr(rlt, "load_hub", lambda *a, **k: Table(rows))
+    monkeypatch.setattr(common, "load_hub", lambda *a, **k: Table(rows))
     if isinstance(expected, str):
         with pytest.raises(UserError, match=expected):
             rlt.load_examples("org/data", 0)
@@ -563,7 +563,7 @@ def test_stratos_form(rows, expected, monkeypatch):
 
 def test_gsm8k_form(monkeypatch):
     monkeypatch.setattr(
-        rlt, "load_hub", lambda *a, **k: Table([{"question": "Q", "answer": "r1\nr2\n#### 1,234"}])
+        common, "load_hub", lambda *a, **k: Table([{"question": "Q", "answer": "r1\nr2\n#### 1,234"}])
     )
     (e,), _ = rlt.load_examples("openai/gsm8k", 0)
     assert (e.s, e.t) == ("\n\nThe answer is \\boxed{1,234}\n\n", "\n\nr1\nr2\n\n")
@@ -576,7 +576,7 @@ def test_gsm8k_form(monkeypatch):
 
 def test_hub_data_without_network_is_one_line():
     with pytest.raises(UserError, match=r"nobody/nothing.*jsonl") as error:
-        rlt.load_hub("nobody/nothing")
+        common.load_hub("nobody/nothing")
     assert "\n" not in str(error.value)
 
 
