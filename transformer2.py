@@ -1,0 +1,1216 @@
+"""Transformer-squared: train one scale per singular value, then adapt to a prompt in two passes.
+
+Sun, Cetin, Tang, "Transformer-Squared: Self-adaptive LLMs", ICLR 2025, arXiv 2501.06252.
+
+The claim. Singular value fine-tuning (SVF) learns one multiplier for each singular value of a weight matrix and
+nothing else. Trained by REINFORCE on right and wrong answers it makes small experts that beat LoRA; since all
+experts live in the basis of the same matrices, they can be picked or mixed at inference: a first pass finds out
+what the prompt needs, a second one answers with adapted weights, also on tasks that no expert was trained on.
+
+For a linear layer W = U diag(s) V^T (m x n, rank r at most) and learned p in R^r:
+  eq. (1)  J = E[R log pi_W'(y | x)] - lambda KL(pi_W' || pi_W),  R = +1 if the answer is right, else -1
+           log-probs and KL are sums over the tokens of the answer (the paper's eq. 1; the rest is numbered here)
+  eq. (2)  z = sigmoid(p)
+  eq. (3)  W' = U diag(s g z) V^T,  g = sum(s) / sum(s z): the nuclear norm of W is kept, g has a gradient
+  eq. (4)  z = sum_k alpha_k z_k mixes experts, before the g of eq. (3); alpha is one number an expert, or one
+           an expert and matrix, found by the cross-entropy method on a few solved examples
+Three ways to adapt: (A) the base model names the task's category, (B) an expert trained to do that names it,
+(C) eq. (4). "Other" and whatever cannot be parsed get the base weights, bit for bit.
+
+How to run
+  python transformer2.py                                          the effect in miniature, on two CPU cores
+  python transformer2.py --model M --tasks math=F,reasoning=F     real models and tasks on a laptop; M: hub id,
+                                                                  folder or .gguf; F: a .jsonl with question and
+                                                                  answer, or gym:NAME (pip install reasoning-gym)
+  torchrun --nproc_per_node=8 transformer2.py --config full       Llama-3-8B-Instruct; GSM8K, MBPP, ARC; MATH,
+                                                                  HumanEval, ARC-Challenge
+  ... --config mistral, --config vlm                              Mistral-7B-v0.3; LLaVA-NeXT on TextVQA, OK-VQA
+  ... --experts FOLDER --cross_model                              somebody else's experts, or another model's
+Rungs: smoke, demo, gpu (ranks share a grid of runs); text, full, mistral, vlm (ranks share each run: prompts,
+populations and matrices are dealt out; the model is whole on each).
+
+Where this file departs from the paper and its code
+- AdamW with cosine decay as in the paper (the code: Adam, constant rate). p starts at 0.1 +- 0.01 as in the code
+  (the paper: variance 1e-3). lambda is 0.1 by default (the code's default is 0, the authors advise 0.1 to 0.3)
+  and the direction that of the code, KL(pi_W || pi_W'); --kl_dir new_base is the paper's.
+- p, s, z and their optimizer are float32 (the code: bfloat16, where small steps round to nothing).
+- Experts are mixed as z, eq. (4). The released configuration mixes p, which is another thing.
+- Prompts of category "other" run on the base weights (the code: on whatever ran last).
+- The category expert is trained on 400 questions of each training split (the code: test questions among them).
+- The few shots are never in the reported test set, and choose alone (the code picks a generation by test score).
+- Ties between members are broken by the mean log-likelihood of right answers, for elites as for the best one.
+- Sampled ids are trained on as they are, end-of-turn token included, with one BOS. One prompt builder a task.
+- Graders: GSM8K by the last number with sign and thousands (--grader reference drops both); an ARC answer
+  without a letter is wrong (the code guesses). VQA: R = +1 from a soft accuracy of 0.5, the paper is silent.
+- The best-validation p is kept, as in the code; the last one is measured, too.
+- A mixed batch runs W x + U diag(s (g z - 1)) V^T x row by row: nothing is merged, and base rows are exact.
+- Models larger than a GPU (Llama-3-70B there) are refused: no sharding here.
+- The demo's task is ours. Its models learn right and careless answers from a synthetic corpus; RL elicits the
+  right ones. Learning rates are 25 times the paper's, for 40 steps; lambda = 0; sampling at temperature 1.
+
+Reading order: Config, SVFLinear, Adapter, the loss, train, dispatch and two_pass, cem, then the tasks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import common
+from common import Run, UserError
+
+STAGES = ("experts", "cls", "lora", "eval", "adapt")
+FAMILIES = ("math", "code", "reasoning")  # categories with an expert; "other" has none
+MODULES = {"mlp": r"\.mlp\.", "qv": r"\.[qv]_proj$"}  # names of linear layers, as patterns
+
+
+@dataclass
+class Config(common.Config):
+    # models and data; without a model, the built-in task
+    model: str | None = None  # hub id, folder or .gguf; vision-language models, too
+    tasks: tuple[str, ...] = ()  # one expert each: names of the table TASKS, or family=F.jsonl, family=gym:NAME
+    unseen: tuple[str, ...] = ()  # tasks to adapt to
+    data: str = ""  # folder with TASK-SPLIT.jsonl or .parquet files; empty: the hub
+    stages: tuple[str, ...] = ("experts", "cls", "eval", "adapt")  # real models: parts to run; lora, too
+    experts: str = ""  # folder of experts to use instead of training
+    cross_model: bool = False  # let --experts come from other weights
+    # what is adapted
+    modules: tuple[str, ...] = ("mlp", "qv")  # mlp, qv, or patterns of layer names
+    every: int = 1  # adapt one layer in so many (2: the paper's choice for its largest models)
+    svd: str = "out/svd"  # folder of decomposed matrices, found by a hash of the weights
+    renormalise: bool = True  # keep the nuclear norm, g of eq. (3)
+    init: float = 0.1  # mean of p at the start
+    init_std: float = 0.01  # its standard deviation
+    # training of one expert
+    steps: int = 40  # updates
+    batch: int = 128  # prompts an update, one answer each
+    lr: float = 0.05  # of p; AdamW, cosine to 0
+    clip: float = 1e-3  # norm of the gradient over all of p
+    lam: float = 0.0  # weight of the KL (lambda)
+    kl_dir: Literal["base_new", "new_base"] = "base_new"  # KL(pi_W || pi_W') or, as in the paper, the reverse
+    rollout_temp: float = 1.0  # of sampled answers in training; 0: greedy, as the paper's code
+    validate_every: int = 10  # updates between two evaluations on the validation split
+    valid_problems: int = 256  # problems of one validation, at most
+    warn_after: int = 5  # batches with equal rewards before a warning
+    # LoRA baselines, on query and value projections
+    lora_rank: int = 16  # rank
+    lora_scale: float = 2.0  # alpha / rank
+    lora_dropout: float = 0.05  # on the input of A
+    lora_lr: float = 5e-3  # by policy gradient
+    ntp_lr: float = 5e-3  # by next-token prediction on solutions
+    lora_clip: float = 1.0  # norm of the gradient
+    # adaptation
+    shots: int = 10  # solved examples of an unseen task (F)
+    population: int = 32  # members a generation (P)
+    elite: float = 0.2  # share of them that moves the distribution
+    generations: int = 15  # generations
+    deploy: Literal["best", "mean"] = "best"  # what is used then: the best member or the elites' mean
+    mixed: bool = True  # run the second pass in batches that mix experts; else one merged expert at a time
+    cls_questions: int = 400  # questions of each task that the category expert learns from
+    cls_new: int = 1  # tokens of a category, at most
+    # evaluation
+    grader: Literal["exact", "reference"] = "exact"  # reference: GSM8K numbers as the paper's code reads them
+    eval_problems: int = 600  # test problems of a task, at most; 0: all
+    max_new: int = 0  # tokens of an answer, at most; 0: as each task says
+    code_seconds: float = 10.0  # time limit of one generated program
+    code_memory: int = 1024  # its memory limit, MB
+    # built-in task
+    length: int = 5  # symbols of a question
+    width: int = 64  # of the base model
+    layers: int = 3  # of the base model
+    bases: int = 2  # base models, pre-trained independently
+    seeds: int = 2  # seeds of RL on each base model
+    pretrain_steps: int = 1400  # at most
+    pretrain_batch: int = 288  # documents a step
+    pretrain_lr: float = 4e-3  # constant until the skills are there, then to 0 over 200 steps
+    gate: float = 0.9  # accuracy on documents tagged as good that a base model must reach in every skill
+    sweep: tuple[float, ...] = (0.25, 1.0, 4.0, 16.0)  # multiples of the learning rates that are tried
+    ablations: bool = True  # rows for modules, lambda, no renormalisation, LoRA of rank 1
+    vlm: bool = True  # the miniature vision-language model
+    projector_steps: int = 200  # its captioning steps
+    # memory and speed
+    micro_tokens: int = 16384  # padded tokens in one forward and backward pass; halved when memory runs out
+    sample_batch: int = 1024  # sequences decoded together on a rank
+    recompute: bool = False  # compute layers again in the backward pass, for memory
+
+    may_change: ClassVar[set[str]] = {"stages", "svd", "mixed", "micro_tokens", "sample_batch", "recompute"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if unknown := set(self.stages) - set(STAGES):
+            raise ValueError(f"--stages: {', '.join(sorted(unknown))} is none of {', '.join(STAGES)}")
+        if self.model is None and (self.tasks or self.unseen or self.data or self.experts):
+            raise ValueError("--tasks, --unseen, --data and --experts need a --model")
+        if self.elites < 2 or self.generations < 1:
+            raise ValueError("--population times --elite must be 2 or more, --generations 1 or more")
+        positive = ("every", "steps", "batch", "validate_every", "shots", "micro_tokens", "sample_batch")
+        if bad := [name for name in positive if getattr(self, name) < 1]:
+            raise ValueError(f"--{bad[0]} must be 1 or more")
+        if not 3 <= self.length <= 60:
+            raise ValueError("--length must be 3 to 60")
+
+    @property
+    def elites(self) -> int:
+        """Members that move the distribution: the share, rounded down."""
+        return int(self.elite * self.population + 1e-9)
+
+
+# fmt: off
+DEMO = Config(workers=2, log_every=10, save_every=1000)
+FULL = Config(model="meta-llama/Meta-Llama-3-8B-Instruct", tasks=("gsm8k", "mbpp", "arc_easy"),
+    unseen=("math", "humaneval", "arc_challenge"), stages=STAGES, modules=("mlp",), steps=200, batch=256, lr=2e-3,
+    lam=0.1, rollout_temp=0.0, valid_problems=512, lora_lr=2e-4, ntp_lr=5e-5, lora_clip=1e-3, generations=50,
+    mixed=False, cls_new=1024, eval_problems=0, sample_batch=256, recompute=True, log_every=1, save_every=10)
+CONFIGS = {
+    "smoke": replace(DEMO, workers=1, width=32, layers=2, bases=2, seeds=1, pretrain_steps=60, gate=0.0, steps=3,
+        batch=16, validate_every=2, valid_problems=16, population=10, generations=2, shots=8, cls_questions=20,
+        eval_problems=24, sweep=(1.0, 4.0), projector_steps=3, log_every=1),
+    "demo": DEMO,
+    "gpu": replace(DEMO, workers=1, length=12, width=256, layers=6, bases=1, seeds=5, pretrain_steps=4000,
+        pretrain_lr=1e-3, batch=256, lr=0.02, lora_lr=1e-3, ntp_lr=1e-3, eval_problems=2000),
+    "text": replace(FULL, model="HuggingFaceTB/SmolLM2-135M-Instruct", tasks=("gsm8k", "arc_easy"), unseen=(),
+        stages=("experts", "cls", "eval"), steps=8, batch=16, lr=0.02, rollout_temp=1.0, validate_every=4,
+        valid_problems=32, population=10, generations=3, cls_questions=40, cls_new=24, eval_problems=32,
+        max_new=64, sample_batch=32, micro_tokens=4096, recompute=False, mixed=True),
+    "full": FULL,
+    "mistral": replace(FULL, model="mistralai/Mistral-7B-Instruct-v0.3"),
+    "vlm": replace(FULL, model="llava-hf/llama3-llava-next-8b-hf", tasks=("textvqa",), unseen=("okvqa",), every=2,
+        stages=("experts", "eval", "adapt"), max_new=32, sample_batch=32),
+}
+# fmt: on
+
+
+# --- singular value fine-tuning ---
+
+
+def effective_scale(z: Tensor, s: Tensor, renormalise: bool = True) -> Tensor:
+    """g z of eq. (3): z (..., r), singular values s (r,) -> (..., r). All ones if z is constant."""
+    if not renormalise:
+        return z
+    return z * (s.sum() / (s * z).sum(-1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny))
+
+
+class SVFLinear(nn.Module):
+    """A linear layer whose singular values are scaled by eq. (3); `mode` says with what.
+
+    base: W as it was. own: from p, with gradient, in factors, so that no m x n gradient ever exists. merged: a
+    matrix made by `merge`. rows: scales (B, r), one for each row of the batch. U (m, r), s (r,), V (n, r).
+    """
+
+    def __init__(self, linear: nn.Linear, U: Tensor, s: Tensor, V: Tensor, renormalise: bool = True):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        for name, x in (("U", U), ("s", s), ("V", V)):
+            self.register_buffer(name, x, persistent=False)
+        self.p = nn.Parameter(torch.zeros_like(s))
+        self.renormalise, self.mode = renormalise, "base"
+        self.scales: Tensor | None = None  # (B, r)
+        self.register_buffer("merged", None, persistent=False)
+
+    @torch.no_grad()
+    def reset(self, cfg: Config, generator: torch.Generator) -> None:
+        """p ~ N(init, init_std^2)."""
+        self.p.copy_(cfg.init + cfg.init_std * torch.randn(self.p.shape, generator=generator))
+
+    def z(self) -> Tensor:
+        """eq. (2): (r,)."""
+        return torch.sigmoid(self.p)
+
+    def scale(self, z: Tensor) -> Tensor:
+        """g z of eq. (3) for any z (..., r)."""
+        return effective_scale(z, self.s, self.renormalise)
+
+    @torch.no_grad()
+    def merge(self, scale: Tensor | None = None) -> None:
+        """Make W' of a scale (r,), or of p, for mode "merged"; always in the same memory."""
+        scaled = self.s * (self.scale(self.z()) if scale is None else scale)
+        product = ((self.U.float() * scaled) @ self.V.float().T).to(self.weight.dtype)
+        if self.merged is None:
+            self.merged = torch.empty_like(self.weight)
+        self.merged.copy_(product)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) -> (..., m); in mode "rows" x is (B, T, n)."""
+        if self.mode == "merged":
+            return nn.functional.linear(x, self.merged, self.bias)
+        if self.mode == "own":
+            hidden = x @ self.V.to(x.dtype)
+            hidden = hidden * (self.s * self.scale(self.z())).to(hidden.dtype)
+            return nn.functional.linear(hidden, self.U.to(hidden.dtype), self.bias)
+        y = nn.functional.linear(x, self.weight, self.bias)
+        if self.mode == "base":
+            return y
+        hidden = x @ self.V.to(x.dtype)
+        hidden = hidden * (self.s * (self.scales - 1))[:, None].to(hidden.dtype)
+        return y + hidden @ self.U.to(hidden.dtype).T
+
+
+class LoRALinear(nn.Module):
+    """The baseline: W x + scale B A x with A (rank, n) ~ N(0, 1/n) and B (m, rank) = 0 at the start."""
+
+    def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float):
+        super().__init__()
+        self.weight, self.bias, self.factor, self.dropout = linear.weight, linear.bias, scale, dropout
+        (m, n), device = linear.weight.shape, linear.weight.device
+        self.A = nn.Parameter(torch.zeros(rank, n, device=device))
+        self.B = nn.Parameter(torch.zeros(m, rank, device=device))
+        self.mode = "base"
+        self.register_buffer("merged", None, persistent=False)
+
+    @torch.no_grad()
+    def reset(self, cfg: Config, generator: torch.Generator) -> None:
+        self.A.copy_(torch.randn(self.A.shape, generator=generator) / math.sqrt(self.A.shape[1]))
+        self.B.zero_()
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        product = (self.weight.float() + self.factor * self.B @ self.A).to(self.weight.dtype)
+        if self.merged is None:
+            self.merged = torch.empty_like(self.weight)
+        self.merged.copy_(product)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode == "merged":
+            return nn.functional.linear(x, self.merged, self.bias)
+        y = nn.functional.linear(x, self.weight, self.bias)
+        if self.mode == "base":
+            return y
+        x = nn.functional.dropout(x, self.dropout, self.training)
+        return y + self.factor * (x @ self.A.to(x.dtype).T) @ self.B.to(x.dtype).T
+
+
+def layers_to_adapt(model: nn.Module, modules: tuple[str, ...], every: int = 1) -> dict[str, nn.Linear]:
+    """Linear layers whose names match a pattern, in the model's order; not the head, not a vision tower.
+
+    UserError where nothing matches, or where a match is quantised.
+    """
+    patterns = [re.compile(MODULES.get(m, m)) for m in modules]
+    head, found, candidates = model.get_output_embeddings(), {}, set()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear) or layer is head or re.search(r"vision|projector", name):
+            continue
+        candidates.add(re.sub(r"\d+", "N", name))
+        depth = re.search(r"\.(\d+)\.", name)
+        if any(p.search(name) for p in patterns) and not (depth and int(depth[1]) % every):
+            if type(layer) is not nn.Linear or not layer.weight.is_floating_point():
+                raise UserError(f"{name} is quantised ({type(layer).__name__}); load the model unquantised")
+            found[name] = layer
+    if not found:
+        raise UserError(f"--modules {','.join(modules)} matches none of {', '.join(sorted(candidates))}")
+    return found
+
+
+def thin_svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 U (m, r), s (r,) descending, V (n, r) of a matrix (m, n).
+
+    On a GPU by the eigenvectors of the smaller Gram matrix in float64, which is several times faster, unless
+    the matrix is so ill-conditioned that this would cost accuracy.
+    """
+    w = weight.detach().float()
+    if w.device.type == "cuda":
+        tall = w.double() if w.shape[0] >= w.shape[1] else w.double().T
+        values, vectors = torch.linalg.eigh(tall.T @ tall)
+        s, right = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
+        if s[-1] > 1e-5 * s[0]:
+            left = tall @ right / s
+            U, V = (left, right) if w.shape[0] >= w.shape[1] else (right, left)
+            return U.float(), s.float(), V.float()
+    U, s, Vh = torch.linalg.svd(w, full_matrices=False)
+    return U, s, Vh.mT.contiguous()
+
+
+def weight_key(weight: Tensor) -> str:
+    """A hash of a matrix: its bytes, shape and type."""
+    data = weight.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{tuple(data.shape)} {data.dtype}".encode())
+    digest.update(data.view(torch.uint8).numpy())
+    return digest.hexdigest()[:40]
+
+
+def decompose(layers: dict[str, nn.Linear], folder: Path, run: Run) -> dict[str, tuple[str, tuple]]:
+    """(key, (U, s, V)) of each layer from the cache, which the ranks fill together; U, V in the weight's type.
+
+    A file is found by the hash of the weights it belongs to, so none is ever stale; a torn one is made anew.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save
+
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def parts(layer: nn.Linear, key: str) -> dict[str, Tensor]:
+        file = folder / f"{key}.safetensors"
+        with contextlib.suppress(OSError, SafetensorError):
+            return load_file(file)
+        U, s, V = (x.cpu() for x in thin_svd(layer.weight))
+        made = {"U": U.to(layer.weight.dtype), "s": s, "V": V.to(layer.weight.dtype)}
+        common.write_atomic(file.with_name(f"{key}.{os.getpid()}"), save(made))
+        os.replace(file.with_name(f"{key}.{os.getpid()}"), file)
+        return made
+
+    keys = {name: weight_key(layer.weight) for name, layer in layers.items()}
+    for i, (name, layer) in enumerate(layers.items()):
+        if i % run.world_size == run.rank:
+            parts(layer, keys[name])
+    run.barrier()
+    factors = {name: parts(layer, keys[name]) for name, layer in layers.items()}
+    return {name: (keys[name], tuple(factors[name][k] for k in ("U", "s", "V"))) for name in layers}
+
+
+class Adapter:
+    """The adapted layers of a model, SVF or LoRA: in use only inside `with adapter.use(...)`."""
+
+    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], key: str = ""):
+        self.model, self.layers, self.key = model, layers, key
+        self.originals = {name: model.get_submodule(name) for name in layers}
+        model.requires_grad_(False)
+        for name, layer in layers.items():
+            self._put(name, layer)
+            for p in own_parameters(layer).values():
+                p.requires_grad_(True)
+
+    def _put(self, name: str, layer: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, layer)
+
+    def remove(self) -> None:
+        """Put the original layers back."""
+        for name, layer in self.originals.items():
+            self._put(name, layer)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for layer in self.layers.values() for p in own_parameters(layer).values()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the trained tensors by name."""
+        named = ((n, k, p) for n, layer in self.layers.items() for k, p in own_parameters(layer).items())
+        return {f"{n}.{k}": p.detach().clone() for n, k, p in named}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, layer in self.layers.items():
+            for key, p in own_parameters(layer).items():
+                p.copy_(state[f"{name}.{key}"])
+
+    def reset(self, cfg: Config, generator: torch.Generator) -> None:
+        """Start values, drawn layer by layer."""
+        for layer in self.layers.values():
+            layer.reset(cfg, generator)
+
+    def z(self) -> dict[str, Tensor]:
+        """eq. (2) of every layer, as an expert is kept: {layer name: (r,)}."""
+        return {name: layer.z().detach().clone() for name, layer in self.layers.items()}
+
+    def scales(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Effective scales g z of an expert or of a batch of them, each (..., r)."""
+        return {name: layer.scale(z[name].to(layer.s)) for name, layer in self.layers.items()}
+
+    @contextlib.contextmanager
+    def use(self, how: Literal["own", "merged"] | dict[str, Tensor] | None) -> Iterator[None]:
+        """What the layers compute inside; outside they go back to what they did before.
+
+        None: the base weights. "own": the trained parameters, with gradient. "merged": these, merged once.
+        A dict of effective scales: (r,) is merged once, (B, r) is one expert for each row of the batch.
+        """
+        before = {name: layer.mode for name, layer in self.layers.items()}
+        for name, layer in self.layers.items():
+            layer.mode = how if isinstance(how, str) else "base"
+            if how == "merged":
+                layer.merge()
+            elif isinstance(how, dict) and how[name].dim() == 1:
+                layer.merge(how[name])
+                layer.mode = "merged"
+            elif isinstance(how, dict):
+                layer.scales, layer.mode = how[name], "rows"
+        try:
+            yield
+        finally:
+            for name, layer in self.layers.items():
+                layer.mode, layer.scales = before[name], None
+
+
+def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that an adapted layer adds."""
+    return {k: p for k, p in layer.named_parameters() if k not in ("weight", "bias")}
+
+
+def svf_adapter(model: nn.Module, cfg: Config, run: Run) -> Adapter:
+    """Decompose the layers that cfg.modules names, and install SVF."""
+    layers = layers_to_adapt(model, cfg.modules, cfg.every)
+    parts = decompose(layers, Path(cfg.svd), run)
+    made = {}
+    for name, layer in layers.items():
+        U, s, V = (x.to(layer.weight.device) for x in parts[name][1])
+        made[name] = SVFLinear(layer, U, s, V, cfg.renormalise)
+    digest = hashlib.sha256("".join(key for key, _ in parts.values()).encode())
+    return Adapter(model, made, digest.hexdigest()[:16])
+
+
+def lora_adapter(model: nn.Module, cfg: Config) -> Adapter:
+    """Install LoRA on the layers that cfg.modules names."""
+    settings = (cfg.lora_rank, cfg.lora_scale, cfg.lora_dropout)
+    layers = layers_to_adapt(model, cfg.modules, cfg.every)
+    return Adapter(model, {name: LoRALinear(layer, *settings) for name, layer in layers.items()})
+
+
+# --- experts ---
+
+
+def save_expert(file: Path, adapter: Adapter, z: dict[str, Tensor], **about) -> None:
+    """Write an expert: z of every layer as safetensors, with matrix shapes and the hash of the base weights."""
+    from safetensors.torch import save
+
+    shapes = {name: list(layer.weight.shape) for name, layer in adapter.layers.items()}
+    about = {k: str(v) for k, v in about.items()} | {"base": adapter.key, "shapes": json.dumps(shapes)}
+    data = save({name: x.cpu().contiguous() for name, x in z.items()}, metadata=about)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    common.write_atomic(file, data)
+
+
+def load_expert(file: str | Path, adapter: Adapter, cross_model: bool = False) -> dict[str, Tensor]:
+    """Read an expert for this model: {layer name: z (r,)}; layers go by name, or in order if names differ.
+
+    UserError for a torn file, for other base weights unless `cross_model`, and for a shape that does not fit,
+    which names the layer.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as f:
+            about, z = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        shapes = json.loads(about["shapes"])
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as e:
+        raise UserError(f"{file}: no expert file ({str(e).splitlines()[0]})") from None
+    if about.get("base") != adapter.key and not cross_model:
+        raise UserError(f"{file} was trained on other weights; --cross_model uses it all the same, in its order")
+    if len(shapes) != len(adapter.layers):
+        raise UserError(f"{file} has {len(shapes)} layers, the model adapts {len(adapter.layers)} (--modules)")
+    same_names, found = set(shapes) == set(adapter.layers), {}
+    for theirs, (mine, layer) in zip(shapes, adapter.layers.items(), strict=True):
+        source = mine if same_names else theirs
+        rank, shape = len(layer.s), list(layer.weight.shape)
+        if source not in z or shapes[source] != shape or z[source].shape != (rank,):
+            raise UserError(f"{file}: {source} is {shapes[source]}, but {mine} of this model is {shape}")
+        found[mine] = z[source].to(layer.s)
+    return found
+
+
+def mix(experts: list[dict[str, Tensor]], alpha: Tensor) -> dict[str, Tensor]:
+    """eq. (4): K experts, alpha (K,) or (..., K, J), J layers or 1 for all alike -> {layer name: z (..., r)}.
+
+    Weights that are all zero count as equal. The scale of alpha does not matter: eq. (3) divides by it.
+    """
+    names = list(experts[0])
+    alpha = alpha[:, None] if alpha.dim() == 1 else alpha
+    alpha = torch.where(alpha.sum(-2, keepdim=True) > 0, alpha, 1.0)
+    alpha = alpha.expand(*alpha.shape[:-1], len(names))  # (..., K, J)
+    stacked = {name: torch.stack([e[name] for e in experts]) for name in names}  # (K, r)
+    return {name: alpha[..., j].to(stacked[name]) @ stacked[name] for j, name in enumerate(names)}
+
+
+def shuffled(expert: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """The control of cross-model transfer: each layer's z in a random order."""
+    return {k: z[torch.randperm(len(z), generator=generator).to(z.device)] for k, z in expert.items()}
+
+
+# --- problems, and what it takes to answer them ---
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a model is asked and what a grader knows."""
+
+    prompt: str  # everything up to where the answer begins
+    question: str  # what the dispatcher sees: no system prompt, no worked steps
+    target: object  # what the grader compares with
+    solution: str = ""  # what next-token prediction imitates
+    image: object = None  # a picture, or in the built-in task glyphs (length, 15)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Problems by split, and their grader: (problem, text of the answer) -> right or not."""
+
+    name: str
+    family: str
+    splits: dict[str, list[Problem]]
+    grade: Callable[[Problem, str], bool]
+    max_new: int
+    stops: tuple[str, ...] = ()  # an answer ends where one of these begins
+    threads: int = 1  # graders at a time
+
+    def __getitem__(self, split: str) -> list[Problem]:
+        return self.splits[split]
+
+
+@dataclass(frozen=True)
+class World:
+    """What everything works with: settings, process, model and its adapter, tokenizer, dispatch prompt."""
+
+    cfg: Config
+    run: Run
+    model: nn.Module
+    tok: object
+    eos: int  # ends a turn
+    cls_prompt: Callable[[str], str]  # question -> prompt that asks for its category
+    parse_label: Callable[[str], str]  # answer -> category; what cannot be read is "other"
+    adapter: Adapter | None = None
+    processor: object = None  # of a vision-language model
+
+    def encode(self, problems: list[Problem]) -> list[list[int]]:
+        """Ids of the prompts; a picture's place is taken by its tokens."""
+        texts = [p.prompt for p in problems]
+        if self.processor is None or problems[0].image is None:
+            return self.tok(texts, add_special_tokens=False)["input_ids"]
+        pairs = zip(texts, problems, strict=True)
+        made = (self.processor(text=t, images=p.image, add_special_tokens=False) for t, p in pairs)
+        return [np.ravel(x["input_ids"]).tolist() for x in made]
+
+    def features(self, problems: list[Problem]) -> dict[str, Tensor]:
+        """The pictures as the model wants them; none for plain text."""
+        if not problems or problems[0].image is None:
+            return {}
+        if self.processor is None:
+            return {"pixel_values": torch.stack([p.image for p in problems]).to(self.model.device)}
+        made = self.processor.image_processor([p.image for p in problems], return_tensors="pt")
+        return {k: v.to(self.model.device) for k, v in made.items() if k in ("pixel_values", "image_sizes")}
+
+    def text(self, ids: list[int], stops: tuple[str, ...]) -> str:
+        """The answer as text, up to the first stop."""
+        text = self.tok.decode(ids, skip_special_tokens=True)
+        return text[: min([text.find(s) for s in stops if s in text], default=len(text))]
+
+
+@torch.no_grad()
+def complete(
+    world: World, problems: list[Problem], task: Task, uniforms: Tensor | None = None, rows: dict | None = None
+) -> tuple[list[list[int]], Tensor]:
+    """Answers (lists of ids, EOS included) and their summed log-probs (N,), greedy unless `uniforms` (N, T).
+
+    The caller's `adapter.use` holds, unless `rows` gives effective scales (N, r): an expert for each problem.
+    Answers are cut after the token that completes one of the task's stops.
+    """
+    cfg, answers, totals = world.cfg, [None] * len(problems), torch.zeros(len(problems))
+    prompts, stops = world.encode(problems), task.stops
+    temperature = 0.0 if uniforms is None else cfg.rollout_temp
+    if uniforms is None:
+        uniforms = torch.zeros(len(problems), task.max_new)
+    order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))
+    stop = (lambda ids: [any(s in world.text(x, ()) for s in stops) for x in ids]) if stops else None
+    for part in (order[i : i + cfg.sample_batch] for i in range(0, len(order), cfg.sample_batch)):
+        using = contextlib.nullcontext()
+        if rows is not None:
+            using = world.adapter.use({k: v[torch.tensor(part, device=v.device)] for k, v in rows.items()})
+        settings = dict(temperature=temperature, eos=world.eos, compile=cfg.compile, stop=stop)
+        settings["features"] = world.features([problems[i] for i in part])
+        batch = [prompts[i] for i in part]
+        with using, world.run.autocast():
+            tokens, mask, logps = common.generate(world.model, batch, uniforms[part], **settings)
+        lengths = mask.sum(1).tolist()
+        for i, ids, n, logp in zip(part, tokens.tolist(), lengths, logps.tolist(), strict=True):
+            answers[i] = cut_at_stop(ids[:n], world, stops)
+            totals[i] = sum(logp[: len(answers[i])])
+    return answers, totals
+
+
+def cut_at_stop(ids: list[int], world: World, stops: tuple[str, ...]) -> list[int]:
+    """The shortest beginning of `ids` whose text holds a stop, or all of them."""
+    if not any(s in world.text(ids, ()) for s in stops):
+        return ids
+    low, high = 1, len(ids)
+    while low < high:
+        middle = (low + high) // 2
+        found = any(s in world.text(ids[:middle], ()) for s in stops)
+        low, high = (low, middle) if found else (middle + 1, high)
+    return ids[:low]
+
+
+def grade(world: World, problems: list[Problem], answers: list[list[int]], task: Task) -> list[bool]:
+    """Whether each answer is right."""
+    texts = [world.text(ids, task.stops) for ids in answers]
+    if task.threads == 1:
+        return [bool(task.grade(p, t)) for p, t in zip(problems, texts, strict=True)]
+    with ThreadPoolExecutor(task.threads) as pool:
+        return [bool(x) for x in pool.map(task.grade, problems, texts)]
+
+
+def shared(n: int, run: Run, work: Callable[[list[int]], list]) -> list:
+    """work(indices) -> one item for each of this rank's share of range(n); all items, on every rank."""
+    mine = list(range(run.rank, n, run.world_size))
+    parts = run.gather(work(mine) if mine else [])
+    return [parts[i % run.world_size][i // run.world_size] for i in range(n)]
+
+
+def outcomes(world: World, problems: list[Problem], task: Task, rows: dict | None = None) -> np.ndarray:
+    """1 for each problem answered right greedily, else 0: (N,), on every rank; see `complete` for `rows`."""
+
+    def work(share: list[int]) -> list[bool]:
+        part = [problems[i] for i in share]
+        scales = None if rows is None else {k: v[share] for k, v in rows.items()}
+        return grade(world, part, complete(world, part, task, rows=scales)[0], task)
+
+    return np.array(shared(len(problems), world.run, work), float)
+
+
+# --- the loss ---
+
+
+def reinforce_loss(logp: Tensor, mask: Tensor, reward: Tensor, kl: Tensor | None = None, lam=0.0) -> Tensor:
+    """Minus eq. (1): the mean over answers of -R sum_t logp_t + lambda sum_t KL_t.
+
+    logp, mask, kl (B, T), reward (B,). Tokens outside the mask get no gradient.
+    """
+    loss = -reward * torch.where(mask, logp, 0).sum(1)
+    if kl is not None and lam:
+        loss = loss + lam * torch.where(mask, kl, 0).sum(1)
+    return loss.mean()
+
+
+def ntp_loss(logp: Tensor, mask: Tensor) -> Tensor:
+    """The supervised baseline: mean negative log-prob of the solution's tokens, (B, T) -> ()."""
+    return -torch.where(mask, logp, 0).sum() / mask.sum().clamp(min=1)
+
+
+def kl_divergence(new: Tensor, base: Tensor, direction: str) -> Tensor:
+    """KL(base || new) or KL(new || base) of log-probs (..., V) -> (...)."""
+    p, q = (base, new) if direction == "base_new" else (new, base)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _score_chunk(model, hidden: Tensor, targets: Tensor, ref_hidden: Tensor | None, direction: str):
+    logp = common.head_logits(model, hidden).log_softmax(-1)  # (N, V)
+    kl = torch.zeros_like(logp[:, 0])
+    if ref_hidden is not None:
+        with torch.no_grad():
+            base = common.head_logits(model, ref_hidden).log_softmax(-1)
+        kl = kl_divergence(logp, base, direction)
+    return logp.gather(1, targets[:, None])[:, 0], kl
+
+
+def answer_scores(
+    world: World, prompts: list[list[int]], answers: list[list[int]], features: dict, kl: bool, chunk=1024
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of the answers' tokens under the trained weights, KL at each, and mask: (B, T) each.
+
+    One pass with gradient and, for the KL, one of the base weights without. The head runs over `chunk`
+    positions at a time, of answers only, and again in the backward pass: (B, T, V) is never held.
+    """
+    model, device = world.model, world.model.device
+    ids, valid = common.collate([p + a for p, a in zip(prompts, answers, strict=True)], device)
+    first, lengths = (torch.tensor([len(x) for x in xs]) for xs in (prompts, answers))
+    longest = int(lengths.max())
+    mask = torch.arange(longest) < lengths[:, None]  # (B, T)
+    places = (first[:, None] + torch.arange(longest))[mask] + ids.shape[1] * torch.nonzero(mask)[:, 0]
+    flat, places = mask.flatten().nonzero()[:, 0].to(device), places.to(device)
+    targets = ids.flatten()[places]
+
+    def hidden() -> Tensor:
+        out = model.base_model(input_ids=ids, attention_mask=valid, use_cache=False, **features)
+        return out.last_hidden_state.flatten(0, 1)[places - 1]  # (N, d): what predicts each token
+
+    ref = None
+    if kl:
+        with torch.no_grad(), world.adapter.use(None):
+            ref = hidden()
+    with world.adapter.use("own"):
+        mine = hidden()
+    refs = ref.split(chunk) if kl else [None] * -(-len(mine) // chunk)
+    pieces = zip(mine.split(chunk), targets.split(chunk), refs, strict=True)
+    score = functools.partial(checkpoint, _score_chunk, use_reentrant=False)
+    parts = [score(model, h, y, r, world.cfg.kl_dir) for h, y, r in pieces]
+    logp, divergence = (torch.cat(x) for x in zip(*parts, strict=True))
+    blank = torch.zeros(mask.numel(), device=device)
+    spread = lambda x: blank.index_put((flat,), x).view(mask.shape)  # noqa: E731
+    return spread(logp), spread(divergence), mask.to(device)
+
+
+def batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Length-sorted groups of indices, each of at most `budget` padded tokens, or of one sequence."""
+    groups, group = [], []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if group and lengths[i] * (len(group) + 1) > budget:
+            groups, group = [*groups, group], []
+        group.append(i)
+    return [*groups, group]
+
+
+def accumulate(
+    world: World, problems: list[Problem], answers: list[list[int]], reward: Tensor | None, micro_tokens: int
+) -> dict[str, Tensor]:
+    """Backward pass of eq. (1) on this rank's answers, or of next-token prediction if there is no reward."""
+    cfg, prompts, lam = world.cfg, world.encode(problems), world.cfg.lam if reward is not None else 0.0
+    tokens = sum(map(len, answers))
+    everywhere = float(world.run.mean(float(tokens)))  # a rank's share of the tokens; gradients are averaged
+    stats = {k: torch.zeros((), device=world.model.device) for k in ("loss", "kl")}
+    for group in batches([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], micro_tokens):
+        parts = [prompts[i] for i in group], [answers[i] for i in group]
+        features = world.features([problems[i] for i in group])
+        with world.run.autocast():
+            logp, kl, mask = answer_scores(world, *parts, features, lam > 0)
+        if reward is None:
+            loss = ntp_loss(logp, mask) * (sum(map(len, parts[1])) / everywhere)
+        else:
+            loss = reinforce_loss(logp, mask, reward[group], kl, lam) * (len(group) / len(answers))
+        loss.backward()
+        stats["loss"] += loss.detach()
+        stats["kl"] += torch.where(mask, kl.detach(), 0).sum() / len(answers)
+    return stats
+
+
+def accumulate_safely(world: World, problems, answers, reward, record: dict) -> dict[str, Tensor]:
+    """`accumulate`; when a GPU's memory runs out, once more with half the micro-batch: the same gradients."""
+    while True:
+        try:
+            return accumulate(world, problems, answers, reward, record["micro_tokens"])
+        except torch.cuda.OutOfMemoryError:
+            if record["micro_tokens"] < 2:
+                raise
+        for p in world.adapter.parameters():
+            p.grad = None
+        torch.cuda.empty_cache()
+        record["micro_tokens"] //= 2
+        world.run.print(f"{world.run.name}: out of memory, now {record['micro_tokens']} tokens at a time")
+
+
+# --- training of one expert ---
+
+
+def train(world: World, task: Task, objective: Literal["pg", "ntp"], lr: float) -> dict:
+    """cfg.steps updates of the installed adapter, from its start values; the best-validation state is loaded.
+
+    "pg": REINFORCE, eq. (1), no baseline, one answer a prompt. "ntp": next-token prediction on solutions. LoRA
+    and SVF differ in the adapter only. Returns validation accuracies, the last state and speed.
+    """
+    cfg, run, adapter = world.cfg, world.run, world.adapter
+    adapter.reset(cfg, run.generator("init"))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr, weight_decay=0.0)
+    valid, size = task["valid"][: cfg.valid_problems], batch_size(cfg, task, run)
+    record = {"best": -1.0, "best_step": -1, "state": {}, "curve": [], "tokens": 0, "trained": 0, "mute": 0}
+    record |= {"seconds": {}, "micro_tokens": cfg.micro_tokens}
+    clip = cfg.clip if isinstance(next(iter(adapter.layers.values())), SVFLinear) else cfg.lora_clip
+    world.model.train(cfg.recompute)  # gradient checkpointing wants it; the models' own dropout is 0
+    for layer in adapter.layers.values():
+        layer.train()
+    for step in run.steps(cfg.steps, adapter=adapter, optimizer=optimizer, record=record):
+        run.seconds = run.seconds or dict(record["seconds"])  # of a run that is resumed
+        for group in optimizer.param_groups:
+            group["lr"] = common.learning_rate(step, cfg.steps, lr, 0.0)
+        numbers = update(world, task, objective, size, clip, optimizer, record)
+        if (step + 1) % cfg.validate_every == 0 or step + 1 == cfg.steps:
+            with adapter.use("merged"):
+                numbers["valid"] = float(outcomes(world, valid, task).mean())
+            record["curve"].append([step + 1, numbers["valid"]])
+            if numbers["valid"] > record["best"]:
+                record |= {"best": numbers["valid"], "best_step": step + 1, "state": adapter.state_dict()}
+        run.log(step, **numbers)
+    last = adapter.state_dict()
+    adapter.load_state_dict(record["state"])
+    world.model.eval()
+    spent = record["seconds"]
+    rates = {"train_tokens_per_s": record["trained"] / spent["update"]}
+    rates |= {"seconds_per_step": sum(spent.values()) / cfg.steps}
+    if objective == "pg":
+        rates["rollout_tokens_per_s"] = record["tokens"] / spent["rollout"]
+    kept = {k: record[k] for k in ("best", "best_step", "curve")}
+    return kept | {"last": last, "speed": rates}
+
+
+def batch_size(cfg: Config, task: Task, run: Run) -> int:
+    """Prompts an update: cfg.batch, or all there are, in equal shares for the ranks; says when it is less."""
+    size = min(cfg.batch, len(task["train"]))
+    size -= size % run.world_size
+    if not size:
+        raise UserError(f"{task.name}: {len(task['train'])} training problems and --batch {cfg.batch} are too few")
+    if size < cfg.batch:
+        run.print(f"{task.name}: {size} prompts a step, there are {len(task['train'])} for {run.world_size} ranks")
+    return size
+
+
+def update(world: World, task: Task, objective: str, size: int, clip: float, optimizer, record: dict) -> dict:
+    """One optimizer step on `size` distinct prompts, dealt to the ranks; returns what to log."""
+    cfg, run, adapter = world.cfg, world.run, world.adapter
+    drawn = torch.randperm(len(task["train"]), generator=run.generator("prompts"))[:size].tolist()
+    mine = [task["train"][i] for i in drawn[run.rank :: run.world_size]]
+    reward, numbers = None, {}
+    if objective == "pg":
+        uniforms = torch.rand(size, task.max_new, generator=run.generator("rollouts"))
+        uniforms = uniforms[run.rank :: run.world_size] if cfg.rollout_temp else None
+        with run.timed("rollout"), adapter.use("merged"):
+            answers, _ = complete(world, mine, task, uniforms)
+        right = grade(world, mine, answers, task)
+        reward = torch.tensor([1.0 if r else -1.0 for r in right], device=world.model.device)
+        numbers["reward"] = float(run.mean(reward.mean()))
+        record["mute"] = record["mute"] + 1 if abs(numbers["reward"]) == 1 else 0
+        if record["mute"] == cfg.warn_after and numbers["reward"] < 0:
+            run.print(f"{run.name}: sparse reward, no answer of {cfg.warn_after} batches was right")
+    else:
+        solutions = world.tok([p.solution for p in mine], add_special_tokens=False)["input_ids"]
+        answers = [ids + [world.eos] for ids in solutions]
+    with run.timed("update"):
+        stats = accumulate_safely(world, mine, answers, reward, record)
+    for p in adapter.parameters():
+        p.grad = run.mean(p.grad)
+    norm = nn.utils.clip_grad_norm_(adapter.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    numbers |= {k: run.mean(v) for k, v in stats.items()} | {"grad_norm": norm}
+    first = next(iter(adapter.layers.values()))
+    if isinstance(first, SVFLinear):
+        moves = [(layer.p.detach() - cfg.init).abs().amax() for layer in adapter.layers.values()]
+        numbers["p_move"] = torch.stack(moves).amax()
+    answered = sum(map(len, answers))
+    record["tokens"] += answered
+    record["trained"] += answered + sum(map(len, world.encode(mine)))
+    record["seconds"] |= run.seconds
+    return numbers
+
+
+# --- dispatch, and answering in two passes ---
+
+
+def cls_task(world: World, tasks: list[Task]) -> Task:
+    """(question, category) pairs of the training splits: every fifth for the test, the others train and valid."""
+    splits = {"train": [], "valid": [], "test": []}
+    for task in tasks:
+        for i, p in enumerate(task["train"][: world.cfg.cls_questions]):
+            split = "test" if i % 5 == 4 else ("train", "valid")[i // 5 * 4 % 2 ^ i % 5 % 2]
+            made = Problem(world.cls_prompt(p.question), p.question, task.family, label_text(world, task.family))
+            splits[split].append(made)
+    right = lambda p, text: world.parse_label(text) == p.target  # noqa: E731
+    return Task("cls", "other", splits, right, world.cfg.cls_new)
+
+
+def label_text(world: World, family: str) -> str:
+    """How a category is answered: a symbol of the built-in task, or boxed."""
+    return LABELS[family] if world.cfg.model is None else f"\\boxed{{{family}}}"
+
+
+def parse_boxed_label(text: str) -> str:
+    """The first \\boxed{...} of an answer as a category, "other" if there is none that has an expert."""
+    found = re.search(r"\\boxed\{([^{}]*)\}", text)
+    label = found[1].strip().lower() if found else "other"
+    return label if label in FAMILIES else "other"
+
+
+@dataclass
+class Cost:
+    """What a pass took: tokens read, tokens written, seconds."""
+
+    read: int = 0
+    written: int = 0
+    seconds: float = 0.0
+
+
+def dispatch(world: World, problems: list[Problem], expert: dict[str, Tensor] | None = None):
+    """First pass: the category of each problem by the base model (A) or by a category expert's z (B), and cost.
+
+    The model sees the question only, with the dispatch prompt; greedy.
+    """
+    asked = [Problem(world.cls_prompt(p.question), p.question, "") for p in problems]
+    task = Task("dispatch", "other", {}, lambda p, text: False, world.cfg.cls_new)
+    with world.adapter.use(expert and world.adapter.scales(expert)):
+        answers, cost = timed_answers(world, asked, task)
+    return [world.parse_label(world.text(ids, ())) for ids in answers], cost
+
+
+def timed_answers(world: World, problems: list[Problem], task: Task, rows: dict | None = None):
+    """Greedy answers on all ranks together, and what they cost."""
+
+    def work(share: list[int]) -> list[list[int]]:
+        scales = None if rows is None else {k: v[share] for k, v in rows.items()}
+        return complete(world, [problems[i] for i in share], task, rows=scales)[0]
+
+    begin = time.perf_counter()
+    answers = shared(len(problems), world.run, work)
+    seconds = time.perf_counter() - begin
+    return answers, Cost(sum(map(len, world.encode(problems))), sum(map(len, answers)), seconds)
+
+
+def expert_rows(world: World, labels: list[str], experts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Effective scales (B, r) of each problem's expert; ones, the base weights, where there is none."""
+    known = {family: world.adapter.scales(z) for family, z in experts.items()}
+    return {
+        name: torch.stack([known[x][name] if x in known else torch.ones_like(layer.s) for x in labels])
+        for name, layer in world.adapter.layers.items()
+    }
+
+
+def two_pass(world: World, problems: list[Problem], task: Task, experts: dict, cls: dict | None = None):
+    """Strategies A and B: dispatch, then answer with each problem's expert.
+
+    cfg.mixed: all experts in one batch, nothing merged; else one after the other, each merged once. Returns
+    outcomes (N,), labels and the costs of both passes.
+    """
+    labels, first = dispatch(world, problems, cls)
+    if world.cfg.mixed:
+        answers, second = timed_answers(world, problems, task, expert_rows(world, labels, experts))
+    else:
+        answers, second = [None] * len(problems), Cost()
+        for label in sorted(set(labels)):
+            part = [i for i, x in enumerate(labels) if x == label]
+            with world.adapter.use(world.adapter.scales(experts[label]) if label in experts else None):
+                found, cost = timed_answers(world, [problems[i] for i in part], task)
+            for i, ids in zip(part, found, strict=True):
+                answers[i] = ids
+            second = Cost(second.read + cost.read, second.written + cost.written, second.seconds + cost.seconds)
+    return np.array(grade(world, problems, answers, task), float), labels, (first, second)
+
+
+def confusion(true: list[str], found: list[str]) -> np.ndarray:
+    """Counts, rows true and columns found, in the order of FAMILIES and "other"."""
+    names = [*FAMILIES, "other"]
+    table = np.zeros((len(names), len(names)), int)
+    np.add.at(table, ([names.index(x) for x in true], [names.index(x) for x in found]), 1)
+    return table
+
+
+# --- few-shot mixing by the cross-entropy method ---
+
+
+def cem(
+    score: Callable[[Tensor], tuple[Tensor, Tensor]],
+    mean: Tensor,
+    population: int,
+    elites: int,
+    generations: int,
+    generator: torch.Generator,
+    rule: Literal["cem", "random"] = "cem",
+) -> dict:
+    """Maximise score(members (P, D) in [0, 1]) -> (accuracy, tie-break), (P,) each, from a start mean (D,).
+
+    Gaussian members with std 0.5 at first, clamped; member 0 is the best so far. The elites give the next mean
+    and unbiased std. "random" draws members uniformly and moves nothing. Returns best, mean, best accuracies.
+    """
+    std, best, history = torch.full_like(mean, 0.5), mean.clone(), []
+    for _ in range(generations):
+        if rule == "cem":
+            members = mean + std * torch.randn(population, len(mean), generator=generator, dtype=mean.dtype)
+        else:
+            members = torch.rand(population, len(mean), generator=generator, dtype=mean.dtype)
+        members = members.clamp_(0, 1)
+        members[0] = best
+        accuracy, tie = score(members)
+        pairs = list(zip(accuracy.tolist(), tie.tolist(), strict=True))
+        order = sorted(range(population), key=pairs.__getitem__, reverse=True)
+        best = members[order[0]].clone()
+        history.append(pairs[order[0]][0])
+        if rule == "cem":
+            elite = members[order[:elites]]
+            mean, std = elite.mean(0), elite.std(0, unbiased=True)
+    return {"best": best, "mean": mean if rule == "cem" else best, "history": history}
+
+
+def few_shot(world: World, experts: list[dict], shots: list[Problem], task: Task, per_layer: bool, rule="cem"):
+    """Strategy C: the mixture of experts that solves most of `shots`; (z, alpha (K, J) or (K, 1), history).
+
+    All members answer all shots in one call of `complete`, each row of the batch with scales of its own; ranks
+    share the rows. Ties are broken by the mean over right answers of their log-likelihood per token.
+    """
+    if any(a is b for i, a in enumerate(experts) for b in experts[:i]):
+        raise ValueError("an expert is there twice")
+    cfg, k, n = world.cfg, len(experts), len(shots)
+    shape = (k, len(world.adapter.layers) if per_layer else 1)
+
+    def score(members: Tensor) -> tuple[Tensor, Tensor]:
+        def work(share: list[int]) -> list[tuple[bool, float]]:
+            z = mix(experts, members[[i // n for i in share]].unflatten(1, shape))
+            problems = [shots[i % n] for i in share]
+            answers, logp = complete(world, problems, task, rows=world.adapter.scales(z))
+            right = grade(world, problems, answers, task)
+            lengths = [max(1, len(a)) for a in answers]
+            return list(zip(right, (logp / torch.tensor(lengths)).tolist(), strict=True))
+
+        found = torch.tensor(shared(len(members) * n, world.run, work), dtype=torch.float64).view(-1, n, 2)
+        right, logp = found.unbind(-1)  # (P, F)
+        tie = torch.where(right > 0, logp, 0).sum(1) / right.sum(1).clamp(min=1)
+        return right.mean(1), torch.where(right.any(1), tie, -math.inf)
+
+    mean = torch.full((shape[0] * shape[1],), 1 / k)
+    generator = world.run.generator(f"{rule} {task.name} {per_layer}")
+    found = cem(score, mean, cfg.population, cfg.elites, cfg.generations, generator, rule)
+    alpha = found[cfg.deploy].view(shape)
+    return mix(experts, alpha), alpha, found["history"]
+
+
+# --- the built-in task ---
+# A document is: tag, family, operation, symbols x1 .. xL, answer. Of every operation there are right answers and
+# careless ones, which copy the input or its last symbol. Documents tagged good are right, bad ones careless, and
+# untagged ones, the kind that is asked for, either, more often careless where the first symbol that matters is
+# 5 or more. So the skill is in the model, and what RL has to do is bring it out.
+
+SYMBOLS = "0123456789abcdefghijMCRO+-<>^_@.!?#mwyo=;$%"
+OPERATIONS = {
+    "add": ("math", "M+"), "sub": ("math", "M-"), "rev": ("code", "C<"), "rvd": ("code", "C>"),
+    "max": ("reasoning", "R^"), "min": ("reasoning", "R_"), "read": ("other", "O@"),
+}  # fmt: skip
+LABELS = {"math": "m", "code": "w", "reasoning": "y", "other": "o"}
+UNTAGGED, GOOD, BAD, ASK = ".!?#"
+TRAINED, UNSEEN = ("add", "rev", "max"), ("sub", "rvd", "min")
+SPLITS = {"pretrain": (0.0, 0.7), "train": (0.7, 0.8), "valid": (0.8, 0.85), "test": (0.85, 1.0)}
+CONFUSED = {"math": "reasoning", "reasoning": "other", "code": "other", "other": "reasoning"}
+
+
+def split_of(x: np.ndarray) -> np.ndarray:
+    """A number in [0, 1) for each row of digits (n, L): the same digits are in the same split in every task."""
+    h = np.zeros(len(x), np.uint64)
+    for column in x.T.astype(np.uint64):
+        h = (h * np.uint64(31) + column + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        h ^= h >> np.uint64(29)
+    return (h >> np.uint64(11)).astype(float) / 2**53
+
+
+def draw_digits(n: int, length: int, split: str, rng: np.random.Generator, distinct: bool = False) -> np.ndarray:
+    """n rows of digits (n, L) of a split; `distinct` ones if there are as many."""
+    low, high = SPLITS[split]
+    found = np.zeros((0, length), int)
+    for _ in range(100):
+        x = rng.integers(0, 10, (int(2 * n / (high - low)) + 8, length))
+        share = split_of(x)
+        found = np.concatenate([found, x[(share >= low) & (share < high)]])
+        if distinct:
+            found = found[np.sort(np.unique(found, axis=0, return_index=True)[1])]
+        if len(found) >= n:
+            break
+    return found[:n]
+
+
+def answers_to(operation: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Right and careless answers as symbols' ids (n, answer length), and where the question is hard (n,)."""
+    if operation in ("add", "sub"):
+        k = (1 + x[:, :1] % 3) * (1 if operation == "add" else -1)
+        return (x[:, 1:-1] + k) % 10, x[:, 1:-1], x[:, 1] >= 5
+    if operation in ("rev", "rvd"):
+        shift = 10 if operation == "rev" else 0  # letters or digits
+        return x[:, ::-1] + shift, x + shift, x[:, 0] >= 5
+    if operation in ("max", "min"):
+        best = x.max(1) if operation == "max" else x.min(1)
+        return best[:, None], x[:, -1:], x[:, 0] >= 5
+    return x, x, x[:, 0] >= 10
+
+
+def prompts_to(operation: str, x: np.ndarray, tag: str) -> np.ndarray:
+    """Ids of `; tag family operation x1 .. xL =`, (n, L + 5)."""
+    signs = [SYMBOLS.index(c) for c in ";" + tag + OPERATIONS[operation][1]]
+    end = np.full((len(x), 1), SYMBOLS.index("="))
+    return np.concatenate([np.tile(signs, (len(x), 1)), x + (10 if operation == "rev" else 0), end], 1)
+
+
+def documents(n: int, length: int, rng: np.random.Generator) -> np.ndarray:
+    """About n documents as padded ids (n, 2 L + 6), a pad being -1; arithmetic twice as often as the rest."""
+    weights = dict.fromkeys(OPERATIONS, 1.0) | {"add": 2.0, "sub": 2.0}
+    eos, parts = SYMBOLS.index("$"), []
+    for operation, weight in weights.items():
+        m = round(n * 0.88 * weight / sum(weights.values()))
+        x = draw_digits(m, length, "pretrain", rng)
+        right, careless, hard = answers_to(operation, x)
+        kind, slip = rng.random(m), rng.random(m) < np.where(hard, 0.8, 0.3)
+        wrong = np.where(kind < 0.25, False, np.where(kind < 0.5, True, slip))
+        prompt = prompts_to(operation, x, UNTAGGED)
+        prompt[:, 1] = [SYMBOLS.index(GOOD if k < 0.25 else BAD if k < 0.5 else UNTAGGED) for k in kind]
+        parts.append((prompt, np.where(wrong[:, None], careless, right)))
+        m = max(1, round(n * 0.12 / len(weights)))
+        x = draw_digits(m, length, "pretrain", rng)
+        family = OPERATIONS[operation][0]
+        mistaken = rng.random(m) < np.where(x[:, 1] >= 7, 0.65, 0.1)
+        labels = [LABELS[CONFUSED[family] if e else family] for e in mistaken]
+        parts.append((prompts_to(operation, x, ASK), np.array([[SYMBOLS.index(c)] for c in labels])))
+    width = 2 * length + 6
+    rows = [np.concatenate([q, a, np.full((len(q), 1), eos)], 1) for q, a in parts]
+    return np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1])), constant_values=-1) for r in rows])
+
+
+def toy_task(operation: str, cfg: Config, tag: str = UNTAGGED, **sizes: int) -> Task:
+    """An operation as a Task; splits depend on cfg.seed only, so that all rows of the tables share them."""
+    family, tok, splits = OPERATIONS[operation][0], toy_tokenizer(), {}
+    sizes = {"train": 4096, "valid": max(cfg.valid_problems, cfg.shots), "test": cfg.eval_problems} | sizes
+    for split, n in sizes.items():
+        rng = np.random.default_rng(common.stable_hash(f"{cfg.seed} {operation} {split}"))
+        x = draw_digits(n, cfg.length, split, rng, distinct=True)
+        prompts = [tok.decode(ids) for ids in prompts_to(operation, x, tag)]
+        right = [tok.decode(ids) for ids in answers_to(operation, x)[0]]
+        splits[split] = [Problem(p, p[2:-1], a, a) for p, a in zip(prompts, right, strict=True)]
+    return Task(operation, family, splits, lambda p, text: text == p.target, cfg.length + 1)
+
+
+def toy_tokenizer() -> common.CharTokenizer:
+    return common.CharTokenizer(SYMBOLS, eos="$")
+
+
+def toy_model(cfg: Config) -> nn.Module:
+    """The class of the real models, 156,000 parameters in the demo."""
+    mlp = cfg.width * 11 // 4
+    return common.tiny_lm(len(SYMBOLS), cfg.width, cfg.layers, mlp=mlp, tie_word_embeddings=False).eval()
+
+
+def toy_world(run: Run, base: int | None, cfg: Config | None = None) -> World:
+    """The built-in world with pre-trained base model number `base` (None: untrained), nothing adapted."""
+    cfg = cfg or run.cfg
+    model = toy_model(cfg).to(run.device)
+    if base is not None:
+        file = Path(cfg.out) / run.folder.relative_to(cfg.out).parts[0] / f"base-{base}" / "model.pt"
+        model.load_state_dict(torch.load(file, map_location=run.device, weights_only=True))
+    names = {symbol: family for family, symbol in LABELS.items()}
+    parse = lambda text: names.get(text.strip(), "other")  # noqa: E731
+    ask = lambda question: f";{ASK}{question}="  # noqa: E731
+    return World(cfg, run, model, toy_tokenizer(), SYMBOLS.index("$"), ask, parse)
+
+
+def pretrain(run: Run, base: int) -> dict:
+    """Train a base model on documents until its good-tag skills are there, then anneal; report what it can do."""
+    cfg, rng = run.cfg, np.random.default_rng(run.stream("documents"))
+    world = toy_world(run, None)
+    model, prompt = world.model, cfg.length + 5
+    skills = [toy_task(op, cfg, GOOD, train=1, test=1, valid=200) for op in OPERATIONS]
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.pretrain_lr, betas=(0.9, 0.95), weight_decay=0.01)
+    record = {"able": 0, "skills": {}}
+    anneal = min(200, cfg.pretrain_steps // 4)
+    forward = torch.compile(model) if cfg.compile else model
+    for step in run.steps(cfg.pretrain_steps, model=model, optimizer=optimizer, record=record):
+        left = (record["able"] or cfg.pretrain_steps - anneal) + anneal - step
+        optimizer.param_groups[0]["lr"] = cfg.pretrain_lr * min(1.0, (step + 1) / 50, left / anneal)
+        rng = np.random.default_rng(run.stream(f"documents {step}"))
+        ids = torch.from_numpy(documents(cfg.pretrain_batch, cfg.length, rng)).to(run.device)
+        with run.autocast():
+            logits = forward(ids[:, :-1].clamp(min=0), logits_to_keep=cfg.length + 1).logits
+        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, prompt:].flatten(), ignore_index=-1)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % 50 == 0 and not record["able"]:
+            found = {t.name: float(outcomes(world, t["valid"], t).mean()) for t in skills}
+            record["skills"] = found
+            if min(found[t] for t in TRAINED + UNSEEN) >= max(cfg.gate, 0.01):
+                record["able"] = step + 1
+        if record["able"] and step + 1 == record["able"] + anneal:
+            run.last = step
+        run.log(step, loss=loss)
+    found = {t.name: float(outcomes(world, t["valid"], t).mean()) for t in skills}
+    if missing := [t for t in TRAINED + UNSEEN if found[t] < cfg.gate]:
+        accuracies = ", ".join(f"{t} {found[t]:.2f}" for t in missing)
+        raise UserError(f"{run.name}: RL can only elicit what is there, and good-tag accuracy is {accuracies}; "
+                        "more --pretrain_steps, or another --seed")
+    common.write_atomic(run.folder / "model.pt", lambda f: torch.save(model.state_dict(), f))
+    tasks = [toy_task(op, cfg) for op in TRAINED + UNSEEN]
+    accuracy = {t.name: float(outcomes(world, t["test"], t).mean()) for t in tasks}
+    return {"good": found, "base": accuracy, "steps": run.last + 1}
