@@ -2,10 +2,10 @@
 
 Sun, Cetin, Tang, "Transformer-Squared: Self-adaptive LLMs", ICLR 2025, arXiv 2501.06252.
 
-The claim. Singular value fine-tuning (SVF) learns one multiplier for each singular value of a weight matrix and
-nothing else. Trained by REINFORCE on right and wrong answers it makes small experts that beat LoRA; since all
-experts live in the basis of the same matrices, they can be picked or mixed at inference: a first pass finds out
-what the prompt needs, a second one answers with adapted weights, also on tasks that no expert was trained on.
+The claim. Singular value fine-tuning (SVF) learns one multiplier for each singular value of a weight matrix
+and nothing else. Trained by REINFORCE on right and wrong answers it makes small experts that beat LoRA; since
+all experts live in the basis of the same matrices, they can be picked or mixed at inference: a first pass finds
+out what the prompt needs, a second one answers with adapted weights, also on tasks no expert was trained on.
 
 For a linear layer W = U diag(s) V^T (m x n, rank r at most) and learned p in R^r:
   eq. (1)  J = E[R log pi_W'(y | x)] - lambda KL(pi_W' || pi_W),  R = +1 if the answer is right, else -1
@@ -89,7 +89,9 @@ MODULES = {"mlp": r"\.mlp\.", "qv": r"\.[qv]_proj$"}  # names of linear layers, 
 class Config(common.Config):
     # models and data; without a model, the built-in task
     model: str | None = None  # hub id, folder or .gguf; vision-language models, too
-    tasks: tuple[str, ...] = ()  # one expert each: names of the table TASKS, or family=F.jsonl, family=gym:NAME
+    tasks: tuple[
+        str, ...
+    ] = ()  # one expert each: names of the table TASKS, or family=F.jsonl, family=gym:NAME
     unseen: tuple[str, ...] = ()  # tasks to adapt to
     data: str = ""  # folder with TASK-SPLIT.jsonl or .parquet files; empty: the hub
     stages: tuple[str, ...] = ("experts", "cls", "eval", "adapt")  # real models: parts to run; lora, too
@@ -362,7 +364,7 @@ def decompose(layers: dict[str, nn.Linear], folder: Path, run: Run) -> dict[str,
         file = folder / f"{key}.safetensors"
         with contextlib.suppress(OSError, SafetensorError):
             return load_file(file)
-        U, s, V = (x.cpu() for x in thin_svd(layer.weight))
+        U, s, V = (x.cpu().contiguous() for x in thin_svd(layer.weight))
         made = {"U": U.to(layer.weight.dtype), "s": s, "V": V.to(layer.weight.dtype)}
         common.write_atomic(file.with_name(f"{key}.{os.getpid()}"), save(made))
         os.replace(file.with_name(f"{key}.{os.getpid()}"), file)
@@ -502,9 +504,13 @@ def load_expert(file: str | Path, adapter: Adapter, cross_model: bool = False) -
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as e:
         raise UserError(f"{file}: no expert file ({str(e).splitlines()[0]})") from None
     if about.get("base") != adapter.key and not cross_model:
-        raise UserError(f"{file} was trained on other weights; --cross_model uses it all the same, in its order")
+        raise UserError(
+            f"{file} was trained on other weights; --cross_model uses it all the same, in its order"
+        )
     if len(shapes) != len(adapter.layers):
-        raise UserError(f"{file} has {len(shapes)} layers, the model adapts {len(adapter.layers)} (--modules)")
+        raise UserError(
+            f"{file} has {len(shapes)} layers, the model adapts {len(adapter.layers)} (--modules)"
+        )
     same_names, found = set(shapes) == set(adapter.layers), {}
     for theirs, (mine, layer) in zip(shapes, adapter.layers.items(), strict=True):
         source = mine if same_names else theirs
@@ -603,7 +609,11 @@ class World:
 
 @torch.no_grad()
 def complete(
-    world: World, problems: list[Problem], task: Task, uniforms: Tensor | None = None, rows: dict | None = None
+    world: World,
+    problems: list[Problem],
+    task: Task,
+    uniforms: Tensor | None = None,
+    rows: dict | None = None,
 ) -> tuple[list[list[int]], Tensor]:
     """Answers (lists of ids, EOS included) and their summed log-probs (N,), greedy unless `uniforms` (N, T).
 
@@ -840,9 +850,13 @@ def batch_size(cfg: Config, task: Task, run: Run) -> int:
     size = min(cfg.batch, len(task["train"]))
     size -= size % run.world_size
     if not size:
-        raise UserError(f"{task.name}: {len(task['train'])} training problems and --batch {cfg.batch} are too few")
+        raise UserError(
+            f"{task.name}: {len(task['train'])} training problems and --batch {cfg.batch} are too few"
+        )
     if size < cfg.batch:
-        run.print(f"{task.name}: {size} prompts a step, there are {len(task['train'])} for {run.world_size} ranks")
+        run.print(
+            f"{task.name}: {size} prompts a step, there are {len(task['train'])} for {run.world_size} ranks"
+        )
     return size
 
 
@@ -894,7 +908,9 @@ def cls_task(world: World, tasks: list[Task]) -> Task:
     for task in tasks:
         for i, p in enumerate(task["train"][: world.cfg.cls_questions]):
             split = "test" if i % 5 == 4 else ("train", "valid")[i // 5 * 4 % 2 ^ i % 5 % 2]
-            made = Problem(world.cls_prompt(p.question), p.question, task.family, label_text(world, task.family))
+            made = Problem(
+                world.cls_prompt(p.question), p.question, task.family, label_text(world, task.family)
+            )
             splits[split].append(made)
     right = lambda p, text: world.parse_label(text) == p.target  # noqa: E731
     return Task("cls", "other", splits, right, world.cfg.cls_new)
@@ -972,7 +988,9 @@ def two_pass(world: World, problems: list[Problem], task: Task, experts: dict, c
                 found, cost = timed_answers(world, [problems[i] for i in part], task)
             for i, ids in zip(part, found, strict=True):
                 answers[i] = ids
-            second = Cost(second.read + cost.read, second.written + cost.written, second.seconds + cost.seconds)
+            second = Cost(
+                second.read + cost.read, second.written + cost.written, second.seconds + cost.seconds
+            )
     return np.array(grade(world, problems, answers, task), float), labels, (first, second)
 
 
@@ -1020,7 +1038,9 @@ def cem(
     return {"best": best, "mean": mean if rule == "cem" else best, "history": history}
 
 
-def few_shot(world: World, experts: list[dict], shots: list[Problem], task: Task, per_layer: bool, rule="cem"):
+def few_shot(
+    world: World, experts: list[dict], shots: list[Problem], task: Task, per_layer: bool, rule="cem"
+):
     """Strategy C: the mixture of experts that solves most of `shots`; (z, alpha (K, J) or (K, 1), history).
 
     All members answer all shots in one call of `complete`, each row of the batch with scales of its own; ranks
@@ -1079,7 +1099,9 @@ def split_of(x: np.ndarray) -> np.ndarray:
     return (h >> np.uint64(11)).astype(float) / 2**53
 
 
-def draw_digits(n: int, length: int, split: str, rng: np.random.Generator, distinct: bool = False) -> np.ndarray:
+def draw_digits(
+    n: int, length: int, split: str, rng: np.random.Generator, distinct: bool = False
+) -> np.ndarray:
     """n rows of digits (n, L) of a split; `distinct` ones if there are as many."""
     low, high = SPLITS[split]
     found = np.zeros((0, length), int)
@@ -1192,7 +1214,9 @@ def pretrain(run: Run, base: int) -> dict:
         ids = torch.from_numpy(documents(cfg.pretrain_batch, cfg.length, rng)).to(run.device)
         with run.autocast():
             logits = forward(ids[:, :-1].clamp(min=0), logits_to_keep=cfg.length + 1).logits
-        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, prompt:].flatten(), ignore_index=-1)
+        loss = nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), ids[:, prompt:].flatten(), ignore_index=-1
+        )
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -1208,9 +1232,468 @@ def pretrain(run: Run, base: int) -> dict:
     found = {t.name: float(outcomes(world, t["valid"], t).mean()) for t in skills}
     if missing := [t for t in TRAINED + UNSEEN if found[t] < cfg.gate]:
         accuracies = ", ".join(f"{t} {found[t]:.2f}" for t in missing)
-        raise UserError(f"{run.name}: RL can only elicit what is there, and good-tag accuracy is {accuracies}; "
-                        "more --pretrain_steps, or another --seed")
+        raise UserError(
+            f"{run.name}: RL can only elicit what is there, and good-tag accuracy is {accuracies}; "
+            "more --pretrain_steps, or another --seed"
+        )
     common.write_atomic(run.folder / "model.pt", lambda f: torch.save(model.state_dict(), f))
     tasks = [toy_task(op, cfg) for op in TRAINED + UNSEEN]
     accuracy = {t.name: float(outcomes(world, t["test"], t).mean()) for t in tasks}
     return {"good": found, "base": accuracy, "steps": run.last + 1}
+
+
+# --- the study on the built-in task: a grid of jobs on a few base models ---
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the first table: an adapter, where it sits, and what trains it."""
+
+    label: str
+    adapter: Literal["svf", "lora"]
+    objective: Literal["pg", "ntp"] = "pg"
+    rate: Literal["lr", "lora_lr", "ntp_lr"] = "lr"
+    changed: dict = field(default_factory=dict)
+
+
+QV = {"modules": ("qv",)}
+METHODS = {
+    "svf": Method("SVF", "svf"),
+    "lora": Method("LoRA", "lora", rate="lora_lr", changed=QV),
+    "lora_ntp": Method("LoRA, next-token prediction", "lora", "ntp", "ntp_lr", QV),
+}
+ABLATIONS = {
+    "svf_ntp": Method("SVF, next-token prediction", "svf", "ntp"),
+    "lora_r1": Method("LoRA, rank 1", "lora", rate="lora_lr", changed=QV | {"lora_rank": 1}),
+    "svf_mlp": Method("SVF, MLP only", "svf", changed={"modules": ("mlp",)}),
+    "svf_qv": Method("SVF, query and value only", "svf", changed=QV),
+    "svf_kl": Method("SVF, lambda = 0.1", "svf", changed={"lam": 0.1}),
+    "svf_free": Method("SVF, not renormalised", "svf", changed={"renormalise": False}),
+}
+
+
+def install(world: World, adapter: Literal["svf", "lora"]) -> World:
+    """The world with its model adapted as its settings say."""
+    make = (
+        svf_adapter(world.model, world.cfg, world.run)
+        if adapter == "svf"
+        else lora_adapter(world.model, world.cfg)
+    )
+    return replace(world, adapter=make)
+
+
+def cell_name(method: str, multiple: float, base: int, seed: int) -> str:
+    return f"{method}@{multiple:g}-{base}-{seed}"
+
+
+def toy_cell(name: str, run: Run) -> dict:
+    """One method at one learning rate, base and seed: train on each task, measure there and on unseen tasks."""
+    head, base, _ = name.split("-")
+    key, _, multiple = head.partition("@")
+    method = (METHODS | ABLATIONS)[key]
+    cfg = replace(run.cfg, **method.changed)
+    world, result = install(toy_world(run, int(base), cfg), method.adapter), {}
+    rate = getattr(cfg, method.rate) * float(multiple)
+    unseen = [toy_task(op, cfg) for op in UNSEEN]
+    for operation in TRAINED:
+        task = toy_task(operation, cfg)
+        trained = train(replace(world, run=run.stage(operation)), task, method.objective, rate)
+        found = {k: trained[k] for k in ("best", "best_step", "curve", "speed")}
+        with world.adapter.use("merged"):
+            found["test"] = float(outcomes(world, task["test"], task).mean())
+            found["unseen"] = {t.name: float(outcomes(world, t["test"], t).mean()) for t in unseen}
+        if method.adapter == "svf":
+            file = run.folder / f"{operation}.safetensors"
+            save_expert(
+                file, world.adapter, world.adapter.z(), task=operation, family=task.family, method=key
+            )
+        world.adapter.load_state_dict(trained["last"])
+        with world.adapter.use("merged"):
+            found["test_last"] = float(outcomes(world, task["test"], task).mean())
+        result[operation] = found
+    return result | {"parameters": sum(p.numel() for p in world.adapter.parameters()), "rate": rate}
+
+
+def toy_experts(world: World, name: str) -> dict[str, dict[str, Tensor]]:
+    """The experts that the job `name` left, by family."""
+    folder = world.run.folder.parent / name
+    files = {OPERATIONS[op][0]: folder / f"{op}.safetensors" for op in TRAINED}
+    return {family: load_expert(file, world.adapter, cross_model=True) for family, file in files.items()}
+
+
+def toy_adapt(name: str, run: Run) -> dict:
+    """The three adaptations and their controls with the experts of one base and seed, on the unseen tasks."""
+    _, multiple, base, seed = name.split("-")
+    cfg, run_cls = run.cfg, run.stage("cls")
+    world = install(toy_world(run, int(base)), "svf")
+    experts = toy_experts(world, cell_name("svf", float(multiple), int(base), int(seed)))
+    sources = [toy_task(op, cfg) for op in TRAINED]
+    classify = cls_task(world, sources)
+    trained = train(replace(world, run=run_cls), classify, "pg", cfg.lr * float(multiple))
+    cls = world.adapter.z()
+    with world.adapter.use(world.adapter.scales(cls)):
+        accuracy = float(outcomes(world, classify["test"], classify).mean())
+    result = {"unseen": {}, "cls": {"test": accuracy, "best": trained["best"]}, "cost": {}, "alpha": {}}
+    with world.adapter.use(None):
+        result["cls"]["base"] = float(outcomes(world, classify["test"], classify).mean())
+    uniform = mix(list(experts.values()), torch.ones(len(experts)))
+    true, found = [], {"A": [], "B": []}
+    for operation in (*UNSEEN, "read"):
+        task = toy_task(operation, cfg)
+        problems, row = task["test"], {}
+        with world.adapter.use(None):
+            row["base"] = outcomes(world, problems, task)
+        for strategy, expert in (("A", None), ("B", cls)):
+            row[strategy], labels, costs = two_pass(world, problems, task, experts, expert)
+            found[strategy] += labels
+            result["cost"].setdefault(strategy, []).append([[c.read, c.written, c.seconds] for c in costs])
+        true += [task.family] * len(problems)
+        if operation in UNSEEN:
+            with world.adapter.use(world.adapter.scales(experts[task.family])):
+                row["expert of its family"] = outcomes(world, problems, task)
+            with world.adapter.use(world.adapter.scales(uniform)):
+                row["uniform mixture"] = outcomes(world, problems, task)
+            row |= toy_few_shot(world, experts, task, result)
+        result["unseen"][operation] = {k: float(v.mean()) for k, v in row.items()}
+    result["confusion"] = {k: confusion(true, labels).tolist() for k, labels in found.items()}
+    result["uniform"] = toy_uniform(world, uniform, sources)
+    return result
+
+
+def toy_uniform(world: World, uniform: dict[str, Tensor], tasks: list[Task]) -> dict[str, float]:
+    """What the uniform mixture does on the trained tasks, all at once."""
+    with world.adapter.use(world.adapter.scales(uniform)):
+        return {t.name: float(outcomes(world, t["test"], t).mean()) for t in tasks}
+
+
+def toy_few_shot(world: World, experts: dict, task: Task, result: dict) -> dict[str, np.ndarray]:
+    """Strategy C: global and per layer, and random search; outcomes on the test split of an unseen task."""
+    row, shots = {}, task["valid"][: world.cfg.shots]
+    for label, per_layer, rule in (
+        ("C, one weight an expert", False, "cem"),
+        ("C, weights per layer", True, "cem"),
+        ("C by random search", False, "random"),
+    ):
+        begin = time.perf_counter()
+        z, alpha, history = few_shot(world, list(experts.values()), shots, task, per_layer, rule)
+        seconds = time.perf_counter() - begin
+        with world.adapter.use(world.adapter.scales(z)):
+            row[label] = outcomes(world, task["test"], task)
+        weights = (alpha / alpha.sum(0).clamp_min(1e-9)).mean(1).tolist()
+        found = {"alpha": weights, "history": history, "seconds": seconds}
+        result["alpha"][f"{task.name}: {label}"] = found
+    return row
+
+
+def toy_cross(name: str, run: Run) -> dict:
+    """Experts of one base model on another one of the same shape, in their order and shuffled."""
+    _, multiple, source, target, seed = name.split("-")
+    world, result = install(toy_world(run, int(target)), "svf"), {}
+    experts = toy_experts(world, cell_name("svf", float(multiple), int(source), int(seed)))
+    generator = run.generator("shuffle")
+    for operation in TRAINED:
+        task, z = toy_task(operation, run.cfg), experts[OPERATIONS[operation][0]]
+        for label, used in (("ordered", z), ("shuffled", shuffled(z, generator))):
+            with world.adapter.use(world.adapter.scales(used)):
+                result[f"{operation}, {label}"] = float(outcomes(world, task["test"], task).mean())
+    for operation in UNSEEN:
+        task = toy_task(operation, run.cfg)
+        z, _, _ = few_shot(world, list(experts.values()), task["valid"][: run.cfg.shots], task, False)
+        with world.adapter.use(world.adapter.scales(z)):
+            result[f"{operation}, few-shot"] = float(outcomes(world, task["test"], task).mean())
+    return result
+
+
+# --- a vision-language model in miniature ---
+
+BITMAPS = (
+    "111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001",
+    "111100111001111", "111100111101111", "111001001010010", "111101111101111", "111101111001111",
+)  # fmt: skip
+
+
+class TinyVLM(nn.Module):
+    """LLaVA in miniature: the embeddings of picture tokens come from a projector, all else is the LM's."""
+
+    def __init__(self, lm: nn.Module, picture_token: int, pixels: int = 15):
+        super().__init__()
+        width = lm.config.hidden_size
+        self.lm, self.config, self.picture_token = lm, lm.config, picture_token
+        self.projector = nn.Sequential(nn.Linear(pixels, width), nn.GELU(), nn.Linear(width, width))
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm.get_output_embeddings()
+
+    def embed(self, ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """ids (B, T), pixel_values (B, pictures, pixels) or None -> (B, T, width)."""
+        embeddings = self.lm.get_input_embeddings()(ids)
+        if pixel_values is None:
+            return embeddings
+        place = (ids == self.picture_token)[..., None]
+        return embeddings.masked_scatter(place, self.projector(pixel_values).to(embeddings.dtype))
+
+    def base_model(self, input_ids: Tensor, pixel_values: Tensor | None = None, **more):
+        """Hidden states, as the base_model of a transformers model gives them."""
+        return self.lm.base_model(inputs_embeds=self.embed(input_ids, pixel_values), **more)
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None, **more):
+        return self.lm(inputs_embeds=self.embed(input_ids, pixel_values), **more)
+
+
+def glyphs(x: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """Digits (n, L) as noisy 5 x 3 bitmaps (n, L, 15)."""
+    bitmaps = np.array([[int(bit) for bit in row] for row in BITMAPS], np.float32)
+    return torch.from_numpy(bitmaps[x] + 0.35 * rng.standard_normal((*x.shape, 15)).astype(np.float32))
+
+
+def with_pictures(task: Task) -> Task:
+    """The same problems with their digits shown, not written: one picture token a digit."""
+    splits = {}
+    for split, problems in task.splits.items():
+        rng = np.random.default_rng(common.stable_hash(f"{task.name} {split} glyphs"))
+        digits = np.array([[int(c) for c in p.question[2:]] for p in problems])
+        shown = zip(problems, glyphs(digits, rng), strict=True)
+        splits[split] = [
+            replace(p, prompt=p.prompt[:4] + "%" * digits.shape[1] + "=", image=image) for p, image in shown
+        ]
+    return replace(task, name=f"{task.name} from pictures", splits=splits)
+
+
+def toy_vlm(name: str, run: Run) -> dict:
+    """Train the projector on captions, then an expert of max from pictures; min with the text-only expert."""
+    _, multiple, base, seed = name.split("-")
+    cfg = run.cfg
+    world = toy_world(run, int(base))
+    lm = world.model.requires_grad_(False)
+    model = TinyVLM(lm, SYMBOLS.index("%")).to(run.device)
+    world = replace(world, model=model)
+    caption = run.stage("projector")
+    optimizer = torch.optim.AdamW(model.projector.parameters(), 3e-3, weight_decay=0.01)
+    for step in caption.steps(cfg.projector_steps, projector=model.projector, optimizer=optimizer):
+        rng = np.random.default_rng(caption.stream(f"captions {step}"))
+        x = draw_digits(cfg.batch, cfg.length, "pretrain", rng)
+        prompt = torch.from_numpy(prompts_to("read", x, UNTAGGED))
+        prompt[:, 4:-1] = model.picture_token
+        ids = torch.cat([prompt, torch.from_numpy(x), torch.full((len(x), 1), world.eos)], 1).to(run.device)
+        logits = model(ids[:, :-1], glyphs(x, rng).to(run.device), logits_to_keep=cfg.length + 1).logits
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, cfg.length + 5 :].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        caption.log(step, loss=loss)
+    model.requires_grad_(False)
+    world = install(world, "svf")
+    read, seen, unseen = (with_pictures(toy_task(op, cfg)) for op in ("read", "max", "min"))
+    language = toy_experts(world, cell_name("svf", float(multiple), int(base), int(seed)))["reasoning"]
+    result = {"read, base": float(outcomes(world, read["test"], read).mean())}
+    for task in (seen, unseen):
+        result[f"{task.name[:3]}, base"] = float(outcomes(world, task["test"], task).mean())
+        with world.adapter.use(world.adapter.scales(language)):
+            result[f"{task.name[:3]}, language expert"] = float(outcomes(world, task["test"], task).mean())
+    train(replace(world, run=run.stage("rl")), seen, "pg", cfg.lr * float(multiple))
+    with world.adapter.use("merged"):
+        result["max, expert"] = float(outcomes(world, seen["test"], seen).mean())
+    return result
+
+
+def toy_job(name: str, run: Run) -> dict:
+    """A job of the grid by the beginning of its name."""
+    kinds = {"adapt": toy_adapt, "cross": toy_cross, "vlm": toy_vlm}
+    if name.startswith("base-"):
+        return pretrain(run, int(name.split("-")[1]))
+    return kinds.get(name.split("-")[0], toy_cell)(name, run)
+
+
+def best_multiple(results: dict[str, dict], key: str, cfg: Config) -> float:
+    """The learning rate with the best validation accuracy, of those with a rate four times as high beside it.
+
+    Equally good ones: the one nearest to the configured rate.
+    """
+    tried = {m: results[cell_name(key, m, 0, 0)] for m in cfg.sweep if 4 * m in cfg.sweep} or {1.0: None}
+    score = lambda m: np.mean([tried[m][op]["best"] for op in TRAINED]) if tried[m] else 0.0  # noqa: E731
+    return max(tried, key=lambda m: (round(float(score(m)), 3), -abs(math.log(m))))
+
+
+def toy_study(cfg: Config, run: Run) -> None:
+    """Base models, the sweep on the first of them, then all rows at their tuned rates; tables, claims, figure."""
+    units = [(b, s) for b in range(cfg.bases) for s in range(cfg.seeds)]
+    bases = run.jobs([f"base-{b}" for b in range(cfg.bases)], toy_job)
+    for name, found in bases.items():
+        run.print(
+            f"  {name}: {found['steps']} steps; untagged "
+            + str({k: round(v, 2) for k, v in found["base"].items()})
+        )
+    swept = run.jobs([cell_name(k, m, 0, 0) for k in METHODS for m in cfg.sweep], toy_job)
+    tuned = {k: best_multiple(swept, k, cfg) for k in METHODS}
+    plan = [(k, tuned[k] * m) for k in ("svf", "lora") for m in (1, 4)] + [("lora_ntp", tuned["lora_ntp"])]
+    if cfg.ablations:
+        rate = {"lr": "svf", "lora_lr": "lora", "ntp_lr": "lora_ntp"}
+        plan += [(k, tuned[rate[m.rate]]) for k, m in ABLATIONS.items()]
+    names = [cell_name(k, m, b, s) for k, m in plan for b, s in units]
+    cells = swept | run.jobs([n for n in names if n not in swept], toy_job)
+    extra = [f"adapt-{tuned['svf']:g}-{b}-{s}" for b, s in units]
+    extra += [
+        f"cross-{tuned['svf']:g}-{b}-{(b + 1) % cfg.bases}-0" for b in range(cfg.bases) if cfg.bases > 1
+    ]
+    extra += [f"vlm-{tuned['svf']:g}-{b}-{s}" for b, s in units if cfg.vlm]
+    others = run.jobs(extra, toy_job)
+    toy_report(cfg, run, units, bases, cells, tuned, plan, others)
+
+
+def toy_report(cfg: Config, run: Run, units, bases, cells, tuned, plan, others) -> None:
+    """Everything that the study prints and keeps."""
+    column = lambda k, m, op, key: [cells[cell_name(k, m, b, s)][op][key] for b, s in units]  # noqa: E731
+    base = lambda op: [bases[f"base-{b}"]["base"][op] for b, _ in units]  # noqa: E731
+    how = f"{cfg.eval_problems} test problems a task, +- s.e. over {cfg.bases} bases x {cfg.seeds} seeds"
+    rows = [{"row": "base", "parameters": 0, "rate": None} | {op: common.mean_se(base(op)) for op in TRAINED}]
+    rows[0] |= {f"{op}, last": None for op in TRAINED}
+    for k, m in plan:
+        one = cells[cell_name(k, m, *units[0])]
+        label = (METHODS | ABLATIONS)[k].label + (
+            " at 4 x its rate" if k in tuned and m == 4 * tuned[k] else ""
+        )
+        row = {"row": label, "parameters": one["parameters"], "rate": one["rate"]}
+        row |= {op: common.mean_se(column(k, m, op, "test")) for op in TRAINED}
+        rows.append(row | {f"{op}, last": common.mean_se(column(k, m, op, "test_last")) for op in TRAINED})
+    run.table(rows, f"trained tasks: {how}; best on validation, and last update")
+    sweep = [
+        {"rate": f"{METHODS[k].label} x {m:g}", "valid": np.mean([x[op]["best"] for op in TRAINED]),
+         "test, last": np.mean([x[op]["test_last"] for op in TRAINED])}
+        for k in METHODS for m in cfg.sweep for x in [cells[cell_name(k, m, 0, 0)]]
+    ]  # fmt: skip
+    run.table(sweep, "learning rates, multiples of the configured ones, first base and seed, mean over tasks")
+    adapted = [others[f"adapt-{tuned['svf']:g}-{b}-{s}"] for b, s in units]
+    unseen_table(run, units, cells, tuned, adapted, how)
+    dispatch_table(run, adapted)
+    crossed = [x for name, x in others.items() if name.startswith("cross")]
+    if crossed:
+        rows = [{"": k, "accuracy": common.mean_se([x[k] for x in crossed])} for k in crossed[0]]
+        run.table(rows, "experts of one base model on another, independently trained one")
+    pictures = [x for name, x in others.items() if name.startswith("vlm")]
+    if pictures:
+        rows = [{"": k, "accuracy": common.mean_se([x[k] for x in pictures])} for k in pictures[0]]
+        run.table(rows, "vision-language model in miniature, digits shown as noisy bitmaps")
+    toy_claims(run, units, bases, cells, tuned, adapted)
+    run.figure("transformer2", functools.partial(draw_study, cells=cells, cfg=cfg, adapted=adapted), (12, 4))
+    speeds = [cells[cell_name("svf", tuned["svf"], b, s)][op]["speed"] for b, s in units for op in TRAINED]
+    mean = {k: float(np.mean([x[k] for x in speeds])) for k in speeds[0]}
+    searches = [x["seconds"] for a in adapted for x in a["alpha"].values()]
+    mean["few_shot_rollouts_per_s"] = cfg.population * cfg.shots * cfg.generations / float(np.mean(searches))
+    run.finish(updates_per_s=1 / mean.pop("seconds_per_step"), **mean)
+
+
+def unseen_table(run: Run, units, cells, tuned: dict, adapted: list[dict], how: str) -> None:
+    """The second table: unseen tasks by strategy, and LoRA's adapters there."""
+    rows = []
+    for label in adapted[0]["unseen"][UNSEEN[0]]:
+        values = {op: [x["unseen"][op][label] for x in adapted] for op in UNSEEN}
+        rows.append({"row": label} | {op: common.mean_se(v) for op, v in values.items()})
+        rows[-1]["mean"] = common.mean_se(np.mean(list(values.values()), 0).tolist())
+    for key in ("lora", "lora_ntp"):
+        found = [cells[cell_name(key, tuned[key], b, s)] for b, s in units]
+        family = dict(zip(UNSEEN, TRAINED, strict=True))
+        picks = {
+            "adapter of its family": lambda x, op: x[family[op]]["unseen"][op],
+            "best adapter by test score (oracle)": lambda x, op: max(x[t]["unseen"][op] for t in TRAINED),
+        }
+        for what, pick in picks.items():
+            values = {op: [pick(x, op) for x in found] for op in UNSEEN}
+            row = {"row": f"{METHODS[key].label}, {what}"} | {
+                op: common.mean_se(v) for op, v in values.items()
+            }
+            rows.append(row | {"mean": common.mean_se(np.mean(list(values.values()), 0).tolist())})
+    run.table(rows, f"unseen tasks: {how}")
+
+
+def dispatch_table(run: Run, adapted: list[dict]) -> None:
+    """Dispatch accuracy, the learned weights, and what two passes cost."""
+    rows = []
+    for strategy in ("A", "B"):
+        counts = np.sum([x["confusion"][strategy] for x in adapted], 0)
+        costs = np.array(
+            [x["cost"][strategy] for x in adapted]
+        )  # (units, tasks, pass, (read, written, seconds))
+        first, second = costs.sum((0, 1)) / len(adapted)
+        row = {"strategy": strategy, "right": np.diag(counts)[:3].sum() / counts[:3].sum()}
+        row |= {"right, with other": np.diag(counts).sum() / counts.sum()}
+        for name, (read, written, seconds) in (("first pass", first), ("second pass", second)):
+            row |= {f"{name}: tokens read": int(read), "written": int(written), f"{name}: s": float(seconds)}
+            row[f"{name}: written"] = row.pop("written")
+        rows.append(row)
+    run.table(rows, "dispatch of the unseen tasks and of `read`, which belongs to other; cost of both passes")
+    chosen = {k: [x["alpha"][k]["alpha"] for x in adapted] for k in adapted[0]["alpha"]}
+    rows = [
+        {"search": k}
+        | {f: common.mean_se([a[i] for a in alphas]) for i, f in enumerate(OPERATIONS[t][0] for t in TRAINED)}
+        for k, alphas in chosen.items()
+    ]
+    run.table(rows, "weights that few shots chose, as shares")
+
+
+def toy_claims(run: Run, units, bases, cells, tuned: dict, adapted: list[dict]) -> None:
+    """The paper's sentences, paired by base and seed."""
+    cell = lambda k, m, b, s: cells[cell_name(k, m, b, s)]  # noqa: E731
+    mean = lambda k, m, key: [np.mean([cell(k, m, b, s)[op][key] for op in TRAINED]) for b, s in units]  # noqa: E731
+    sizes = {k: cell(k, tuned[k], 0, 0)["parameters"] for k in ("svf", "lora")}
+    for op in TRAINED:
+        ours = [cell("svf", tuned["svf"], b, s)[op]["test"] for b, s in units]
+        text = f"the SVF expert of {op} ({sizes['svf']} parameters, LoRA {sizes['lora']}) beats the base"
+        run.claim(text, ours, [bases[f"base-{b}"]["base"][op] for b, _ in units])
+    ours, theirs = mean("svf", tuned["svf"], "test"), mean("lora", tuned["lora"], "test")
+    run.claim("SVF beats LoRA under the same RL, each at its tuned rate", ours, theirs)
+    run.claim("... they are the same within 0.03", ours, theirs, "same", 0.03)
+    high = mean("svf", 4 * tuned["svf"], "test_last"), mean("lora", 4 * tuned["lora"], "test_last")
+    run.claim("... at four times that rate, last update, SVF beats LoRA", *high)
+    average = lambda label: [np.mean([x["unseen"][op][label] for op in UNSEEN]) for x in adapted]  # noqa: E731
+    names = {"A": "prompt dispatch (A)", "B": "a category expert (B)"}
+    names |= {"C, one weight an expert": "few-shot mixing (C, one weight an expert)"}
+    names |= {"C, weights per layer": "few-shot mixing (C, weights per layer)"}
+    for label, text in names.items():
+        run.claim(f"{text} improves unseen tasks", average(label), average("base"))
+    lora = [np.mean([cell("lora", tuned["lora"], b, s)[t]["unseen"][op] for op, t in zip(UNSEEN, TRAINED, strict=True)])
+            for b, s in units]  # fmt: skip
+    run.claim("B beats LoRA's adapter of the same family on unseen tasks", average("B"), lora)
+
+
+def draw_study(figure, cells: dict, cfg: Config, adapted: list[dict]) -> None:
+    """Confusion of both dispatches, and the last update's accuracy by learning rate."""
+    left, middle, right = figure.subplots(1, 3)
+    names = [*FAMILIES, "other"]
+    for axes, strategy, title in ((left, "A", "A: the base model"), (middle, "B", "B: a category expert")):
+        counts = np.sum([x["confusion"][strategy] for x in adapted], 0)
+        shares = counts / counts.sum(1, keepdims=True)
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for i, j in np.ndindex(shares.shape):
+            axes.text(
+                j,
+                i,
+                f"{shares[i, j]:.2f}",
+                ha="center",
+                va="center",
+                color="w" if shares[i, j] > 0.6 else "k",
+            )
+        axes.set(title=f"{title} dispatches", xlabel="found", ylabel="true", xticks=range(4), yticks=range(4))
+        axes.set_xticklabels(names)
+        axes.set_yticklabels(names)
+    for key, style in (("svf", "o-"), ("lora", "s--"), ("lora_ntp", "^:")):
+        values = [
+            np.mean([cells[cell_name(key, m, 0, 0)][op]["test_last"] for op in TRAINED]) for m in cfg.sweep
+        ]
+        right.plot(cfg.sweep, values, style, label=METHODS[key].label)
+    right.set(xscale="log", ylim=(0, 1.03), xlabel="learning rate, multiple of the configured one")
+    right.set(ylabel="accuracy on the trained tasks", title="Last update, by learning rate")
+    right.legend()
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = common.parse_config(CONFIGS, argv)
+    with Run(cfg) as run:
+        toy_study(cfg, run)
+
+
+if __name__ == "__main__":
+    main()
