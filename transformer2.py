@@ -2,10 +2,11 @@
 
 Sun, Cetin, Tang, "Transformer-Squared: Self-adaptive LLMs", ICLR 2025, arXiv 2501.06252.
 
-The claim. Singular value fine-tuning (SVF) learns one multiplier for each singular value of a weight matrix
-and nothing else. Trained by REINFORCE on right and wrong answers it makes small experts that beat LoRA; since
-all experts live in the basis of the same matrices, they can be picked or mixed at inference: a first pass finds
-out what the prompt needs, a second one answers with adapted weights, also on tasks no expert was trained on.
+The claim. Singular value fine-tuning (SVF) learns one multiplier for each singular value of a weight
+matrix and nothing else. Trained by REINFORCE on right and wrong answers it makes small experts that beat
+LoRA; since all experts live in the basis of the same matrices, they can be picked or mixed at inference: a
+first pass finds out what the prompt needs, a second one answers with adapted weights, also on tasks no
+expert was trained on.
 
 For a linear layer W = U diag(s) V^T (m x n, rank r at most) and learned p in R^r:
   eq. (1)  J = E[R log pi_W'(y | x)] - lambda KL(pi_W' || pi_W),  R = +1 if the answer is right, else -1
@@ -14,54 +15,67 @@ For a linear layer W = U diag(s) V^T (m x n, rank r at most) and learned p in R^
   eq. (3)  W' = U diag(s g z) V^T,  g = sum(s) / sum(s z): the nuclear norm of W is kept, g has a gradient
   eq. (4)  z = sum_k alpha_k z_k mixes experts, before the g of eq. (3); alpha is one number an expert, or one
            an expert and matrix, found by the cross-entropy method on a few solved examples
-Three ways to adapt: (A) the base model names the task's category, (B) an expert trained to do that names it,
-(C) eq. (4). "Other" and whatever cannot be parsed get the base weights, bit for bit.
+Three ways to adapt: (A) the base model names the task's category, (B) an expert trained to do that names
+it, (C) eq. (4). "Other" and whatever cannot be parsed get the base weights, bit for bit.
 
 How to run
-  python transformer2.py                                          the effect in miniature, on two CPU cores
-  python transformer2.py --model M --tasks math=F,reasoning=F     real models and tasks on a laptop; M: hub id,
-                                                                  folder or .gguf; F: a .jsonl with question and
-                                                                  answer, or gym:NAME (pip install reasoning-gym)
-  torchrun --nproc_per_node=8 transformer2.py --config full       Llama-3-8B-Instruct; GSM8K, MBPP, ARC; MATH,
-                                                                  HumanEval, ARC-Challenge
-  ... --config mistral, --config vlm                              Mistral-7B-v0.3; LLaVA-NeXT on TextVQA, OK-VQA
-  ... --experts FOLDER --cross_model                              somebody else's experts, or another model's
-Rungs: smoke, demo, gpu (ranks share a grid of runs); text, full, mistral, vlm (ranks share each run: prompts,
-populations and matrices are dealt out; the model is whole on each).
+  python transformer2.py                               the effect in miniature, on two CPU cores
+  python transformer2.py --model M --tasks math=F,reasoning=F
+                                                       real models and tasks on a laptop; M: hub id, folder or
+                                                       .gguf; F: .jsonl with question and answer, or gym:NAME
+  torchrun --nproc_per_node=8 transformer2.py --config full
+                                                       Llama-3-8B-Instruct; GSM8K, MBPP, ARC-Easy; unseen MATH,
+                                                       HumanEval, ARC-Challenge
+  ... --config mistral, --config vlm                   Mistral-7B-v0.3; LLaVA-NeXT on TextVQA and OK-VQA
+  ... --experts FOLDER --cross_model                   experts made elsewhere, of another model, too
+Rungs: smoke, demo, gpu (ranks share a grid of runs); text, full, mistral, vlm (ranks share each run:
+prompts, populations and matrices are dealt out; the model is whole on each).
 
 Where this file departs from the paper and its code
-- AdamW with cosine decay as in the paper (the code: Adam, constant rate). p starts at 0.1 +- 0.01 as in the code
-  (the paper: variance 1e-3). lambda is 0.1 by default (the code's default is 0, the authors advise 0.1 to 0.3)
-  and the direction that of the code, KL(pi_W || pi_W'); --kl_dir new_base is the paper's.
+- AdamW with cosine decay as in the paper (the code: Adam, constant rate). p starts at 0.1 +- 0.01 as in
+  the code (the paper: variance 1e-3). lambda is 0.1 by default (the code's default is 0, the authors
+  advise 0.1 to 0.3) and the direction that of the code, KL(pi_W || pi_W'); --kl_dir new_base is the
+  paper's.
 - p, s, z and their optimizer are float32 (the code: bfloat16, where small steps round to nothing).
 - Experts are mixed as z, eq. (4). The released configuration mixes p, which is another thing.
 - Prompts of category "other" run on the base weights (the code: on whatever ran last).
-- The category expert is trained on 400 questions of each training split (the code: test questions among them).
-- The few shots are never in the reported test set, and choose alone (the code picks a generation by test score).
-- Ties between members are broken by the mean log-likelihood of right answers, for elites as for the best one.
-- Sampled ids are trained on as they are, end-of-turn token included, with one BOS. One prompt builder a task.
+- The category expert is trained on 400 questions of each training split (the code: test questions among
+  them).
+- The few shots are never in the reported test set, and choose alone (the code picks a generation by test
+  score).
+- Ties between members are broken by the mean log-likelihood of right answers, for elites as for the best
+  one.
+- Sampled ids are trained on as they are, end-of-turn token included, with one BOS. One prompt builder a
+  task.
 - Graders: GSM8K by the last number with sign and thousands (--grader reference drops both); an ARC answer
-  without a letter is wrong (the code guesses). VQA: R = +1 from a soft accuracy of 0.5, the paper is silent.
+  without a letter is wrong (the code guesses). VQA: R = +1 from a soft accuracy of 0.5, the paper is
+  silent.
 - The best-validation p is kept, as in the code; the last one is measured, too.
-- A mixed batch runs W x + U diag(s (g z - 1)) V^T x row by row: nothing is merged, and base rows are exact.
+- A mixed batch runs W x + U diag(s (g z - 1)) V^T x row by row: nothing is merged, and base rows are
+  exact.
 - Models larger than a GPU (Llama-3-70B there) are refused: no sharding here.
-- The demo's task is ours. Its models learn right and careless answers from a synthetic corpus; RL elicits the
-  right ones. Learning rates are 25 times the paper's, for 40 steps; lambda = 0; sampling at temperature 1.
+- The demo's task is ours. Its models learn right and careless answers from a synthetic corpus; RL elicits
+  the right ones. Learning rates are 25 times the paper's, for 40 steps; lambda = 0; sampling at
+  temperature 1.
 
 Reading order: Config, SVFLinear, Adapter, the loss, train, dispatch and two_pass, cem, then the tasks.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import math
 import os
 import random
 import re
 import secrets
+import signal
+import string
 import subprocess
 import sys
 import tempfile
@@ -141,14 +155,14 @@ class Config(common.Config):
     length: int = 5  # symbols of a question
     width: int = 64  # of the base model
     layers: int = 3  # of the base model
-    bases: int = 2  # base models, pre-trained independently
-    seeds: int = 2  # seeds of RL on each base model
+    bases: int = 1  # base models, pre-trained independently; 2: experts are carried over, too
+    seeds: int = 3  # seeds of RL on each base model
     pretrain_steps: int = 1400  # at most
     pretrain_batch: int = 288  # documents a step
     pretrain_lr: float = 4e-3  # constant until the skills are there, then to 0 over 200 steps
     gate: float = 0.9  # accuracy on documents tagged as good that a base model must reach in every skill
     sweep: tuple[float, ...] = (0.25, 1.0, 4.0, 16.0)  # multiples of the learning rates that are tried
-    ablations: bool = True  # rows for modules, lambda, no renormalisation, LoRA of rank 1
+    ablations: bool = True  # rows for modules, lambda, no renormalisation, LoRA of rank 1; first seed only
     vlm: bool = True  # the miniature vision-language model
     projector_steps: int = 200  # its captioning steps
     # memory and speed
@@ -183,13 +197,13 @@ DEMO = Config(workers=2, log_every=10, save_every=1000)
 FULL = Config(model="meta-llama/Meta-Llama-3-8B-Instruct", tasks=("gsm8k", "mbpp", "arc_easy"),
     unseen=("math", "humaneval", "arc_challenge"), stages=STAGES, modules=("mlp",), steps=200, batch=256, lr=2e-3,
     lam=0.1, rollout_temp=0.0, valid_problems=512, lora_lr=2e-4, ntp_lr=5e-5, lora_clip=1e-3, generations=50,
-    mixed=False, cls_new=1024, eval_problems=0, sample_batch=256, recompute=True, log_every=1, save_every=10)
+    mixed=False, cls_new=1024, eval_problems=0, sample_batch=128, recompute=True, log_every=1, save_every=10)
 CONFIGS = {
     "smoke": replace(DEMO, workers=1, width=32, layers=2, bases=2, seeds=1, pretrain_steps=60, gate=0.0, steps=3,
         batch=16, validate_every=2, valid_problems=16, population=10, generations=2, shots=8, cls_questions=20,
         eval_problems=24, sweep=(1.0, 4.0), projector_steps=3, log_every=1),
     "demo": DEMO,
-    "gpu": replace(DEMO, workers=1, length=12, width=256, layers=6, bases=1, seeds=5, pretrain_steps=4000,
+    "gpu": replace(DEMO, workers=1, length=12, width=256, layers=6, seeds=5, pretrain_steps=4000,
         pretrain_lr=1e-3, batch=256, lr=0.02, lora_lr=1e-3, ntp_lr=1e-3, eval_problems=2000),
     "text": replace(FULL, model="HuggingFaceTB/SmolLM2-135M-Instruct", tasks=("gsm8k", "arc_easy"), unseen=(),
         stages=("experts", "cls", "eval"), steps=8, batch=16, lr=0.02, rollout_temp=1.0, validate_every=4,
@@ -1199,7 +1213,9 @@ def toy_world(run: Run, base: int | None, cfg: Config | None = None) -> World:
 
 def pretrain(run: Run, base: int) -> dict:
     """Train a base model on documents until its good-tag skills are there, then anneal; report what it can do."""
-    cfg, rng = run.cfg, np.random.default_rng(run.stream("documents"))
+    cfg, threads = run.cfg, torch.get_num_threads()
+    if cfg.bases == 1:  # the other workers have nothing to do yet
+        torch.set_num_threads(threads * cfg.workers)
     world = toy_world(run, None)
     model, prompt = world.model, cfg.length + 5
     skills = [toy_task(op, cfg, GOOD, train=1, test=1, valid=200) for op in OPERATIONS]
@@ -1229,6 +1245,7 @@ def pretrain(run: Run, base: int) -> dict:
         if record["able"] and step + 1 == record["able"] + anneal:
             run.last = step
         run.log(step, loss=loss)
+    torch.set_num_threads(threads)
     found = {t.name: float(outcomes(world, t["valid"], t).mean()) for t in skills}
     if missing := [t for t in TRAINED + UNSEEN if found[t] < cfg.gate]:
         accuracies = ", ".join(f"{t} {found[t]:.2f}" for t in missing)
@@ -1433,8 +1450,9 @@ class TinyVLM(nn.Module):
         embeddings = self.lm.get_input_embeddings()(ids)
         if pixel_values is None:
             return embeddings
-        place = (ids == self.picture_token)[..., None]
-        return embeddings.masked_scatter(place, self.projector(pixel_values).to(embeddings.dtype))
+        place = ids == self.picture_token
+        place &= place.cumsum(1) <= pixel_values.shape[1]  # an answer may hold the token, too
+        return embeddings.masked_scatter(place[..., None], self.projector(pixel_values).to(embeddings.dtype))
 
     def base_model(self, input_ids: Tensor, pixel_values: Tensor | None = None, **more):
         """Hidden states, as the base_model of a transformers model gives them."""
@@ -1508,45 +1526,47 @@ def toy_job(name: str, run: Run) -> dict:
     return kinds.get(name.split("-")[0], toy_cell)(name, run)
 
 
-def best_multiple(results: dict[str, dict], key: str, cfg: Config) -> float:
+def best_multiple(cells: dict[str, dict], key: str, cfg: Config, units: list) -> float:
     """The learning rate with the best validation accuracy, of those with a rate four times as high beside it.
 
     Equally good ones: the one nearest to the configured rate.
     """
-    tried = {m: results[cell_name(key, m, 0, 0)] for m in cfg.sweep if 4 * m in cfg.sweep} or {1.0: None}
-    score = lambda m: np.mean([tried[m][op]["best"] for op in TRAINED]) if tried[m] else 0.0  # noqa: E731
-    return max(tried, key=lambda m: (round(float(score(m)), 3), -abs(math.log(m))))
+
+    def score(multiple: float) -> tuple[float, float]:
+        found = [cells[cell_name(key, multiple, b, s)][op]["best"] for b, s in units for op in TRAINED]
+        return round(float(np.mean(found)), 3), -abs(math.log(multiple))
+
+    return max((m for m in cfg.sweep if 4 * m in cfg.sweep), key=score)
 
 
 def toy_study(cfg: Config, run: Run) -> None:
-    """Base models, the sweep on the first of them, then all rows at their tuned rates; tables, claims, figure."""
+    """Base models, a sweep of learning rates, then the rest at the tuned ones; tables, claims, figure."""
     units = [(b, s) for b in range(cfg.bases) for s in range(cfg.seeds)]
     bases = run.jobs([f"base-{b}" for b in range(cfg.bases)], toy_job)
     for name, found in bases.items():
-        run.print(
-            f"  {name}: {found['steps']} steps; untagged "
-            + str({k: round(v, 2) for k, v in found["base"].items()})
-        )
-    swept = run.jobs([cell_name(k, m, 0, 0) for k in METHODS for m in cfg.sweep], toy_job)
-    tuned = {k: best_multiple(swept, k, cfg) for k in METHODS}
+        accuracies = ", ".join(f"{k} {v:.2f}" for k, v in found["base"].items())
+        run.print(f"  {name}: {found['steps']} steps; greedy, untagged: {accuracies}")
+    cells = run.jobs([cell_name(k, m, b, s) for k in METHODS for m in cfg.sweep for b, s in units], toy_job)
+    tuned = {k: best_multiple(cells, k, cfg, units) for k in METHODS}
     plan = [(k, tuned[k] * m) for k in ("svf", "lora") for m in (1, 4)] + [("lora_ntp", tuned["lora_ntp"])]
+    rest = [f"adapt-{tuned['svf']:g}-{b}-{s}" for b, s in units]
+    rest += [f"cross-{tuned['svf']:g}-{b}-{(b + 1) % cfg.bases}-0" for b in range(cfg.bases) if cfg.bases > 1]
+    rest += [f"vlm-{tuned['svf']:g}-{b}-{s}" for b, s in units if cfg.vlm]
     if cfg.ablations:
-        rate = {"lr": "svf", "lora_lr": "lora", "ntp_lr": "lora_ntp"}
-        plan += [(k, tuned[rate[m.rate]]) for k, m in ABLATIONS.items()]
-    names = [cell_name(k, m, b, s) for k, m in plan for b, s in units]
-    cells = swept | run.jobs([n for n in names if n not in swept], toy_job)
-    extra = [f"adapt-{tuned['svf']:g}-{b}-{s}" for b, s in units]
-    extra += [
-        f"cross-{tuned['svf']:g}-{b}-{(b + 1) % cfg.bases}-0" for b in range(cfg.bases) if cfg.bases > 1
-    ]
-    extra += [f"vlm-{tuned['svf']:g}-{b}-{s}" for b, s in units if cfg.vlm]
-    others = run.jobs(extra, toy_job)
-    toy_report(cfg, run, units, bases, cells, tuned, plan, others)
+        own = [(k, tuned["svf" if m.adapter == "svf" else "lora"]) for k, m in ABLATIONS.items()]
+        plan += own
+        rest += [cell_name(k, m, 0, 0) for k, m in own]
+    others = run.jobs(rest, toy_job)
+    toy_report(cfg, run, units, bases, cells | others, tuned, plan, others)
 
 
 def toy_report(cfg: Config, run: Run, units, bases, cells, tuned, plan, others) -> None:
     """Everything that the study prints and keeps."""
-    column = lambda k, m, op, key: [cells[cell_name(k, m, b, s)][op][key] for b, s in units]  # noqa: E731
+
+    def column(k: str, m: float, op: str, key: str) -> list[float]:
+        names = (cell_name(k, m, b, s) for b, s in units)
+        return [cells[name][op][key] for name in names if name in cells]
+
     base = lambda op: [bases[f"base-{b}"]["base"][op] for b, _ in units]  # noqa: E731
     how = f"{cfg.eval_problems} test problems a task, +- s.e. over {cfg.bases} bases x {cfg.seeds} seeds"
     rows = [{"row": "base", "parameters": 0, "rate": None} | {op: common.mean_se(base(op)) for op in TRAINED}]
@@ -1560,12 +1580,13 @@ def toy_report(cfg: Config, run: Run, units, bases, cells, tuned, plan, others) 
         row |= {op: common.mean_se(column(k, m, op, "test")) for op in TRAINED}
         rows.append(row | {f"{op}, last": common.mean_se(column(k, m, op, "test_last")) for op in TRAINED})
     run.table(rows, f"trained tasks: {how}; best on validation, and last update")
-    sweep = [
-        {"rate": f"{METHODS[k].label} x {m:g}", "valid": np.mean([x[op]["best"] for op in TRAINED]),
-         "test, last": np.mean([x[op]["test_last"] for op in TRAINED])}
-        for k in METHODS for m in cfg.sweep for x in [cells[cell_name(k, m, 0, 0)]]
-    ]  # fmt: skip
-    run.table(sweep, "learning rates, multiples of the configured ones, first base and seed, mean over tasks")
+    sweep = []
+    for k, m in ((k, m) for k in METHODS for m in cfg.sweep):
+        row = {"rate": f"{METHODS[k].label} x {m:g}"}
+        for title, key in (("validation", "best"), ("test", "test"), ("test, last", "test_last")):
+            row[title] = common.mean_se(np.mean([column(k, m, op, key) for op in TRAINED], 0).tolist())
+        sweep.append(row)
+    run.table(sweep, "learning rates, multiples of the configured ones, mean over the trained tasks")
     adapted = [others[f"adapt-{tuned['svf']:g}-{b}-{s}"] for b, s in units]
     unseen_table(run, units, cells, tuned, adapted, how)
     dispatch_table(run, adapted)
@@ -1578,7 +1599,11 @@ def toy_report(cfg: Config, run: Run, units, bases, cells, tuned, plan, others) 
         rows = [{"": k, "accuracy": common.mean_se([x[k] for x in pictures])} for k in pictures[0]]
         run.table(rows, "vision-language model in miniature, digits shown as noisy bitmaps")
     toy_claims(run, units, bases, cells, tuned, adapted)
-    run.figure("transformer2", functools.partial(draw_study, cells=cells, cfg=cfg, adapted=adapted), (12, 4))
+    run.figure(
+        "transformer2",
+        functools.partial(draw_study, cells=cells, cfg=cfg, units=units, adapted=adapted),
+        (12, 4),
+    )
     speeds = [cells[cell_name("svf", tuned["svf"], b, s)][op]["speed"] for b, s in units for op in TRAINED]
     mean = {k: float(np.mean([x[k] for x in speeds])) for k in speeds[0]}
     searches = [x["seconds"] for a in adapted for x in a["alpha"].values()]
@@ -1659,7 +1684,7 @@ def toy_claims(run: Run, units, bases, cells, tuned: dict, adapted: list[dict]) 
     run.claim("B beats LoRA's adapter of the same family on unseen tasks", average("B"), lora)
 
 
-def draw_study(figure, cells: dict, cfg: Config, adapted: list[dict]) -> None:
+def draw_study(figure, cells: dict, cfg: Config, units: list, adapted: list[dict]) -> None:
     """Confusion of both dispatches, and the last update's accuracy by learning rate."""
     left, middle, right = figure.subplots(1, 3)
     names = [*FAMILIES, "other"]
@@ -1685,14 +1710,958 @@ def draw_study(figure, cells: dict, cfg: Config, adapted: list[dict]) -> None:
         ]
         right.plot(cfg.sweep, values, style, label=METHODS[key].label)
     right.set(xscale="log", ylim=(0, 1.03), xlabel="learning rate, multiple of the configured one")
-    right.set(ylabel="accuracy on the trained tasks", title="Last update, by learning rate")
+    right.set(ylabel="accuracy on the trained tasks", title="Last update, by learning rate (band: all seeds)")
     right.legend()
 
 
+# --- graders ---
+
+
+def last_number(text: str, grader: str = "exact") -> str | None:
+    """The last number of a text, None if there is none. "exact": with sign, decimals and thousands, whose
+    commas go. "reference": as the paper's code reads it, so that "1,200" and "-200" are both 200."""
+    if grader == "reference":
+        found = re.findall(r"\d*\.?\d+", text)
+        return found[-1] if found else None
+    pattern = r"(?:(?<![\w)])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+    found = re.findall(pattern, text.replace("\N{MINUS SIGN}", "-").replace("\\$", "$"))
+    return re.sub(r"[,$]", "", found[-1]) if found else None
+
+
+def grade_number(p: Problem, text: str, grader: str = "exact") -> bool:
+    """Whether the last number of an answer equals the target's."""
+    return common.equal_answers(last_number(text, grader), last_number(p.target, grader))
+
+
+def grade_choice(p: Problem, text: str) -> bool:
+    """Whether the last "answer is (X)", else "Answer: X", else stand-alone capital A to E is the target."""
+    for pattern in (r"(?i:answer is):?[\s*]*\(?([A-E])\b", r"(?i:answer):[\s*]*\(?([A-E])\b", r"\b([A-E])\b"):
+        if found := re.findall(pattern, text):
+            return found[-1] == p.target
+    return False
+
+
+def grade_math(p: Problem, text: str) -> bool:
+    """Whether the last boxed expression equals the target."""
+    return common.equal_answers(common.extract_boxed(text), p.target)
+
+
+def short_answer(text: str, number: bool) -> str:
+    """What an answer comes to: its box, else what follows "answer is", else its last number, else all."""
+    if (boxed := common.extract_boxed(text)) is not None:
+        return boxed.strip()
+    if found := re.findall(r"(?i)answer is:?\s*([^\n]+)", text):
+        said = found[-1].strip().strip("*\"'`").rstrip(".").strip()
+        return last_number(said) or said if number else said
+    return (last_number(text) if number else None) or text.strip()
+
+
+def grade_text(p: Problem, text: str) -> bool:
+    """For tables of questions and answers: whether the short answer is the target, in any case of letters."""
+    target = str(p.target).strip()
+    number = last_number(target) == re.sub(r"[,$]", "", target)
+    return common.equal_answers(short_answer(text, number).lower(), target.lower())
+
+
+def grade_gym(p: Problem, text: str, score: Callable) -> bool:
+    """Whether reasoning_gym gives full marks; the target is the entry of its data set."""
+    number = last_number(str(p.target["answer"])) == str(p.target["answer"]).strip()
+    return score(answer=short_answer(text, number), entry=p.target) >= 0.99
+
+
+def plain_words(text: str) -> str:
+    """VQA's normal form: lower case, no punctuation, no articles, single spaces."""
+    text = text.strip().lower().replace("'", "")
+    text = "".join(" " if c in string.punctuation and c != "." else c for c in text)
+    text = re.sub(r"\.(?!\d)", "", text)  # a full stop, not a decimal point
+    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+
+
+def vqa_accuracy(answers: list[str], text: str) -> float:
+    """VQA's soft accuracy of the first line of an answer: a third for each person who said so, 1 at most."""
+    said = plain_words(text.strip().split("\n")[0])
+    return min(sum(plain_words(a) == said for a in answers) / 3, 1.0)
+
+
+def grade_vqa(p: Problem, text: str) -> bool:
+    """A soft accuracy of 0.5 or more: two of ten people, at least."""
+    return vqa_accuracy(p.target, text) >= 0.5
+
+
+# --- programs that a model wrote ---
+
+# Limits are set by the process itself, before it reads what it runs: preexec_fn is unsafe among threads. The
+# hook keeps accidents away where the user cannot be changed; it is no wall against an attacker.
+BOOTSTRAP = """
+import resource, sys
+seconds, size = int(sys.argv[1]), int(sys.argv[2]) << 20
+limits = {"AS": size, "CPU": seconds, "FSIZE": 1 << 20, "NPROC": 0, "CORE": 0}
+for name, limit in limits.items():
+    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+code = compile(sys.stdin.read(), "program", "exec")
+refused = ("os.fork", "os.posix", "os.exec", "os.spawn", "os.system", "os.kill", "os.remove", "os.rmdir",
+    "os.rename", "os.chmod", "os.chown", "os.chdir", "os.truncate", "os.link", "os.symlink", "os.setxattr",
+    "subprocess.", "shutil.", "socket.", "ctypes.")
+def hook(event, args):
+    elsewhere = event == "open" and not isinstance(args[0], int) and args[2] & 3 and "/" in str(args[0])
+    if elsewhere or event.startswith(refused):
+        raise PermissionError(event)
+sys.addaudithook(hook)
+exec(code, {"__name__": "program"})
+"""
+
+
+def start_program(program: str, seconds: float, megabytes: int, folder: str, output) -> subprocess.Popen:
+    """Start a Python process of its own session that waits for a program on stdin.
+
+    Root's children run as nobody, since a limit on processes does not bind root, where nobody may run Python.
+    """
+    limits = [str(math.ceil(seconds) + 1), str(megabytes)]
+    command = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-c", BOOTSTRAP, *limits]
+    settings = dict(stdin=subprocess.PIPE, stdout=output, stderr=subprocess.DEVNULL, cwd=folder, env={})
+    settings["start_new_session"] = True
+    if os.geteuid() == 0:
+        os.chmod(folder, 0o777)
+        with contextlib.suppress(OSError):
+            return subprocess.Popen(command, **settings, user=65534, group=65534, extra_groups=[])
+    return subprocess.Popen(command, **settings)
+
+
+def run_code(program: str, seconds: float, megabytes: int) -> bool:
+    """Whether a program runs to its last line, in a process of its own with limits on time and memory.
+
+    A secret that its last line prints tells an end from an early exit.
+    """
+    nonce = secrets.token_hex(16)
+    source = f"{program}\n\n__import__('sys').stdout.write('\\n{nonce}')\n"
+    with (
+        tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile() as output,  # not a pipe: what it prints must not fill our memory
+    ):
+        process = start_program(program, seconds, megabytes, folder, output)
+        try:
+            process.communicate(source.encode("utf-8", "replace"), timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+        output.seek(max(0, output.seek(0, os.SEEK_END) - len(nonce)))
+        return process.returncode == 0 and output.read() == nonce.encode()
+
+
+def grade_code(p: Problem, text: str, seconds: float, megabytes: int) -> bool:
+    """Whether a program passes its tests; the target is (what comes before the answer, the tests)."""
+    before, tests = p.target
+    return run_code(f"{before}{text}\n\n{tests}\n", seconds, megabytes)
+
+
+# --- prompts of real models ---
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CLS_SYSTEM = """Sort the user's request into one of four categories by the skill that it needs most.
+Do not solve it.
+- code: writing, reading or repairing programs
+- math: calculating, algebra, geometry, word problems with numbers
+- reasoning: science and general knowledge, logic, choosing among given answers
+- other: none of these
+If several fit, take the dominant one. Answer with the category only, as \\boxed{code}, \\boxed{math},
+\\boxed{reasoning} or \\boxed{other}."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Prompts as text, encoded with add_special_tokens=False: they hold one BOS if the model has one."""
+
+    tok: object
+    end_of_turn: int
+    system_role: bool = True
+    bos: str = ""  # what the template leaves to the tokenizer
+    processor: object = None  # of a vision-language model
+
+    def __call__(self, system: str, user: str, prefill: str = "") -> str:
+        """System and user turns, and the beginning of the answer."""
+        turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        if not self.system_role:
+            turns = [{"role": "user", "content": f"{system}\n\n{user}"}]
+        text = self.tok.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return (text if text.startswith(self.bos) else self.bos + text) + prefill
+
+    def plain(self, text: str) -> str:
+        """No turns at all."""
+        return (self.tok.bos_token or "") + text
+
+    def picture(self, question: str) -> str:
+        """A picture and a question about it. UserError for a model without eyes."""
+        if self.processor is None:
+            raise UserError("textvqa and okvqa need a vision-language model, as in --config vlm")
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        turns = [{"role": "user", "content": content}]
+        text = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return text if text.startswith(self.bos) else self.bos + text
+
+
+def make_chat(tok, processor=None) -> Chat:
+    """The Chat of a model: what its template does about system turns, BOS and the end of a turn.
+
+    UserError if a template takes no user and assistant turns, or if nothing ends a turn.
+    """
+    if tok.chat_template is None:
+        if processor is None or not getattr(processor, "chat_template", None):
+            sys.stderr.write("transformer2.py: the model has no chat template, taking ChatML\n")
+        tok.chat_template = getattr(processor, "chat_template", None) or CHATML
+    render = functools.partial(tok.apply_chat_template, tokenize=False)
+    system, turns = {"role": "system", "content": "<sys>"}, [{"role": "user", "content": "Q"}]
+    try:
+        system_role = "<sys>" in render([system, *turns], add_generation_prompt=True)
+    except Exception:  # whatever the template raises
+        system_role = False
+    try:
+        tail = render([*turns, {"role": "assistant", "content": "<x>"}]).rpartition("<x>")[2]
+        head = render(turns, add_generation_prompt=True)
+    except Exception as e:
+        raise UserError(f"the chat template refuses user and assistant turns ({e})") from None
+    tail = tail.lstrip()
+    ids = tok.encode(tail, add_special_tokens=False) if tail else []
+    special = set(tok.all_special_ids) | set(tok.added_tokens_decoder)
+    known = ids and ids[0] in special and tail.startswith(tok.convert_ids_to_tokens(ids[0]))  # not <unk>
+    end = ids[0] if known else tok.eos_token_id
+    if end is None:
+        raise UserError("neither the chat template nor the tokenizer says what ends a turn")
+    adds_bos = tok.bos_token_id is not None and tok.encode("Q")[:1] == [tok.bos_token_id]
+    bos = tok.bos_token if adds_bos and not head.startswith(tok.bos_token) else ""
+    return Chat(tok, end, system_role, bos, processor)
+
+
+# --- real tasks ---
+
+SOURCES = {  # hub id; problems as train / valid / test; tokens of an answer
+    "gsm8k": ("openai/gsm8k", "3737 / 3736 / 1319", 512),
+    "mbpp": ("evalplus/mbppplus", "200 / 100 / 78 (the paper's release: 99)", 512),
+    "arc_easy": ("allenai/ai2_arc", "1126 / 1125 / 2376", 512),
+    "math": ("EleutherAI/hendrycks_math", "test 5000", 1024),
+    "humaneval": ("openai/openai_humaneval", "test 164", 512),
+    "arc_challenge": ("allenai/ai2_arc", "test 1172", 512),
+    "textvqa": ("lmms-lab/textvqa", "4096 / 4096 / 5000 (the hub's validation)", 32),
+    "okvqa": ("lmms-lab/OK-VQA", "test 5046", 32),
+}
+SHUFFLE_SEEDS = {"math": 27, "humaneval": 16, "arc_challenge": 38}  # the paper's, for the choice of the shots
+MATH_SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
+                 "prealgebra", "precalculus")  # fmt: skip
+PICTURES = 8192  # training pictures that are held in memory, undecoded
+SOLVE = "Solve the user's problem step by step and end with the final number."
+CHOOSE = (
+    'Think about the question step by step. End with "The answer is (X)", X being the letter of an option.'
+)
+PROVE = "Solve the problem step by step and put the final answer, simplified, into \\boxed{}."
+PROGRAM = "You are a careful programmer whose answers are correct, complete and to the point."
+STOPS = ("Instruction:", "Response:")  # a model that goes on with a dialogue of its own
+CODE_STOPS = ("```", "@@ Instruction")
+
+
+def read_table(
+    name: str, split: str, hub: str, subset: str | None, hub_split: str, fields: tuple[str, ...], cfg: Config
+) -> list[dict]:
+    """Rows of a data set from cfg.data/NAME-SPLIT.jsonl or .parquet, else from the hub.
+
+    UserError names the file or the hub id, and the field that is missing.
+    """
+    if cfg.data:
+        file = Path(cfg.data).expanduser() / f"{name}-{split}.jsonl"
+        parquet = file.with_suffix(".parquet")
+        source = parquet if parquet.is_file() else file
+        rows = read_parquet(parquet) if source == parquet else common.read_jsonl(file, ())
+    else:
+        table, source = common.load_hub(hub, hub_split, subset), hub
+        if "image" in table.column_names:
+            import datasets
+
+            table = table.select(range(min(len(table), PICTURES))) if split == "train" else table
+            table = table.cast_column("image", datasets.Image(decode=False))
+        rows = list(table)
+    for number, row in enumerate(rows, 1):
+        if missing := [f for f in fields if not isinstance(row, dict) or row.get(f) is None]:
+            raise UserError(f"{source}, row {number}: no field {missing[0]!r}; needed: {', '.join(fields)}")
+    if not rows:
+        raise UserError(f"{source}: no rows")
+    return rows
+
+
+def read_parquet(file: Path) -> list[dict]:
+    """Rows of a parquet file. UserError without pyarrow, and for a torn file."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f'{file}: pip install -e ".[lm]", or give a .jsonl') from None
+    try:
+        return parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, OSError) as e:
+        raise UserError(f"{file}: no parquet file ({str(e).splitlines()[0]})") from None
+
+
+def split_task(
+    name: str,
+    family: str,
+    read: Callable,
+    make: Callable,
+    grade: Callable,
+    stops: tuple,
+    cfg: Config,
+    unseen: bool,
+) -> Task:
+    """A Task from read(split) -> rows and make(row) -> Problem.
+
+    To train on: even rows of the training split train, odd ones validate. Unseen: the test split in a fixed
+    random order, of which the first cfg.shots are the shots and the others the test.
+    """
+    max_new = SOURCES[name][2]
+    test = [make(row) for row in read("test")]
+    if unseen:
+        splits = take_shots(test, cfg, SHUFFLE_SEEDS.get(name, 0))
+    else:
+        rows = [make(row) for row in read("train")]
+        splits = {"train": rows[::2], "valid": rows[1::2], "test": test}
+    return Task(name, family, splits, grade, max_new, stops)
+
+
+def take_shots(problems: list[Problem], cfg: Config, seed: int) -> dict[str, list[Problem]]:
+    """Splits of an unseen task: shots, and a test without them. UserError if nothing is left to test."""
+    if len(problems) <= cfg.shots:
+        raise UserError(f"{len(problems)} problems are too few for --shots {cfg.shots} and a test")
+    problems = list(problems)
+    random.Random(seed).shuffle(problems)
+    return {"shots": problems[: cfg.shots], "test": problems[cfg.shots :]}
+
+
+def gsm8k_problem(row: dict, chat: Chat) -> Problem:
+    worked = re.sub(r"<<[^>]*>>", "", row["answer"])  # a calculator's marks
+    target = row["answer"].rpartition("####")[2].strip()
+    return Problem(chat(SOLVE, row["question"]), row["question"], target, worked)
+
+
+def load_gsm8k(name: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
+    """Grade-school word problems; solutions end in "#### number"."""
+    fields, hub = ("question", "answer"), SOURCES[name][0]
+    read = lambda split: read_table(name, split, hub, "main", split, fields, cfg)  # noqa: E731
+    grade = functools.partial(grade_number, grader=cfg.grader)
+    return split_task(
+        name, family, read, functools.partial(gsm8k_problem, chat=chat), grade, STOPS, cfg, unseen
+    )
+
+
+def arc_problem(row: dict, chat: Chat, prefill: str) -> Problem:
+    """Options are lettered A, B, ..: some rows have numbers for keys."""
+    letters = dict(zip(row["choices"]["label"], "ABCDE", strict=False))
+    options = zip(letters.values(), row["choices"]["text"], strict=False)
+    user = "\n".join([row["question"], "Options:", *(f"({letter}) {text}" for letter, text in options)])
+    target = letters[row["answerKey"].strip()]
+    return Problem(chat(CHOOSE, user, prefill), user, target, f" The answer is ({target}).")
+
+
+def load_arc(name: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
+    """ARC-Easy or ARC-Challenge: school science, several choices."""
+    subset, fields = {"arc_easy": "ARC-Easy"}.get(name, "ARC-Challenge"), ("question", "choices", "answerKey")
+    read = lambda split: read_table(name, split, SOURCES[name][0], subset, split, fields, cfg)  # noqa: E731
+    prefill = "Let me think step by step." if "llama" in (cfg.model or "").lower() else ""
+    make = functools.partial(arc_problem, chat=chat, prefill=prefill)
+    return split_task(name, family, read, make, grade_choice, STOPS, cfg, unseen)
+
+
+def math_problem(row: dict, chat: Chat) -> Problem:
+    target = common.extract_boxed(row["solution"].replace("\\fbox{", "\\boxed{"))
+    return Problem(chat(PROVE, row["problem"]), row["problem"], target, row["solution"])
+
+
+def load_math(name: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
+    """MATH from a mirror: hendrycks/competition_math was taken down."""
+
+    def read(split: str) -> list[dict]:
+        args, fields = (name, split, SOURCES[name][0]), ("problem", "solution")
+        subjects = ("",) if cfg.data else MATH_SUBJECTS
+        try:
+            return [row for s in subjects for row in read_table(*args, s, split, fields, cfg)]
+        except UserError as e:
+            raise UserError(
+                f"{e}. MATH: EleutherAI/hendrycks_math, a mirror of 7 configs with problem and "
+                "solution; hendrycks/competition_math was taken down (DMCA)"
+            ) from None
+
+    make = functools.partial(math_problem, chat=chat)
+    return split_task(name, family, read, make, grade_math, STOPS, cfg, unseen)
+
+
+def code_prompt(chat: Chat, instruction: str, opening: str) -> str:
+    """Plain text that ends inside a fenced block of Python."""
+    return chat.plain(f"{PROGRAM}\n\n@@ Instruction\n{instruction}\n\n@@ Response\n```python\n{opening}")
+
+
+def mbpp_problem(row: dict, chat: Chat) -> Problem:
+    asked, tests = row["prompt"].strip(), "\n".join([*row["test_imports"], *row["test_list"]])
+    instruction = f"{asked}\nThe program must pass this test:\n```python\n{row['test_list'][0].strip()}\n```"
+    return Problem(code_prompt(chat, instruction, ""), asked, ("", tests), f"{row['code'].strip()}\n```")
+
+
+def load_mbpp(name: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
+    """MBPP with its own asserts: of a fixed random order 200 train, 100 validate, the rest is the test."""
+    fields = ("prompt", "code", "test_imports", "test_list")
+    rows = read_table(name, "test", SOURCES[name][0], None, "test", fields, cfg)
+    random.Random(16).shuffle(rows)
+    if len(rows) <= 300:
+        raise UserError(f"mbpp: {len(rows)} rows; 300 are for training and validation, more for the test")
+    problems = [mbpp_problem(row, chat) for row in rows]
+    splits = {"train": problems[:200], "valid": problems[200:300], "test": problems[300:]}
+    return code_task(name, family, take_shots(splits["test"], cfg, 0) if unseen else splits, cfg)
+
+
+def humaneval_problem(row: dict, chat: Chat) -> Problem:
+    instruction = f"Complete this function.\n```python\n{row['prompt'].strip()}\n```"
+    tests = f"{row['test']}\ncheck({row['entry_point']})"
+    solution = f"{row['canonical_solution'].rstrip()}\n```"
+    prompt = code_prompt(chat, instruction, row["prompt"])
+    return Problem(prompt, row["prompt"].strip(), (row["prompt"], tests), solution)
+
+
+def load_humaneval(name: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
+    """HumanEval: the answer goes on from the function's header. UserError for training: it is all test."""
+    if not unseen:
+        raise UserError("humaneval has no training split; give it to --unseen")
+    fields = ("prompt", "test", "entry_point", "canonical_solution")
+    rows = read_table(name, "test", SOURCES[name][0], None, "test", fields, cfg)
+    problems = [humaneval_problem(row, chat) for row in rows]
+    return code_task(name, family, take_shots(problems, cfg, SHUFFLE_SEEDS[name]), cfg)
+
+
+def code_task(name: str, family: str, splits: dict, cfg: Config) -> Task:
+    """A Task whose answers are run."""
+    run_it = functools.partial(grade_code, seconds=cfg.code_seconds, megabytes=cfg.code_memory)
+    threads = max(2, min(16, os.cpu_count() or 2))  # these threads only wait
+    return Task(name, family, splits, run_it, SOURCES[name][2], CODE_STOPS, threads)
+
+
+def vqa_problem(row: dict, chat: Chat, folder: str) -> Problem:
+    """A picture comes as bytes, as {"bytes", "path"}, or as a path relative to cfg.data."""
+    from PIL import Image
+
+    data = row["image"]
+    data = (data.get("bytes") or data["path"]) if isinstance(data, dict) else data
+    try:
+        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else Path(folder).expanduser() / data)
+    except OSError as e:
+        raise UserError(f"picture of {row['question']!r}: {e}") from None
+    likely = collections.Counter(row["answers"]).most_common(1)[0][0]
+    prompt = chat.picture(f"{row['question']}\nAnswer with a word or a short phrase.")
+    return Problem(prompt, row["question"], list(row["answers"]), likely, image)
+
+
+def load_vqa(name: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
+    """TextVQA, whose answered validation split is the test here, or OK-VQA, which is all test."""
+    if name == "okvqa" and not unseen:
+        raise UserError("okvqa has no training split here; give it to --unseen")
+    fields, hub = ("image", "question", "answers"), SOURCES[name][0]
+    hub_splits = {"train": "train", "test": "val2014" if name == "okvqa" else "validation"}
+    read = lambda split: read_table(name, split, hub, None, hub_splits[split], fields, cfg)  # noqa: E731
+    make = functools.partial(vqa_problem, chat=chat, folder=cfg.data)
+    return split_task(name, family, read, make, grade_vqa, (), cfg, unseen)
+
+
+TASKS: dict[str, tuple[str, Callable]] = {
+    "gsm8k": ("math", load_gsm8k),
+    "mbpp": ("code", load_mbpp),
+    "arc_easy": ("reasoning", load_arc),
+    "math": ("math", load_math),
+    "humaneval": ("code", load_humaneval),
+    "arc_challenge": ("reasoning", load_arc),
+    "textvqa": ("reasoning", load_vqa),
+    "okvqa": ("reasoning", load_vqa),
+}
+
+
+def deal(name: str, problems: list[Problem], cfg: Config, unseen: bool) -> dict[str, list[Problem]]:
+    """Splits by index: of five rows three train, one validates, one tests. Shots are validation rows."""
+    if len(problems) < 5:
+        raise UserError(
+            f"{name}: {len(problems)} rows, 5 are needed for a training, validation and test split"
+        )
+    train = [p for i, p in enumerate(problems) if i % 5 < 3]
+    valid, test = problems[3::5], problems[4::5]
+    if not unseen:
+        return {"train": train, "valid": valid, "test": test}
+    if len(valid) < cfg.shots:
+        raise UserError(f"{name}: {len(valid)} rows to take --shots {cfg.shots} from; a fifth of the file is")
+    return {"shots": valid[: cfg.shots], "test": test}
+
+
+def load_file(file: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
+    """A .jsonl with question and answer, which may be a number, and perhaps a worked solution."""
+    problems = []
+    for number, row in enumerate(common.read_jsonl(file, ("question",)), 1):
+        answer = row.get("answer", common.extract_boxed(str(row.get("solution"))))
+        if not isinstance(answer, (str, int, float)) or not str(answer).strip():
+            raise UserError(f"{file}, row {number}: no answer, and no boxed one in a solution")
+        target = str(answer).strip()
+        solution = row.get("solution") or ""
+        if common.extract_boxed(solution) is None:
+            solution = f"{solution}\n\\boxed{{{target}}}".strip()
+        problems.append(Problem(chat(PROVE, row["question"]), row["question"], target, solution))
+    name = Path(file).stem
+    return Task(name, family, deal(name, problems, cfg, unseen), grade_text, 512, STOPS)
+
+
+def load_gym(source: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
+    """NAME[:key=int ...] of reasoning_gym; size (1000) and seed (cfg.seed) are keys, too."""
+    name, *pairs = source.split(":")
+    if bad := [p for p in pairs if not re.fullmatch(r"\w+=-?\d+", p)]:
+        raise UserError(f"gym:{source}: {bad[0]!r} is not key=integer")
+    settings = {"size": 1000, "seed": cfg.seed} | {k: int(v) for k, v in (p.split("=") for p in pairs)}
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise UserError(f"gym:{name}: pip install reasoning-gym") from None
+    try:
+        table = reasoning_gym.create_dataset(name, **settings)
+        rows = [table[i] for i in range(len(table))]
+    except (ValueError, TypeError, AssertionError) as e:
+        raise UserError(f"gym:{source}: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
+    problems = [
+        Problem(chat(PROVE, row["question"]), row["question"], row, f"\\boxed{{{row['answer']}}}")
+        for row in rows
+    ]
+    grade = functools.partial(grade_gym, score=table.score_answer)
+    return Task(name, family, deal(name, problems, cfg, unseen), grade, 512, STOPS)
+
+
+def load_task(text: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
+    """A Task from its name in TASKS, from family=FILE.jsonl or from family=gym:NAME, cut as cfg says.
+
+    UserError for an unknown name, which lists the known ones, and for an unknown family.
+    """
+    family, equals, source = text.partition("=")
+    if not equals:
+        if text not in TASKS:
+            names = ", ".join(TASKS)
+            raise UserError(f"{text}: no such task; there are {names}, FAMILY=FILE.jsonl and FAMILY=gym:NAME")
+        family, load = TASKS[text]
+        task = load(text, family, chat, cfg, unseen)
+    elif family not in FAMILIES:
+        raise UserError(f"{text}: the family must be one of {', '.join(FAMILIES)}")
+    elif source.startswith("gym:"):
+        task = load_gym(source.removeprefix("gym:"), family, chat, cfg, unseen)
+    else:
+        task = load_file(source, family, chat, cfg, unseen)
+    splits = task.splits | {"test": task["test"][: cfg.eval_problems or None]}
+    return replace(task, splits=splits, max_new=cfg.max_new or task.max_new)
+
+
+# --- real models ---
+
+
+def has_vision(name: str) -> bool:
+    """Whether a model's configuration has a part for pictures; what cannot be read has none."""
+    from transformers import AutoConfig
+
+    if name.endswith(".gguf"):
+        return False
+    try:
+        return hasattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "vision_config")
+    except (OSError, ValueError):
+        return False  # `load_lm` says what is wrong
+
+
+def load_vlm(name: str, dtype: torch.dtype):
+    """(model, processor) of a vision-language model from a folder or a hub id; UserError if there is none."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor, utils
+
+    utils.logging.disable_progress_bar()
+    try:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+    except ImportError as e:
+        raise UserError(f'{name}: {str(e).strip().splitlines()[0]} (pip install -e ".[lm]" pillow)') from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{name}: neither a local model nor on the hub ({str(e).splitlines()[0]})") from None
+    return model.eval(), processor
+
+
+def refuse_too_large(name: str, run: Run) -> None:
+    """UserError if a GPU cannot hold weights, factors, merged copies and a batch: four times bf16 weights."""
+    if run.device.type != "cuda" or name.endswith(".gguf"):
+        return
+    try:
+        weights = 2 * sum(p.numel() for p in meta_language_model(name).parameters())
+    except (UserError, ValueError):
+        return  # unknown here, or `load_lm` says what is wrong
+    memory = torch.cuda.get_device_properties(run.device).total_memory
+    if 4 * weights > memory:
+        raise UserError(
+            f"{name}: too large for one GPU; this script does not shard "
+            f"({weights / 1e9:.0f} GB of weights, {memory / 1e9:.0f} GB of memory, 4 times needed)"
+        )
+
+
+def real_world(cfg: Config, run: Run) -> tuple[World, Chat]:
+    """A real model, nothing adapted, on this rank's device; and how to talk to it."""
+    refuse_too_large(cfg.model, run)
+    dtype, processor = torch.bfloat16 if run.amp else torch.float32, None
+    if has_vision(cfg.model):
+        model, processor = load_vlm(cfg.model, dtype)
+        tok = processor.tokenizer
+    else:
+        model, tok = common.load_lm(cfg.model, dtype)
+    model = model.to(run.device).eval()
+    if cfg.recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    chat = make_chat(tok, processor)
+    ask = functools.partial(chat, CLS_SYSTEM)
+    world = World(cfg, run, model, tok, chat.end_of_turn, ask, parse_boxed_label, processor=processor)
+    return world, chat
+
+
+# --- the study on real models ---
+
+
+def measured(run: Run, name: str, work: Callable[[], dict]) -> dict:
+    """work()'s plain data, kept in eval/NAME.json, where --resume finds it."""
+    file = run.folder / "eval" / f"{name}.json"
+    if run.cfg.resume and file.exists():
+        return json.loads(file.read_text())
+    found = work()
+    if run.is_main:
+        file.parent.mkdir(exist_ok=True)
+        common.write_json(file, found)
+    run.barrier()
+    run.leave_if_stopped()
+    return found
+
+
+def right(world: World, problems: list[Problem], task: Task, how) -> dict:
+    """Outcomes under an adapter's mode or scales, as `measured` keeps them."""
+    with world.adapter.use(how):
+        return {"right": outcomes(world, problems, task).tolist()}
+
+
+def obtain_expert(world: World, task: Task) -> dict[str, Tensor]:
+    """The expert of a task: from --experts, from this run if it is resumed, else trained and saved."""
+    cfg, run = world.cfg, world.run
+    given, file = (
+        Path(cfg.experts) / f"{task.name}.safetensors",
+        run.folder / "experts" / f"{task.name}.safetensors",
+    )
+    if cfg.experts and given.exists():
+        return load_expert(given, world.adapter, cfg.cross_model)
+    if cfg.resume and file.exists():
+        return load_expert(file, world.adapter)
+    trained = train(replace(world, run=run.stage(f"svf-{task.name}")), task, "pg", cfg.lr)
+    z = world.adapter.z()
+    if run.is_main:
+        about = {"model": cfg.model, "task": task.name, "family": task.family, "valid": trained["best"]}
+        save_expert(file, world.adapter, z, **about)
+        common.write_json(
+            file.with_suffix(".json"), {k: trained[k] for k in ("best", "best_step", "curve", "speed")}
+        )
+    run.barrier()
+    return z
+
+
+def given_experts(world: World) -> dict[str, tuple[str, dict[str, Tensor]]]:
+    """{task: (family, z)} of all files in --experts; UserError if there is none."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted(Path(world.cfg.experts).glob("*.safetensors")):
+        z = load_expert(file, world.adapter, world.cfg.cross_model)
+        with safe_open(file, framework="pt") as f:
+            found[file.stem] = (f.metadata().get("family", "other"), z)
+    if not found:
+        raise UserError(f"--experts {world.cfg.experts}: no .safetensors file in it")
+    return found
+
+
+def text_study(cfg: Config, run: Run) -> None:
+    """Experts, category expert, evaluation, adaptation, LoRA, as cfg.stages says, on all ranks together."""
+    world, chat = real_world(cfg, run)
+    tasks = [load_task(t, chat, cfg, unseen=False) for t in cfg.tasks]
+    unseen = [load_task(t, chat, cfg, unseen=True) for t in cfg.unseen]
+    names = [t.name for t in tasks + unseen]
+    if len(set(names)) < len(names) or "cls" in names:
+        raise UserError(f"two tasks have one name, or one is called cls: {', '.join(names)}")
+    begin = time.perf_counter()
+    world = install(world, "svf")
+    size = sum(p.numel() for p in world.adapter.parameters())
+    run.print(f"{len(world.adapter.layers)} matrices, {size:,} singular values; SVD or its cache: "
+              f"{time.perf_counter() - begin:.0f} s")  # fmt: skip
+    experts = given_experts(world) if cfg.experts else {}
+    for task in tasks if "experts" in cfg.stages else ():
+        experts[task.name] = (task.family, obtain_expert(world, task))
+    cls = experts.pop("cls", ("", None))[1]
+    if "cls" in cfg.stages and len(tasks) > 1:
+        cls = obtain_expert(world, cls_task(world, tasks))
+    found: dict[str, dict[str, dict]] = {t.name: {} for t in tasks + unseen}
+    if "eval" in cfg.stages:
+        evaluate(world, tasks, unseen, experts, cls, found)
+    if "adapt" in cfg.stages and experts:
+        adapt(world, unseen, experts, cls, found)
+    if "lora" in cfg.stages:
+        lora_baselines(world, tasks, unseen, found)
+    text_report(run, tasks, unseen, found, experts)
+
+
+def evaluate(world: World, tasks: list[Task], unseen: list[Task], experts: dict, cls, found: dict) -> None:
+    """The base model everywhere, each expert on its task, and both dispatches among the trained tasks."""
+    run = world.run
+    for task in tasks + unseen:
+        keep = functools.partial(right, world, task["test"], task)
+        found[task.name]["base"] = measured(run, f"{task.name}-base", functools.partial(keep, None))
+        if task.name in experts:
+            scales = world.adapter.scales(experts[task.name][1])
+            found[task.name]["SVF"] = measured(run, f"{task.name}-svf", functools.partial(keep, scales))
+    for task in tasks if len(experts) > 1 else ():
+        dispatched(world, task, experts, cls, found)
+
+
+def dispatched(world: World, task: Task, experts: dict, cls, found: dict) -> None:
+    """Strategies A and, with a category expert, B on the test split of a task."""
+    by_family = {family: z for family, z in experts.values()}
+
+    def work(expert) -> dict:
+        outcome, labels, costs = two_pass(world, task["test"], task, by_family, expert)
+        passes = [[c.read, c.written, c.seconds] for c in costs]
+        return {"right": outcome.tolist(), "labels": labels, "cost": passes}
+
+    for strategy, expert in (("A", None), ("B", cls)):
+        if strategy == "A" or cls is not None:
+            name = f"{task.name}-{strategy}"
+            found[task.name][strategy] = measured(world.run, name, functools.partial(work, expert))
+
+
+def adapt(world: World, unseen: list[Task], experts: dict, cls, found: dict) -> None:
+    """The three strategies on the unseen tasks, with the uniform mixture and shuffled experts as controls."""
+    run, zs = world.run, [z for _, z in experts.values()]
+
+    def search(task: Task, per_layer: bool, rule: str) -> dict:
+        z, alpha, history = few_shot(world, zs, task["shots"], task, per_layer, rule)
+        scales = world.adapter.scales(z)
+        return right(world, task["test"], task, scales) | {"alpha": alpha.tolist(), "history": history}
+
+    for task in unseen:
+        if len(experts) > 1:
+            dispatched(world, task, experts, cls, found)
+        uniform = world.adapter.scales(mix(zs, torch.ones(len(zs))))
+        rows = {"uniform mixture": functools.partial(right, world, task["test"], task, uniform)}
+        family = [z for f, z in experts.values() if f == task.family]
+        for what, z in (("expert of its family", family[0]), ("... shuffled", None)) if family else ():
+            z = z or shuffled(family[0], run.generator(f"shuffle {task.name}"))
+            rows[what] = functools.partial(right, world, task["test"], task, world.adapter.scales(z))
+        rows["C, one weight an expert"] = functools.partial(search, task, False, "cem")
+        rows["C, weights per layer"] = functools.partial(search, task, True, "cem")
+        rows["C by random search"] = functools.partial(search, task, False, "random")
+        for what, work in rows.items():
+            name = f"{task.name}-{re.sub('[^a-z]+', '-', what.lower())}"
+            found[task.name][what] = measured(run, name, work)
+
+
+def lora_baselines(world: World, tasks: list[Task], unseen: list[Task], found: dict) -> None:
+    """LoRA on query and value projections by the same RL and by next-token prediction, in place of SVF."""
+    world.adapter.remove()
+    cfg = replace(world.cfg, modules=("qv",))
+    lora = install(replace(world, cfg=cfg, adapter=None), "lora")
+    for task in tasks:
+        for label, objective, rate in (
+            ("LoRA, RL", "pg", cfg.lora_lr),
+            ("LoRA, next token", "ntp", cfg.ntp_lr),
+        ):
+            stage = world.run.stage(f"lora-{objective}-{task.name}")
+            trained = train(replace(lora, run=stage), task, objective, rate)
+            states = {"": lora.adapter.state_dict(), ", last": trained["last"]}
+            for what, state in states.items():
+                lora.adapter.load_state_dict(state)
+                work = functools.partial(right, lora, task["test"], task, "merged")
+                name = f"{task.name}-lora-{objective}{what.replace(', ', '-')}"
+                found[task.name][label + what] = measured(world.run, name, work)
+            lora.adapter.load_state_dict(states[""])
+            for other in [t for t in unseen if t.family == task.family]:
+                work = functools.partial(right, lora, other["test"], other, "merged")
+                found[other.name][label] = measured(world.run, f"{other.name}-lora-{objective}", work)
+
+
+def bootstrap(ours: np.ndarray, theirs: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean difference, (N,) and (N,) paired by problem."""
+    diff = np.asarray(ours, float) - np.asarray(theirs, float)
+    picked = np.random.default_rng(seed).integers(0, len(diff), (draws, len(diff)))
+    low, high = np.percentile(diff[picked].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def text_report(run: Run, tasks: list[Task], unseen: list[Task], found: dict, experts: dict) -> None:
+    """Accuracies with paired intervals against the base, dispatch, costs, claims."""
+    rows = []
+    for task in tasks + unseen:
+        base = found[task.name].get("base", {}).get("right")
+        for what, result in found[task.name].items():
+            row = {
+                "task": task.name,
+                "n": len(result["right"]),
+                "row": what,
+                "accuracy": np.mean(result["right"]),
+            }
+            low, high = bootstrap(result["right"], base) if base and what != "base" else (None, None)
+            rows.append(row | {"minus base, 95 %: from": low, "to": high})
+    if rows:
+        run.table(rows, "accuracy on test problems; paired bootstrap over problems")
+    for strategy in ("A", "B"):
+        done = [(t, found[t.name][strategy]) for t in tasks + unseen if strategy in found[t.name]]
+        if not done:
+            continue
+        true, labels = (
+            [t.family for t, r in done for _ in r["labels"]],
+            [x for _, r in done for x in r["labels"]],
+        )
+        counts, names = confusion(true, labels), (*FAMILIES, "other")
+        rows = [
+            {"true": n} | dict(zip(names, c, strict=True))
+            for n, c in zip(names, counts.tolist(), strict=True)
+        ]
+        run.table(rows, f"dispatch {strategy}: {np.diag(counts).sum() / counts.sum():.3f} right")
+        costs = np.sum([r["cost"] for _, r in done], 0)  # (pass, (read, written, seconds))
+        rows = [
+            {"pass": n, "tokens read": int(c[0]), "written": int(c[1]), "seconds": float(c[2])}
+            for n, c in zip(("first", "second"), costs, strict=True)
+        ]
+        run.table(rows, f"cost of strategy {strategy}")
+    for task in tasks + unseen:
+        base = found[task.name].get("base")
+        for what in [
+            w for w in ("SVF", "A", "B", "C, one weight an expert") if base and w in found[task.name]
+        ]:
+            run.claim(f"{task.name}: {what} beats the base", found[task.name][what]["right"], base["right"])
+    speeds = [run.folder / "experts" / f"{name}.json" for name in experts]
+    speeds = [json.loads(f.read_text())["speed"] for f in speeds if f.exists()]
+    mean = {k: float(np.mean([s[k] for s in speeds])) for k in speeds[0]} if speeds else {}
+    run.finish(**mean)
+
+
+# --- what a configuration would cost ---
+
+
+def meta_language_model(name: str) -> nn.Module:
+    """`common.meta_model`, and LLaVA-NeXT with Llama-3-8B and CLIP-L at 336 pixels, on the meta device."""
+    if "llava" not in name.lower() or Path(name).exists():
+        return common.meta_model(name)
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    size = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
+    text = LlamaConfig(vocab_size=128320, num_key_value_heads=8, **size)
+    size = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+    vision = CLIPVisionConfig(image_size=336, patch_size=14, projection_dim=768, **size)
+    with torch.device("meta"):
+        return LlavaNextForConditionalGeneration(LlavaNextConfig(text_config=text, vision_config=vision))
+
+
+def added_parameters(model: nn.Module, modules: tuple[str, ...], every: int, rank: int) -> tuple[int, int]:
+    """Parameters that SVF and LoRA of a rank train on these modules."""
+    shapes = [layer.weight.shape for layer in layers_to_adapt(model, modules, every).values()]
+    return sum(min(s) for s in shapes), rank * sum(sum(s) for s in shapes)
+
+
+def dry_run(cfg: Config, run: Run) -> None:
+    """Print parameters, memory, FLOPs, steps and data of a configuration without weights or data."""
+    size = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
+    if not cfg.model:
+        with torch.device("meta"):
+            model = toy_model(cfg)
+        svf, lora = added_parameters(model, cfg.modules, cfg.every, cfg.lora_rank)
+        runs = toy_trainings(cfg)
+        run.print(f"{size(model):,} parameters; SVF trains {svf:,}, LoRA {lora:,}")
+        answers = runs * cfg.steps * cfg.batch
+        run.print(
+            f"{cfg.bases} pre-trainings of at most {cfg.pretrain_steps} steps; {runs} trainings of "
+            f"{cfg.steps} updates, {answers:,} answers"
+        )
+        return
+    model = meta_language_model(cfg.model)
+    rows = []
+    for modules in (("mlp",), ("qv",), ("mlp", "qv")):
+        svf, lora = added_parameters(model, modules, cfg.every, cfg.lora_rank)
+        rows.append({"modules": "+".join(modules), "SVF": f"{svf:,}", f"LoRA r={cfg.lora_rank}": f"{lora:,}"})
+    run.table(rows, f"{cfg.model}: {size(model):,} parameters; trained parameters")
+    names = [*cfg.tasks, *cfg.unseen]
+    known = [SOURCES[n][2] for n in names if n in SOURCES]
+    longest = cfg.max_new or max(known, default=512)
+    dry_run_memory(cfg, run, model, longest)
+    dry_run_compute(cfg, run, model, longest)
+    rows = []
+    for name in names:
+        hub, splits, answer = SOURCES.get(name, (name.partition("=")[2], "60 % / 20 % / 20 %", 512))
+        answer, use = cfg.max_new or answer, "train" if name in cfg.tasks else "unseen"
+        rows.append({"task": name, "use": use, "from": hub, "problems": splits, "answer": answer})
+    if rows:
+        run.table(rows, f"tasks; of an unseen one {cfg.shots} are shots; answers in tokens, at most")
+
+
+def toy_trainings(cfg: Config) -> int:
+    """Trainings of the built-in study: the sweep, the category experts, ablations, experts from pictures."""
+    units, tasks = cfg.bases * cfg.seeds, len(TRAINED)
+    sweep = units * tasks * len(METHODS) * len(cfg.sweep)
+    return sweep + units * (1 + cfg.vlm) + (tasks * len(ABLATIONS) if cfg.ablations else 0)
+
+
+def dry_run_memory(cfg: Config, run: Run, model: nn.Module, longest: int) -> None:
+    """Table of what a GPU holds, in GB; prompts of 512 tokens."""
+    c, layers = model.config.get_text_config(), layers_to_adapt(model, cfg.modules, cfg.every).values()
+    shapes = [tuple(layer.weight.shape) for layer in layers]
+    heads = c.num_key_value_heads * c.hidden_size // c.num_attention_heads
+    # numbers that a layer keeps of a token
+    kept = c.hidden_size if cfg.recompute else 10 * c.hidden_size + 4 * c.intermediate_size
+    parts = {"weights, bf16": 2 * sum(p.numel() for p in model.parameters())}
+    parts["U and V, bf16"] = 2 * sum(min(s) * sum(s) for s in shapes)
+    parts["merged copies, bf16"] = 2 * sum(m * n for m, n in shapes)
+    parts["activations for the backward pass"] = 2 * cfg.micro_tokens * c.num_hidden_layers * kept
+    cached = cfg.sample_batch * (longest + 512)
+    parts["KV cache of a sampling batch"] = 4 * c.num_hidden_layers * heads * cached
+    parts["sum"] = sum(parts.values())
+    rows = [{"on each GPU": k, "GB": f"{v / 1e9:.1f}"} for k, v in parts.items()]
+    run.table(rows, f"{cfg.config}: memory with --modules {','.join(cfg.modules)} --every {cfg.every}")
+
+
+def dry_run_compute(cfg: Config, run: Run, model: nn.Module, longest: int) -> None:
+    """Lines on an update, the steps and an expert's file."""
+    n = sum(p.numel() for p in model.parameters())
+    svf, _ = added_parameters(model, cfg.modules, cfg.every, cfg.lora_rank)
+    tokens = cfg.batch * (longest + 512)
+    # a token: sampling 2N, training in factors 2.57 x 2N, recomputation 2N, base weights for the KL 2N
+    flops = (2 + 2 * 2.57 + (2 if cfg.recompute else 0) + (2 if cfg.lam else 0)) * n * tokens
+    seconds = flops / run.world_size / 989e12 / 0.4
+    run.print(
+        f"an update: {cfg.batch} answers, up to {tokens:,} tokens with prompts of 512, "
+        f"{flops:.1e} FLOP; {seconds:.0f} s on {run.world_size} H100 at 40 % MFU, sampling takes longer"
+    )
+    trained = len(cfg.tasks) * ("experts" in cfg.stages) + ("cls" in cfg.stages)
+    trained += 2 * len(cfg.tasks) * ("lora" in cfg.stages)
+    run.print(f"steps: {trained} trainings of {cfg.steps}, validation every {cfg.validate_every}")
+    search = cfg.generations * cfg.population * cfg.shots * len(cfg.unseen)
+    run.print(
+        f"few-shot search: {search:,} answers for each kind of mixture; "
+        f"an expert's file: {4 * svf / 1e6:.2f} MB"
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if any(a.startswith("--model") for a in argv) and not any(a.startswith("--config") for a in argv):
+        argv = ["--config", "text", *argv]  # a real model on a laptop wants the sizes of that rung
     cfg = common.parse_config(CONFIGS, argv)
     with Run(cfg) as run:
-        toy_study(cfg, run)
+        if cfg.dry_run:
+            dry_run(cfg, run)
+        elif cfg.model:
+            text_study(cfg, run)
+        else:
+            toy_study(cfg, run)
 
 
 if __name__ == "__main__":
