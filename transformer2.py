@@ -10,7 +10,7 @@ expert was trained on.
 
 For a linear layer W = U diag(s) V^T (m x n, rank r at most) and learned p in R^r:
   eq. (1)  J = E[R log pi_W'(y | x)] - lambda KL(pi_W' || pi_W),  R = +1 if the answer is right, else -1
-           log-probs and KL are sums over the tokens of the answer (the paper's eq. 1; the rest is numbered here)
+           log-probs and KL are sums over the answer's tokens (the paper's eq. 1; the rest is numbered here)
   eq. (2)  z = sigmoid(p)
   eq. (3)  W' = U diag(s g z) V^T,  g = sum(s) / sum(s z): the nuclear norm of W is kept, g has a gradient
   eq. (4)  z = sum_k alpha_k z_k mixes experts, before the g of eq. (3); alpha is one number an expert, or one
@@ -21,11 +21,11 @@ it, (C) eq. (4). "Other" and whatever cannot be parsed get the base weights, bit
 How to run
   python transformer2.py                               the effect in miniature, on two CPU cores
   python transformer2.py --model M --tasks math=F,reasoning=F
-                                                       real models and tasks on a laptop; M: hub id, folder or
-                                                       .gguf; F: .jsonl with question and answer, or gym:NAME
+                                                       real models and tasks on a laptop; M: hub id, folder,
+                                                       .gguf; F: .jsonl of question and answer, or gym:NAME
   torchrun --nproc_per_node=8 transformer2.py --config full
-                                                       Llama-3-8B-Instruct; GSM8K, MBPP, ARC-Easy; unseen MATH,
-                                                       HumanEval, ARC-Challenge
+                                                       Llama-3-8B-Instruct; GSM8K, MBPP, ARC-Easy; unseen
+                                                       MATH, HumanEval, ARC-Challenge
   ... --config mistral, --config vlm                   Mistral-7B-v0.3; LLaVA-NeXT on TextVQA and OK-VQA
   ... --experts FOLDER --cross_model                   experts made elsewhere, of another model, too
 Rungs: smoke, demo, gpu (ranks share a grid of runs); text, full, mistral, vlm (ranks share each run:
@@ -195,13 +195,14 @@ class Config(common.Config):
 # fmt: off
 DEMO = Config(workers=2, log_every=10, save_every=1000)
 FULL = Config(model="meta-llama/Meta-Llama-3-8B-Instruct", tasks=("gsm8k", "mbpp", "arc_easy"),
-    unseen=("math", "humaneval", "arc_challenge"), stages=STAGES, modules=("mlp",), steps=200, batch=256, lr=2e-3,
-    lam=0.1, rollout_temp=0.0, valid_problems=512, lora_lr=2e-4, ntp_lr=5e-5, lora_clip=1e-3, generations=50,
-    mixed=False, cls_new=1024, eval_problems=0, sample_batch=128, recompute=True, log_every=1, save_every=10)
+    unseen=("math", "humaneval", "arc_challenge"), stages=STAGES, modules=("mlp",), steps=200, batch=256,
+    lr=2e-3, lam=0.1, rollout_temp=0.0, valid_problems=512, lora_lr=2e-4, ntp_lr=5e-5, lora_clip=1e-3,
+    generations=50, mixed=False, cls_new=1024, eval_problems=0, sample_batch=128, recompute=True,
+    log_every=1, save_every=10)
 CONFIGS = {
-    "smoke": replace(DEMO, workers=1, width=32, layers=2, bases=2, seeds=1, pretrain_steps=60, gate=0.0, steps=3,
-        batch=16, validate_every=2, valid_problems=16, population=10, generations=2, shots=8, cls_questions=20,
-        eval_problems=24, sweep=(1.0, 4.0), projector_steps=3, log_every=1),
+    "smoke": replace(DEMO, workers=1, width=32, layers=2, bases=2, seeds=1, pretrain_steps=60, gate=0.0,
+        steps=3, batch=16, validate_every=2, valid_problems=16, population=10, generations=2, shots=8,
+        cls_questions=20, eval_problems=24, sweep=(1.0, 4.0), projector_steps=3, log_every=1),
     "demo": DEMO,
     "gpu": replace(DEMO, workers=1, length=12, width=256, layers=6, seeds=5, pretrain_steps=4000,
         pretrain_lr=1e-3, batch=256, lr=0.02, lora_lr=1e-3, ntp_lr=1e-3, eval_problems=2000),
@@ -211,8 +212,8 @@ CONFIGS = {
         max_new=64, sample_batch=32, micro_tokens=4096, recompute=False, mixed=True),
     "full": FULL,
     "mistral": replace(FULL, model="mistralai/Mistral-7B-Instruct-v0.3"),
-    "vlm": replace(FULL, model="llava-hf/llama3-llava-next-8b-hf", tasks=("textvqa",), unseen=("okvqa",), every=2,
-        stages=("experts", "eval", "adapt"), max_new=32, sample_batch=32),
+    "vlm": replace(FULL, model="llava-hf/llama3-llava-next-8b-hf", tasks=("textvqa",), unseen=("okvqa",),
+        every=2, stages=("experts", "eval", "adapt"), max_new=32, sample_batch=32),
 }
 # fmt: on
 
@@ -230,8 +231,9 @@ def effective_scale(z: Tensor, s: Tensor, renormalise: bool = True) -> Tensor:
 class SVFLinear(nn.Module):
     """A linear layer whose singular values are scaled by eq. (3); `mode` says with what.
 
-    base: W as it was. own: from p, with gradient, in factors, so that no m x n gradient ever exists. merged: a
-    matrix made by `merge`. rows: scales (B, r), one for each row of the batch. U (m, r), s (r,), V (n, r).
+    base: W as it was. own: from p, with gradient, in factors, so that no m x n gradient ever exists. merged:
+    the matrix made by `merge`. rows: scales (B, r), one for each row of the batch. U (m, r), s (r,),
+    V (n, r).
     """
 
     def __init__(self, linear: nn.Linear, U: Tensor, s: Tensor, V: Tensor, renormalise: bool = True):
@@ -365,7 +367,7 @@ def weight_key(weight: Tensor) -> str:
 
 
 def decompose(layers: dict[str, nn.Linear], folder: Path, run: Run) -> dict[str, tuple[str, tuple]]:
-    """(key, (U, s, V)) of each layer from the cache, which the ranks fill together; U, V in the weight's type.
+    """(key, (U, s, V)) of each layer from the cache, which the ranks fill together; U, V typed as the weight.
 
     A file is found by the hash of the weights it belongs to, so none is ever stale; a torn one is made anew.
     """
@@ -493,7 +495,7 @@ def lora_adapter(model: nn.Module, cfg: Config) -> Adapter:
 
 
 def save_expert(file: Path, adapter: Adapter, z: dict[str, Tensor], **about) -> None:
-    """Write an expert: z of every layer as safetensors, with matrix shapes and the hash of the base weights."""
+    """Write an expert: z of every layer as safetensors, with matrix shapes and the base weights' hash."""
     from safetensors.torch import save
 
     shapes = {name: list(layer.weight.shape) for name, layer in adapter.layers.items()}
@@ -782,7 +784,7 @@ def accumulate(
     world: World, problems: list[Problem], answers: list[list[int]], reward: Tensor | None, micro_tokens: int
 ) -> dict[str, Tensor]:
     """Backward pass of eq. (1) on this rank's answers, or of next-token prediction if there is no reward."""
-    cfg, prompts, lam = world.cfg, world.encode(problems), world.cfg.lam if reward is not None else 0.0
+    prompts, lam = world.encode(problems), world.cfg.lam if reward is not None else 0.0
     tokens = sum(map(len, answers))
     everywhere = float(world.run.mean(float(tokens)))  # a rank's share of the tokens; gradients are averaged
     stats = {k: torch.zeros((), device=world.model.device) for k in ("loss", "kl")}
@@ -822,8 +824,8 @@ def accumulate_safely(world: World, problems, answers, reward, record: dict) -> 
 def train(world: World, task: Task, objective: Literal["pg", "ntp"], lr: float) -> dict:
     """cfg.steps updates of the installed adapter, from its start values; the best-validation state is loaded.
 
-    "pg": REINFORCE, eq. (1), no baseline, one answer a prompt. "ntp": next-token prediction on solutions. LoRA
-    and SVF differ in the adapter only. Returns validation accuracies, the last state and speed.
+    "pg": REINFORCE, eq. (1), no baseline, one answer a prompt. "ntp": next-token prediction on solutions.
+    LoRA and SVF differ in the adapter only. Returns validation accuracies, the last state and speed.
     """
     cfg, run, adapter = world.cfg, world.run, world.adapter
     adapter.reset(cfg, run.generator("init"))
@@ -893,7 +895,7 @@ def update(world: World, task: Task, objective: str, size: int, clip: float, opt
             run.print(f"{run.name}: sparse reward, no answer of {cfg.warn_after} batches was right")
     else:
         solutions = world.tok([p.solution for p in mine], add_special_tokens=False)["input_ids"]
-        answers = [ids + [world.eos] for ids in solutions]
+        answers = [[*ids, world.eos] for ids in solutions]
     with run.timed("update"):
         stats = accumulate_safely(world, mine, answers, reward, record)
     for p in adapter.parameters():
@@ -917,11 +919,11 @@ def update(world: World, task: Task, objective: str, size: int, clip: float, opt
 
 
 def cls_task(world: World, tasks: list[Task]) -> Task:
-    """(question, category) pairs of the training splits: every fifth for the test, the others train and valid."""
+    """(question, category) pairs of the training splits: every fifth is test, the others train and valid."""
     splits = {"train": [], "valid": [], "test": []}
     for task in tasks:
         for i, p in enumerate(task["train"][: world.cfg.cls_questions]):
-            split = "test" if i % 5 == 4 else ("train", "valid")[i // 5 * 4 % 2 ^ i % 5 % 2]
+            split = "test" if i % 5 == 4 else ("train", "valid")[i % 5 % 2]
             made = Problem(
                 world.cls_prompt(p.question), p.question, task.family, label_text(world, task.family)
             )
@@ -952,7 +954,7 @@ class Cost:
 
 
 def dispatch(world: World, problems: list[Problem], expert: dict[str, Tensor] | None = None):
-    """First pass: the category of each problem by the base model (A) or by a category expert's z (B), and cost.
+    """First pass: the category of each problem by the base model (A) or a category expert's z (B), cost.
 
     The model sees the question only, with the dispatch prompt; greedy.
     """
@@ -1030,8 +1032,9 @@ def cem(
 ) -> dict:
     """Maximise score(members (P, D) in [0, 1]) -> (accuracy, tie-break), (P,) each, from a start mean (D,).
 
-    Gaussian members with std 0.5 at first, clamped; member 0 is the best so far. The elites give the next mean
-    and unbiased std. "random" draws members uniformly and moves nothing. Returns best, mean, best accuracies.
+    Gaussian members with std 0.5 at first, clamped; member 0 is the best so far. The elites give the next
+    mean and unbiased std. "random" draws members uniformly and moves nothing. Returns best, mean, and
+    the best accuracy of each generation.
     """
     std, best, history = torch.full_like(mean, 0.5), mean.clone(), []
     for _ in range(generations):
@@ -1057,7 +1060,7 @@ def few_shot(
 ):
     """Strategy C: the mixture of experts that solves most of `shots`; (z, alpha (K, J) or (K, 1), history).
 
-    All members answer all shots in one call of `complete`, each row of the batch with scales of its own; ranks
+    All members answer all shots in one call of `complete`, each row of the batch with its own scales; ranks
     share the rows. Ties are broken by the mean over right answers of their log-likelihood per token.
     """
     if any(a is b for i, a in enumerate(experts) for b in experts[:i]):
@@ -1087,10 +1090,10 @@ def few_shot(
 
 
 # --- the built-in task ---
-# A document is: tag, family, operation, symbols x1 .. xL, answer. Of every operation there are right answers and
-# careless ones, which copy the input or its last symbol. Documents tagged good are right, bad ones careless, and
-# untagged ones, the kind that is asked for, either, more often careless where the first symbol that matters is
-# 5 or more. So the skill is in the model, and what RL has to do is bring it out.
+# A document is: tag, family, operation, symbols x1 .. xL, answer. Of every operation there are right answers
+# and careless ones, which copy the input or its last symbol. Documents tagged good are right, bad ones
+# careless, and untagged ones, the kind that is asked for, either, more often careless where the first symbol
+# that matters is 5 or more. So the skill is in the model, and what RL has to do is bring it out.
 
 SYMBOLS = "0123456789abcdefghijMCRO+-<>^_@.!?#mwyo=;$%"
 OPERATIONS = {
@@ -1100,12 +1103,13 @@ OPERATIONS = {
 LABELS = {"math": "m", "code": "w", "reasoning": "y", "other": "o"}
 UNTAGGED, GOOD, BAD, ASK = ".!?#"
 TRAINED, UNSEEN = ("add", "rev", "max"), ("sub", "rvd", "min")
+RELATED = dict(zip(UNSEEN, TRAINED, strict=True))  # the trained task of the same family
 SPLITS = {"pretrain": (0.0, 0.7), "train": (0.7, 0.8), "valid": (0.8, 0.85), "test": (0.85, 1.0)}
 CONFUSED = {"math": "reasoning", "reasoning": "other", "code": "other", "other": "reasoning"}
 
 
 def split_of(x: np.ndarray) -> np.ndarray:
-    """A number in [0, 1) for each row of digits (n, L): the same digits are in the same split in every task."""
+    """A number in [0, 1) for each row of digits (n, L): a row is in the same split in every task."""
     h = np.zeros(len(x), np.uint64)
     for column in x.T.astype(np.uint64):
         h = (h * np.uint64(31) + column + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
@@ -1212,7 +1216,7 @@ def toy_world(run: Run, base: int | None, cfg: Config | None = None) -> World:
 
 
 def pretrain(run: Run, base: int) -> dict:
-    """Train a base model on documents until its good-tag skills are there, then anneal; report what it can do."""
+    """Train a base model on documents until its good-tag skills are there, then anneal; what it can do."""
     cfg, threads = run.cfg, torch.get_num_threads()
     if cfg.bases == 1:  # the other workers have nothing to do yet
         torch.set_num_threads(threads * cfg.workers)
@@ -1304,7 +1308,7 @@ def cell_name(method: str, multiple: float, base: int, seed: int) -> str:
 
 
 def toy_cell(name: str, run: Run) -> dict:
-    """One method at one learning rate, base and seed: train on each task, measure there and on unseen tasks."""
+    """One method at one rate, base and seed: train on each task, measure there and on unseen tasks."""
     head, base, _ = name.split("-")
     key, _, multiple = head.partition("@")
     method = (METHODS | ABLATIONS)[key]
@@ -1620,16 +1624,14 @@ def unseen_table(run: Run, units, cells, tuned: dict, adapted: list[dict], how: 
         rows[-1]["mean"] = common.mean_se(np.mean(list(values.values()), 0).tolist())
     for key in ("lora", "lora_ntp"):
         found = [cells[cell_name(key, tuned[key], b, s)] for b, s in units]
-        family = dict(zip(UNSEEN, TRAINED, strict=True))
         picks = {
-            "adapter of its family": lambda x, op: x[family[op]]["unseen"][op],
+            "adapter of its family": lambda x, op: x[RELATED[op]]["unseen"][op],
             "best adapter by test score (oracle)": lambda x, op: max(x[t]["unseen"][op] for t in TRAINED),
         }
         for what, pick in picks.items():
             values = {op: [pick(x, op) for x in found] for op in UNSEEN}
-            row = {"row": f"{METHODS[key].label}, {what}"} | {
-                op: common.mean_se(v) for op, v in values.items()
-            }
+            row = {"row": f"{METHODS[key].label}, {what}"}
+            row |= {op: common.mean_se(v) for op, v in values.items()}
             rows.append(row | {"mean": common.mean_se(np.mean(list(values.values()), 0).tolist())})
     run.table(rows, f"unseen tasks: {how}")
 
@@ -1661,27 +1663,33 @@ def dispatch_table(run: Run, adapted: list[dict]) -> None:
 
 def toy_claims(run: Run, units, bases, cells, tuned: dict, adapted: list[dict]) -> None:
     """The paper's sentences, paired by base and seed."""
-    cell = lambda k, m, b, s: cells[cell_name(k, m, b, s)]  # noqa: E731
-    mean = lambda k, m, key: [np.mean([cell(k, m, b, s)[op][key] for op in TRAINED]) for b, s in units]  # noqa: E731
-    sizes = {k: cell(k, tuned[k], 0, 0)["parameters"] for k in ("svf", "lora")}
+
+    def each(key: str, multiple: float) -> list[dict]:
+        return [cells[cell_name(key, multiple, b, s)] for b, s in units]
+
+    def mean(key: str, multiple: float, number: str) -> list[float]:
+        return [np.mean([x[op][number] for op in TRAINED]) for x in each(key, multiple)]
+
+    def average(label: str) -> list[float]:
+        return [np.mean([x["unseen"][op][label] for op in UNSEEN]) for x in adapted]
+
+    svf, lora = each("svf", tuned["svf"]), each("lora", tuned["lora"])
+    sizes = f"({svf[0]['parameters']} parameters, LoRA {lora[0]['parameters']})"
     for op in TRAINED:
-        ours = [cell("svf", tuned["svf"], b, s)[op]["test"] for b, s in units]
-        text = f"the SVF expert of {op} ({sizes['svf']} parameters, LoRA {sizes['lora']}) beats the base"
-        run.claim(text, ours, [bases[f"base-{b}"]["base"][op] for b, _ in units])
+        base = [bases[f"base-{b}"]["base"][op] for b, _ in units]
+        run.claim(f"the SVF expert of {op} {sizes} beats the base", [x[op]["test"] for x in svf], base)
     ours, theirs = mean("svf", tuned["svf"], "test"), mean("lora", tuned["lora"], "test")
     run.claim("SVF beats LoRA under the same RL, each at its tuned rate", ours, theirs)
     run.claim("... they are the same within 0.03", ours, theirs, "same", 0.03)
     high = mean("svf", 4 * tuned["svf"], "test_last"), mean("lora", 4 * tuned["lora"], "test_last")
     run.claim("... at four times that rate, last update, SVF beats LoRA", *high)
-    average = lambda label: [np.mean([x["unseen"][op][label] for op in UNSEEN]) for x in adapted]  # noqa: E731
     names = {"A": "prompt dispatch (A)", "B": "a category expert (B)"}
     names |= {"C, one weight an expert": "few-shot mixing (C, one weight an expert)"}
     names |= {"C, weights per layer": "few-shot mixing (C, weights per layer)"}
     for label, text in names.items():
         run.claim(f"{text} improves unseen tasks", average(label), average("base"))
-    lora = [np.mean([cell("lora", tuned["lora"], b, s)[t]["unseen"][op] for op, t in zip(UNSEEN, TRAINED, strict=True)])
-            for b, s in units]  # fmt: skip
-    run.claim("B beats LoRA's adapter of the same family on unseen tasks", average("B"), lora)
+    theirs = [np.mean([x[RELATED[op]]["unseen"][op] for op in UNSEEN]) for x in lora]
+    run.claim("B beats LoRA's adapter of the same family on unseen tasks", average("B"), theirs)
 
 
 def draw_study(figure, cells: dict, cfg: Config, units: list, adapted: list[dict]) -> None:
@@ -2426,7 +2434,7 @@ def evaluate(world: World, tasks: list[Task], unseen: list[Task], experts: dict,
 
 def dispatched(world: World, task: Task, experts: dict, cls, found: dict) -> None:
     """Strategies A and, with a category expert, B on the test split of a task."""
-    by_family = {family: z for family, z in experts.values()}
+    by_family = dict(experts.values())  # of two experts of a family, the later one
 
     def work(expert) -> dict:
         outcome, labels, costs = two_pass(world, task["test"], task, by_family, expert)

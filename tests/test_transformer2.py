@@ -1,5 +1,6 @@
 """transformer2.py: equations against closed forms and enumeration, batches against loops, files faulty."""
 
+import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,6 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from safetensors.torch import load_file
 from torch import nn
 
 import common
@@ -1040,3 +1043,231 @@ def test_tasks_of_one_seed_are_the_same_and_no_problem_is_in_two_splits(tmp_path
     assert a.grade(p, p.target) and not a.grade(p, p.target + "1") and p.prompt == f";.{p.question}="
     other = transformer2.toy_task("add", replace(cfg, seed=1), train=50)
     assert other.splits != a.splits
+
+
+# --- graders, programs, prompts, real tasks ---
+
+
+def problem(target):
+    return Problem("", "", target)
+
+
+def test_graders_read_the_answer_that_a_person_would_read():
+    number = transformer2.grade_number
+    assert number(problem("1,200"), "so 1,200 apples") and not number(problem("1,200"), "so 2,200")
+    assert not number(problem("3"), "it is -3") and number(problem("-3"), "it is -3.")
+    assert number(problem("1,200"), "so 2,200", grader="reference")  # as the paper's code counts
+    choice = transformer2.grade_choice
+    assert choice(problem("B"), "A looks right, but the answer is (B).") and choice(problem("C"), "Answer: C")
+    assert choice(problem("D"), "Hence D") and not choice(problem("A"), "no idea")
+    assert transformer2.grade_math(problem(r"\frac{1}{2}"), r"so \boxed{1} or \boxed{\dfrac{1}{2}}")
+    assert not transformer2.grade_math(problem("1"), "1")
+    assert transformer2.grade_text(problem("Paris"), "The answer is paris.")
+    assert transformer2.grade_text(problem("42"), "12 + 30 = 42 apples")
+    assert transformer2.vqa_accuracy(["A cat", "cat", "dog"], "the cat.") == pytest.approx(2 / 3)
+    assert transformer2.grade_vqa(problem(["x", "x", "y"]), "X") and not transformer2.grade_vqa(
+        problem(["x"]), "x"
+    )
+
+
+@pytest.mark.parametrize(
+    "program, passes",
+    [
+        ("x = 1\nassert x == 1", True),
+        ("assert False", False),
+        ("while True: pass", False),
+        ("import sys; sys.exit(0)", False),
+        ("import os; os._exit(0)", False),
+        ("x = [0] * 10**10", False),
+        ("import os\nwhile True: os.fork()", False),
+        ("import subprocess; subprocess.run(['true'])", False),
+        ("def f(:", False),
+    ],
+)
+def test_programs_run_to_their_end_within_limits_or_fail(program, passes):
+    assert transformer2.run_code(program, 2.0, 512) == passes
+
+
+def chat(template=None, refuses_system=False):
+    """A Chat over a stand-in template."""
+
+    class Tok:
+        bos_token, chat_template = "<s>", "x"
+
+        def apply_chat_template(self, turns, add_generation_prompt, tokenize):
+            return "<s>" + "".join(f"[{t['role']}]{t['content']}" for t in turns) + "[assistant]"
+
+    return transformer2.Chat(Tok(), 0, not refuses_system)
+
+
+def test_a_template_without_system_role_gets_the_system_text_in_the_users_turn():
+    assert chat()("S", "Q") == "<s>[system]S[user]Q[assistant]"
+    assert chat(refuses_system=True)("S", "Q", "ok") == "<s>[user]S\n\nQ[assistant]ok"
+
+
+def write(folder, name, rows):
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_hub_tasks_load_from_local_files_with_the_papers_splits(tmp_path):
+    rows = [{"question": f"q{i}", "answer": f"work <<1+1=2>>\n#### {i},000"} for i in range(40)]
+    write(tmp_path, "gsm8k-train", rows)
+    write(tmp_path, "gsm8k-test", rows[:30])
+    choices = {"text": ["x", "y"], "label": ["1", "2"]}
+    arc = [{"question": f"a{i}", "choices": choices, "answerKey": str(1 + i % 2)} for i in range(30)]
+    write(tmp_path, "arc_challenge-test", arc)
+    mbpp = [
+        {"prompt": f"p{i}", "code": "def f(): return 1", "test_imports": [], "test_list": ["assert f() == 1"]}
+        for i in range(310)
+    ]
+    write(tmp_path, "mbpp-test", mbpp)
+    human = [
+        {
+            "prompt": f"def f{i}():\n",
+            "test": "def check(f):\n    assert f() == 1",
+            "entry_point": f"f{i}",
+            "canonical_solution": "    return 1\n",
+        }
+        for i in range(20)
+    ]
+    write(tmp_path, "humaneval-test", human)
+    write(tmp_path, "math-test", [{"problem": f"m{i}", "solution": rf"so \boxed{{{i}}}"} for i in range(20)])
+    cfg = Config(model="m", data=str(tmp_path), eval_problems=0, code_seconds=5)
+    load = lambda name, unseen: transformer2.load_task(name, chat(), cfg, unseen)  # noqa: E731
+    gsm = load("gsm8k", False)
+    assert [p.question for p in gsm["train"]] == [f"q{i}" for i in range(0, 40, 2)]
+    assert [p.question for p in gsm["valid"]] == [f"q{i}" for i in range(1, 40, 2)]
+    assert gsm.grade(gsm["test"][3], "it is 3000") and "<<" not in gsm["test"][3].solution
+    code = load("mbpp", False)
+    assert [len(code[s]) for s in ("train", "valid", "test")] == [200, 100, 10] and code.family == "code"
+    assert code.grade(code["test"][0], "def f(): return 1") and not code.grade(
+        code["test"][0], "def f(): return 2"
+    )
+    for name in ("arc_challenge", "humaneval", "math"):
+        task = load(name, True)
+        shots, test = ([p.question for p in task[s]] for s in ("shots", "test"))
+        assert len(shots) == cfg.shots and not set(shots) & set(test), name
+    arc = load("arc_challenge", True)
+    assert all(p.target == "AB"[int(p.question.split("\n")[0][1:]) % 2] for p in arc["test"])
+    assert all(
+        task.grade(p, p.solution.removesuffix("```"))
+        for task in [load("humaneval", True)]
+        for p in task["test"]
+    )
+    with pytest.raises(UserError, match="humaneval has no training split"):
+        load("humaneval", False)
+    with pytest.raises(UserError, match="no such task"):
+        load("gsm9k", False)
+    write(tmp_path, "gsm8k-test", [{"question": "q"}])
+    with pytest.raises(UserError, match=r"row 1: no field 'answer'"):
+        load("gsm8k", False)
+
+
+def test_full_prints_the_papers_parameter_counts_without_weights_or_data(tmp_path, capsys):
+    transformer2.main(["--config", "full", "--dry_run", "--device", "cpu", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    for number in ("393,216", "163,840", "6,815,744", "35,127,296", "openai/gsm8k"):
+        assert number in out, number
+
+
+# --- whole runs ---
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The smoke rung, once: its folder and its command."""
+    out = tmp_path_factory.mktemp("smoke")
+    command = ["--config", "smoke", "--device", "cpu", "--out", str(out), "--svd", str(out / "svd")]
+    transformer2.main(command)
+    return out / "transformer2-smoke-s0", command
+
+
+def test_smoke_leaves_tables_claims_figure_and_experts(smoke):
+    folder, _ = smoke
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results["claims"]) == 11 and results["speed"]["rollout_tokens_per_s"] > 0
+    tables = {row["table"].split(":")[0] for row in results["table"]}
+    assert {"trained tasks", "unseen tasks"} <= tables and any("another" in t for t in tables)
+    assert list(folder.glob("svf@1-0-0/*.safetensors"))
+
+
+def test_smoke_resumed_trains_nothing_again_and_reports_the_same(smoke):
+    folder, command = smoke
+    before = json.loads((folder / "results.json").read_text())
+    transformer2.main([*command, "--resume"])
+    after = json.loads((folder / "results.json").read_text())
+    assert before["claims"] == after["claims"] and before["table"] == after["table"]
+
+
+@pytest.fixture
+def real(tmp_path, bpe_tokenizer):
+    """A tiny Llama with a BPE tokenizer in a folder and two files of problems; the flags for them."""
+    torch.manual_seed(0)
+    common.tiny_lm(len(bpe_tokenizer), 32, 2, context=1024, mlp=48).save_pretrained(tmp_path / "lm")
+    bpe_tokenizer.save_pretrained(tmp_path / "lm")
+    write(tmp_path, "sums", [{"question": f"What is {i} plus 30?", "answer": i + 30} for i in range(40)])
+    write(tmp_path, "words", [{"question": f"Which word is it, {i}?", "answer": "two"} for i in range(40)])
+    write(tmp_path, "more", [{"question": f"And {i}?", "answer": i} for i in range(40)])
+    flags = {"config": "text", "model": tmp_path / "lm", "out": tmp_path / "out", "svd": tmp_path / "svd"}
+    flags |= {"tasks": f"math={tmp_path}/sums.jsonl,reasoning={tmp_path}/words.jsonl", "device": "cpu"}
+    flags |= {
+        "unseen": f"math={tmp_path}/more.jsonl",
+        "steps": 3,
+        "batch": 4,
+        "validate_every": 2,
+        "max_new": 6,
+    }
+    flags |= {"valid_problems": 4, "eval_problems": 6, "shots": 4, "cls_new": 6, "generations": 2}
+    return [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
+
+
+def test_all_stages_on_a_real_tokenizer_and_resume_reads_what_is_there(real, tmp_path, capsys):
+    stages = ["--stages", "experts,cls,lora,eval,adapt"]
+    transformer2.main([*real, *stages])
+    folder = tmp_path / "out" / "transformer2-text-s0"
+    results = json.loads((folder / "results.json").read_text())
+    rows = {(r["task"], r["row"]) for r in results["table"] if "row" in r and "task" in r}
+    assert {("sums", "SVF"), ("sums", "LoRA, RL"), ("words", "LoRA, next token, last")} <= rows
+    assert {("more", x) for x in ("base", "A", "B", "C, weights per layer", "... shuffled")} <= rows
+    assert {f.stem for f in (folder / "experts").glob("*.safetensors")} == {"sums", "words", "cls"}
+    kept = {f.name: f.stat().st_mtime_ns for f in folder.rglob("*.safetensors")}
+    transformer2.main([*real, *stages, "--resume"])
+    after = json.loads((folder / "results.json").read_text())
+    assert after["table"] == results["table"] and after["claims"] == results["claims"]
+    assert {f.name: f.stat().st_mtime_ns for f in folder.rglob("*.safetensors")} == kept
+    given = ["--experts", str(folder / "experts"), "--stages", "eval", "--out", str(tmp_path / "again")]
+    transformer2.main([*real, *given])
+    again = json.loads((tmp_path / "again" / "transformer2-text-s0" / "results.json").read_text())
+    svf = lambda table: [r["accuracy"] for r in table if r.get("row") == "SVF"]  # noqa: E731
+    assert svf(again["table"]) == svf(results["table"])
+
+
+def test_two_gloo_ranks_train_the_same_expert_as_one(real, run_script, tmp_path):
+    found = {}
+    for ranks in (0, 2):
+        out = tmp_path / f"ranks{ranks}"
+        more = ["--stages", "experts,eval", "--rollout_temp", "0", "--lam", "0.1", "--out", str(out)]
+        run_script(ROOT / "transformer2.py", *real, *more, ranks=ranks)
+        found[ranks] = load_file(out / "transformer2-text-s0" / "experts" / "sums.safetensors")
+    for name, z in found[0].items():
+        torch.testing.assert_close(found[2][name], z, rtol=1e-4, atol=1e-5)
+        assert z.std() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--model", "nowhere/nothing"], "nowhere/nothing"),
+        (["--modules", "mlpp"], "matches none of"),
+        (["--tasks", "poetry=x.jsonl"], "family must be one of"),
+        (["--tasks", "math=nofile.jsonl"], "nofile.jsonl: no such file"),
+        (["--experts", "nofolder"], "no .safetensors file"),
+        (["--stages", "dance"], "dance"),
+        (["--elite", "0.01"], "--elite"),
+    ],
+)
+def test_bad_input_is_one_line_with_exit_code_2(real, more, words, capfd):
+    with pytest.raises(SystemExit) as e:
+        transformer2.main([*real, *more])
+    error = [x for x in capfd.readouterr().err.splitlines() if x.startswith("transformer2.py")]
+    assert e.value.code == 2 and len(error) == 1 and words in error[0]
