@@ -147,7 +147,7 @@ class Config(common.Config):
     cls_new: int = 1  # tokens of a category, at most
     # evaluation
     grader: Literal["exact", "reference"] = "exact"  # reference: GSM8K numbers as the paper's code reads them
-    eval_problems: int = 600  # test problems of a task, at most; 0: all
+    eval_problems: int = 500  # test problems of a task, at most; 0: all
     max_new: int = 0  # tokens of an answer, at most; 0: as each task says
     code_seconds: float = 10.0  # time limit of one generated program
     code_memory: int = 1024  # its memory limit, MB
