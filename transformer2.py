@@ -103,9 +103,7 @@ MODULES = {"mlp": r"\.mlp\.", "qv": r"\.[qv]_proj$"}  # names of linear layers, 
 class Config(common.Config):
     # models and data; without a model, the built-in task
     model: str | None = None  # hub id, folder or .gguf; vision-language models, too
-    tasks: tuple[
-        str, ...
-    ] = ()  # one expert each: names of the table TASKS, or family=F.jsonl, family=gym:NAME
+    tasks: tuple[str, ...] = ()  # one expert each: names of TASKS, family=F.jsonl or family=gym:NAME
     unseen: tuple[str, ...] = ()  # tasks to adapt to
     data: str = ""  # folder with TASK-SPLIT.jsonl or .parquet files; empty: the hub
     stages: tuple[str, ...] = ("experts", "cls", "eval", "adapt")  # real models: parts to run; lora, too

@@ -9,9 +9,10 @@ from conftest import ROOT
 import common
 import mood
 import rlt
+import transformer2
 
 README = (ROOT / "README.md").read_text()
-SCRIPTS = {"mood.py": mood.CONFIGS, "rlt.py": rlt.CONFIGS}
+SCRIPTS = {"mood.py": mood.CONFIGS, "rlt.py": rlt.CONFIGS, "transformer2.py": transformer2.CONFIGS}
 
 
 def commands():
