@@ -737,7 +737,8 @@ def answer_scores(
     """Log-probs of the answers' tokens under the trained weights, KL at each, and mask: (B, T) each.
 
     One pass with gradient and, for the KL, one of the base weights without. The head runs over `chunk`
-    positions at a time, of answers only, and again in the backward pass: (B, T, V) is never held.
+    positions at a time, of answers only, and again in the backward pass: (B, T, V) is never held. The
+    caller's `adapter.use("own")` holds until after that pass, which runs layers again under --recompute.
     """
     model, device = world.model, world.model.device
     ids, valid = common.collate([p + a for p, a in zip(prompts, answers, strict=True)], device)
@@ -756,8 +757,7 @@ def answer_scores(
     if kl:
         with torch.no_grad(), world.adapter.use(None):
             ref = hidden()
-    with world.adapter.use("own"):
-        mine = hidden()
+    mine = hidden()
     refs = ref.split(chunk) if kl else [None] * -(-len(mine) // chunk)
     pieces = zip(mine.split(chunk), targets.split(chunk), refs, strict=True)
     score = functools.partial(checkpoint, _score_chunk, use_reentrant=False)
@@ -779,33 +779,41 @@ def batches(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def accumulate(
-    world: World, problems: list[Problem], answers: list[list[int]], reward: Tensor | None, micro_tokens: int
+    world: World,
+    problems: list[Problem],
+    answers: list[list[int]],
+    reward: Tensor | None,
+    tokens: float,
+    micro_tokens: int,
 ) -> dict[str, Tensor]:
-    """Backward pass of eq. (1) on this rank's answers, or of next-token prediction if there is no reward."""
+    """Backward pass of eq. (1) on this rank's answers, or of next-token prediction if there is no reward.
+
+    `tokens` is the mean over the ranks of the answers' tokens. No rank waits for another one in here, so that
+    one whose memory runs out can try again alone.
+    """
     prompts, lam = world.encode(problems), world.cfg.lam if reward is not None else 0.0
-    tokens = sum(map(len, answers))
-    everywhere = float(world.run.mean(float(tokens)))  # a rank's share of the tokens; gradients are averaged
     stats = {k: torch.zeros((), device=world.model.device) for k in ("loss", "kl")}
     for group in batches([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], micro_tokens):
         parts = [prompts[i] for i in group], [answers[i] for i in group]
         features = world.features([problems[i] for i in group])
-        with world.run.autocast():
-            logp, kl, mask = answer_scores(world, *parts, features, lam > 0)
-        if reward is None:
-            loss = ntp_loss(logp, mask) * (sum(map(len, parts[1])) / everywhere)
-        else:
-            loss = reinforce_loss(logp, mask, reward[group], kl, lam) * (len(group) / len(answers))
-        loss.backward()
+        with world.adapter.use("own"):
+            with world.run.autocast():
+                logp, kl, mask = answer_scores(world, *parts, features, lam > 0)
+            if reward is None:
+                loss = ntp_loss(logp, mask) * (sum(map(len, parts[1])) / tokens)
+            else:
+                loss = reinforce_loss(logp, mask, reward[group], kl, lam) * (len(group) / len(answers))
+            loss.backward()
         stats["loss"] += loss.detach()
         stats["kl"] += torch.where(mask, kl.detach(), 0).sum() / len(answers)
     return stats
 
 
-def accumulate_safely(world: World, problems, answers, reward, record: dict) -> dict[str, Tensor]:
+def accumulate_safely(world: World, problems, answers, reward, tokens, record: dict) -> dict[str, Tensor]:
     """`accumulate`; when a GPU's memory runs out, once more with half the micro-batch: the same gradients."""
     while True:
         try:
-            return accumulate(world, problems, answers, reward, record["micro_tokens"])
+            return accumulate(world, problems, answers, reward, tokens, record["micro_tokens"])
         except torch.cuda.OutOfMemoryError:
             if record["micro_tokens"] < 2:
                 raise
@@ -830,13 +838,13 @@ def train(world: World, task: Task, objective: Literal["pg", "ntp"], lr: float) 
     optimizer = torch.optim.AdamW(adapter.parameters(), lr, weight_decay=0.0)
     valid, size = task["valid"][: cfg.valid_problems], batch_size(cfg, task, run)
     record = {"best": -1.0, "best_step": -1, "state": {}, "curve": [], "tokens": 0, "trained": 0, "mute": 0}
-    record |= {"seconds": {}, "micro_tokens": cfg.micro_tokens}
+    record["seconds"] = {}
     clip = cfg.clip if isinstance(next(iter(adapter.layers.values())), SVFLinear) else cfg.lora_clip
-    world.model.train(cfg.recompute)  # gradient checkpointing wants it; the models' own dropout is 0
-    for layer in adapter.layers.values():
-        layer.train()
     for step in run.steps(cfg.steps, adapter=adapter, optimizer=optimizer, record=record):
-        run.seconds = run.seconds or dict(record["seconds"])  # of a run that is resumed
+        if (
+            not run.seconds
+        ):  # the first step, also of a resumed run, whose --micro_tokens may be new
+            run.seconds, record["micro_tokens"] = dict(record["seconds"]), cfg.micro_tokens
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, cfg.steps, lr, 0.0)
         numbers = update(world, task, objective, size, clip, optimizer, record)
@@ -849,7 +857,6 @@ def train(world: World, task: Task, objective: Literal["pg", "ntp"], lr: float) 
         run.log(step, **numbers)
     last = adapter.state_dict()
     adapter.load_state_dict(record["state"])
-    world.model.eval()
     spent = record["seconds"]
     rates = {"train_tokens_per_s": record["trained"] / spent["update"]}
     rates |= {"seconds_per_step": sum(spent.values()) / cfg.steps}
@@ -894,8 +901,14 @@ def update(world: World, task: Task, objective: str, size: int, clip: float, opt
     else:
         solutions = world.tok([p.solution for p in mine], add_special_tokens=False)["input_ids"]
         answers = [[*ids, world.eos] for ids in solutions]
+    answered = sum(map(len, answers))
+    tokens = float(run.mean(float(answered)))
+    world.model.train(cfg.recompute)  # checkpointing wants it, decoding must not; models' own dropout is 0
+    for layer in adapter.layers.values():
+        layer.train()
     with run.timed("update"):
-        stats = accumulate_safely(world, mine, answers, reward, record)
+        stats = accumulate_safely(world, mine, answers, reward, tokens, record)
+    world.model.eval()
     for p in adapter.parameters():
         p.grad = run.mean(p.grad)
     norm = nn.utils.clip_grad_norm_(adapter.parameters(), clip)
@@ -906,7 +919,6 @@ def update(world: World, task: Task, objective: str, size: int, clip: float, opt
     if isinstance(first, SVFLinear):
         moves = [(layer.p.detach() - cfg.init).abs().amax() for layer in adapter.layers.values()]
         numbers["p_move"] = torch.stack(moves).amax()
-    answered = sum(map(len, answers))
     record["tokens"] += answered
     record["trained"] += answered + sum(map(len, world.encode(mine)))
     record["seconds"] |= run.seconds

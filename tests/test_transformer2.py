@@ -527,7 +527,8 @@ def test_an_answer_ends_with_its_first_eos_and_its_log_prob_is_that_of_the_train
     assert sum(world.eos in a for a in answers) > 5
     assert not any(world.eos in a[:-1] for a in answers)
     assert all(len(a) == 20 for a in answers if a[-1] != world.eos)
-    logp, _, mask = transformer2.answer_scores(world, world.encode(problems), answers, {}, kl=False)
+    with world.adapter.use("own"):
+        logp, _, mask = transformer2.answer_scores(world, world.encode(problems), answers, {}, kl=False)
     assert mask.sum(1).tolist() == [len(a) for a in answers]
     torch.testing.assert_close(logp.sum(1).detach(), totals, atol=1e-3, rtol=1e-4)
 
@@ -610,6 +611,7 @@ def test_kl_of_both_directions_is_the_brute_force_sum_and_they_differ():
 
 
 ANSWERS = [[3, 4, 42], [7], [1, 2, 3, 4, 5], [42], [9, 9], [0, 42]]  # 0 is a token like any other
+TOKENS = float(sum(map(len, ANSWERS)))
 
 
 @pytest.mark.parametrize("direction", ["base_new", "new_base"])
@@ -617,7 +619,8 @@ def test_answer_scores_are_those_of_full_logits_one_answer_at_a_time(tmp_path, d
     world = make_world(tmp_path, kl_dir=direction)
     spread_p(world.adapter)
     prompts, adapter = world.encode(problems_of()), world.adapter
-    logp, kl, mask = transformer2.answer_scores(world, prompts, ANSWERS, {}, kl=True, chunk=3)
+    with adapter.use("own"):
+        logp, kl, mask = transformer2.answer_scores(world, prompts, ANSWERS, {}, kl=True, chunk=3)
     brute = []
     for i, (p, a) in enumerate(zip(prompts, ANSWERS, strict=True)):
         ids = torch.tensor([p + a])
@@ -645,10 +648,11 @@ def test_kl_is_zero_at_a_start_without_noise_and_not_after(tmp_path):
     world = make_world(tmp_path, init_std=0.0)
     world.adapter.reset(world.cfg, torch.Generator())
     prompts = world.encode(problems_of())
-    _, kl, mask = transformer2.answer_scores(world, prompts, ANSWERS, {}, kl=True)
-    assert kl[mask].abs().max() < 1e-5
-    spread_p(world.adapter, std=0.1)
-    assert transformer2.answer_scores(world, prompts, ANSWERS, {}, kl=True)[1][mask].max() > 1e-3
+    with world.adapter.use("own"):
+        _, kl, mask = transformer2.answer_scores(world, prompts, ANSWERS, {}, kl=True)
+        assert kl[mask].abs().max() < 1e-5
+        spread_p(world.adapter, std=0.1)
+        assert transformer2.answer_scores(world, prompts, ANSWERS, {}, kl=True)[1][mask].max() > 1e-3
 
 
 @pytest.mark.parametrize("objective", ["pg", "ntp"])
@@ -660,12 +664,13 @@ def test_gradients_do_not_depend_on_the_size_of_micro_batches(tmp_path, objectiv
     for budget in (1, 24, 10**6):
         for p in world.adapter.parameters():
             p.grad = None
-        stats = transformer2.accumulate(world, problems_of(), ANSWERS, reward, budget)
+        stats = transformer2.accumulate(world, problems_of(), ANSWERS, reward, TOKENS, budget)
         found.append([*stats.values(), *(p.grad for p in world.adapter.parameters())])
     for other in found[:2]:
         for a, b in zip(other, found[2], strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
-    logp, kl, mask = transformer2.answer_scores(world, world.encode(problems_of()), ANSWERS, {}, kl=True)
+    with world.adapter.use("own"):
+        logp, kl, mask = transformer2.answer_scores(world, world.encode(problems_of()), ANSWERS, {}, kl=True)
     if objective == "pg":
         loss = transformer2.reinforce_loss(logp, mask, reward, kl, 0.3)
         torch.testing.assert_close(found[2][1], kl.sum(1).mean().detach(), atol=1e-4, rtol=1e-3)
@@ -673,6 +678,58 @@ def test_gradients_do_not_depend_on_the_size_of_micro_batches(tmp_path, objectiv
         loss = transformer2.ntp_loss(logp, mask)
         assert found[2][1] == 0
     torch.testing.assert_close(found[2][0], loss.detach(), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_recomputed_layers_give_the_same_gradients_also_with_dropout(tmp_path, lora):
+    world = make_world(tmp_path, lora, lam=0.3)
+    spread_p(world.adapter, std=0.5)
+    world.model.train()
+    reward, found = torch.tensor([1.0, -1, -1, 1, 1, -1]), []
+    for recompute in (False, True):
+        if recompute:
+            world.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(0)
+        transformer2.accumulate(world, problems_of(), ANSWERS, reward, TOKENS, 24)
+        found.append([p.grad.clone() for p in world.adapter.parameters()])
+        for p in world.adapter.parameters():
+            p.grad = None
+    assert max(g.abs().max() for g in found[0]) > 1e-3
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("objective", ["pg", "ntp"])
+def test_an_update_that_runs_out_of_memory_halves_its_batches_and_ends_up_the_same(
+    tmp_path, monkeypatch, objective
+):
+    real, states, sizes = transformer2.answer_scores, [], []
+
+    def runs_out(world, prompts, answers, *more):
+        sizes.append(len(prompts))
+        if len(prompts) > 3:
+            raise torch.cuda.OutOfMemoryError("simulated")
+        return real(world, prompts, answers, *more)
+
+    for scores in (real, runs_out):
+        monkeypatch.setattr(transformer2, "answer_scores", scores)
+        world = make_world(tmp_path / scores.__name__, steps=1, lam=0.1)
+        transformer2.train(world, short_task(world), objective, 0.05)
+        states.append(world.adapter.state_dict())
+    assert max(sizes) == 8 and set(sizes[-3:]) <= {1, 2, 3}
+    for key, p in states[0].items():
+        torch.testing.assert_close(states[1][key], p, atol=1e-4, rtol=1e-4)
+
+
+def test_a_rank_that_runs_out_of_memory_waits_for_no_other_one(world, monkeypatch):
+    class Alone(Run):
+        def mean(self, x):
+            raise AssertionError("a collective, which the other ranks do not repeat")
+
+    run = world.run.stage("alone")
+    run.__class__ = Alone
+    reward = torch.tensor([1.0, -1, -1, 1, 1, -1])
+    transformer2.accumulate(replace(world, run=run), problems_of(), ANSWERS, reward, TOKENS, 24)
+    assert any(p.grad.any() for p in world.adapter.parameters())
 
 
 def test_micro_batches_hold_every_index_once_within_the_budget():
@@ -715,9 +772,9 @@ def test_a_resumed_training_is_the_uninterrupted_one_to_the_bit(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         transformer2.train(world, short_task(world), objective, 0.05)
     monkeypatch.setattr(transformer2, "update", lambda *args: calls.append(args) or real(*args))
-    world = make_world(tmp_path / "b", **more, resume=True)
+    world = make_world(tmp_path / "b", **more, resume=True, micro_tokens=9999)
     found = transformer2.train(world, short_task(world), objective, 0.05)
-    assert len(calls) == 4
+    assert len(calls) == 4 and calls[-1][-1]["micro_tokens"] == 9999
     assert all(torch.equal(found["last"][k], whole["last"][k]) for k in start)
     assert all(torch.equal(world.adapter.state_dict()[k], state[k]) for k in start)
     assert {k: found[k] for k in ("best", "best_step", "curve")} == {
@@ -1252,6 +1309,15 @@ def test_two_gloo_ranks_train_the_same_expert_as_one(real, run_script, tmp_path)
     for name, z in found[0].items():
         torch.testing.assert_close(found[2][name], z, rtol=1e-4, atol=1e-5)
         assert z.std() > 1e-3
+
+
+def test_layers_computed_again_for_memory_train_the_same_expert(real, tmp_path):
+    found = []
+    for more in ([], ["--recompute"]):
+        out = tmp_path / f"recompute{len(more)}"
+        transformer2.main([*real, "--stages", "experts", "--lam", "0.1", "--out", str(out), *more])
+        found.append(load_file(out / "transformer2-text-s0" / "experts" / "sums.safetensors"))
+    assert all(torch.equal(z, found[1][k]) and z.std() > 1e-3 for k, z in found[0].items())
 
 
 @pytest.mark.parametrize(
