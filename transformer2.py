@@ -841,9 +841,7 @@ def train(world: World, task: Task, objective: Literal["pg", "ntp"], lr: float) 
     record["seconds"] = {}
     clip = cfg.clip if isinstance(next(iter(adapter.layers.values())), SVFLinear) else cfg.lora_clip
     for step in run.steps(cfg.steps, adapter=adapter, optimizer=optimizer, record=record):
-        if (
-            not run.seconds
-        ):  # the first step, also of a resumed run, whose --micro_tokens may be new
+        if not run.seconds:  # the first step, also of a resumed run, whose --micro_tokens may be new
             run.seconds, record["micro_tokens"] = dict(record["seconds"]), cfg.micro_tokens
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, cfg.steps, lr, 0.0)
@@ -929,15 +927,16 @@ def update(world: World, task: Task, objective: str, size: int, clip: float, opt
 
 
 def cls_task(world: World, tasks: list[Task]) -> Task:
-    """(question, category) pairs of the training splits: every fifth is test, the others train and valid."""
+    """(question, category) pairs of the training splits: every fifth is test, the others train and valid.
+
+    Tasks take turns, so that the first problems of a split are of all categories.
+    """
     splits = {"train": [], "valid": [], "test": []}
-    for task in tasks:
-        for i, p in enumerate(task["train"][: world.cfg.cls_questions]):
-            split = "test" if i % 5 == 4 else ("train", "valid")[i % 5 % 2]
-            made = Problem(
-                world.cls_prompt(p.question), p.question, task.family, label_text(world, task.family)
-            )
-            splits[split].append(made)
+    for i in range(world.cfg.cls_questions):
+        split = "test" if i % 5 == 4 else ("train", "valid")[i % 5 % 2]
+        for task in (t for t in tasks if i < len(t["train"])):
+            asked, label = task["train"][i].question, label_text(world, task.family)
+            splits[split].append(Problem(world.cls_prompt(asked), asked, task.family, label))
     right = lambda p, text: world.parse_label(text) == p.target  # noqa: E731
     return Task("cls", "other", splits, right, world.cfg.cls_new)
 

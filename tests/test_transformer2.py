@@ -720,7 +720,7 @@ def test_an_update_that_runs_out_of_memory_halves_its_batches_and_ends_up_the_sa
         torch.testing.assert_close(states[1][key], p, atol=1e-4, rtol=1e-4)
 
 
-def test_a_rank_that_runs_out_of_memory_waits_for_no_other_one(world, monkeypatch):
+def test_a_rank_that_runs_out_of_memory_waits_for_no_other_one(world):
     class Alone(Run):
         def mean(self, x):
             raise AssertionError("a collective, which the other ranks do not repeat")
@@ -878,7 +878,7 @@ def test_category_questions_are_split_disjointly_with_every_fifth_in_the_test(wo
         tasks.append(Task(op, family, splits, lambda p, text: False, 1))
     found = transformer2.cls_task(replace(world, cfg=replace(world.cfg, cls_questions=20)), tasks)
     questions = {k: [p.question for p in v] for k, v in found.splits.items()}
-    assert questions["test"] == [f"{op}{i:02}" for op in ("add", "rev") for i in (4, 9, 14, 19)]
+    assert questions["test"] == [f"{op}{i:02}" for i in (4, 9, 14, 19) for op in ("add", "rev")]
     assert {k: len(v) for k, v in questions.items()} == {"train": 16, "valid": 16, "test": 8}
     everything = [q for v in questions.values() for q in v]
     assert sorted(everything) == sorted(f"{op}{i:02}" for op in ("add", "rev") for i in range(20))
@@ -886,6 +886,16 @@ def test_category_questions_are_split_disjointly_with_every_fifth_in_the_test(wo
         assert p.target == ("math" if "add" in p.question else "code")
         assert p.prompt == f";#{p.question}=" and p.solution == transformer2.LABELS[p.target]
         assert found.grade(p, p.solution) and not found.grade(p, "o") and not found.grade(p, "?")
+
+
+def test_the_first_category_questions_are_of_all_categories_also_where_a_task_has_few(world):
+    asked = lambda op, n: [Problem(f"p{i}", f"{op}{i}", "") for i in range(n)]  # noqa: E731
+    sizes = {"math": 400, "code": 7, "reasoning": 400}
+    tasks = [Task(f, f, {"train": asked(f, n)}, lambda p, text: False, 1) for f, n in sizes.items()]
+    found = transformer2.cls_task(world, tasks)
+    for split in ("train", "valid", "test"):
+        first = [p.target for p in found[split][:100]]
+        assert abs(first.count("math") - first.count("reasoning")) <= 1 and "code" in first, split
 
 
 def test_dispatch_shows_the_question_only_and_uses_the_category_expert_if_there_is_one(world, monkeypatch):
