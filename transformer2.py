@@ -28,6 +28,9 @@ How to run
                                                        MATH, HumanEval, ARC-Challenge
   ... --config mistral, --config vlm                   Mistral-7B-v0.3; LLaVA-NeXT on TextVQA and OK-VQA
   ... --experts FOLDER --cross_model                   experts made elsewhere, of another model, too
+  ... --config vlm --experts out/transformer2-full-s0/experts --cross_model --every 1 --stages eval,adapt
+                                                       OK-VQA with language-only experts, as in the paper:
+                                                       those of `full`, matrix by matrix
 Rungs: smoke, demo, gpu (ranks share a grid of runs); text, full, mistral, vlm (ranks share each run:
 prompts, populations and matrices are dealt out; the model is whole on each).
 
@@ -2459,8 +2462,13 @@ def dispatched(world: World, task: Task, experts: dict, cls, found: dict) -> Non
 
 
 def adapt(world: World, unseen: list[Task], experts: dict, cls, found: dict) -> None:
-    """The three strategies on the unseen tasks, with the uniform mixture and shuffled experts as controls."""
+    """The three strategies on the unseen tasks, with the uniform mixture and shuffled experts as controls.
+
+    One expert alone can be used or not, but not mixed: g of eq. (3) cancels its weight.
+    """
     run, zs = world.run, [z for _, z in experts.values()]
+    if len(zs) < 2:
+        run.print("a single expert: neither few-shot mixing (C) nor the uniform mixture, its weight cancels")
 
     def search(task: Task, per_layer: bool, rule: str) -> dict:
         z, alpha, history = few_shot(world, zs, task["shots"], task, per_layer, rule)
@@ -2470,15 +2478,18 @@ def adapt(world: World, unseen: list[Task], experts: dict, cls, found: dict) -> 
     for task in unseen:
         if len(experts) > 1:
             dispatched(world, task, experts, cls, found)
-        uniform = world.adapter.scales(mix(zs, torch.ones(len(zs))))
-        rows = {"uniform mixture": functools.partial(right, world, task["test"], task, uniform)}
+        rows = {}
+        if len(zs) > 1:
+            uniform = world.adapter.scales(mix(zs, torch.ones(len(zs))))
+            rows["uniform mixture"] = functools.partial(right, world, task["test"], task, uniform)
         family = [z for f, z in experts.values() if f == task.family]
         for what, z in (("expert of its family", family[0]), ("... shuffled", None)) if family else ():
             z = z or shuffled(family[0], run.generator(f"shuffle {task.name}"))
             rows[what] = functools.partial(right, world, task["test"], task, world.adapter.scales(z))
-        rows["C, one weight an expert"] = functools.partial(search, task, False, "cem")
-        rows["C, weights per layer"] = functools.partial(search, task, True, "cem")
-        rows["C by random search"] = functools.partial(search, task, False, "random")
+        if len(zs) > 1:
+            rows["C, one weight an expert"] = functools.partial(search, task, False, "cem")
+            rows["C, weights per layer"] = functools.partial(search, task, True, "cem")
+            rows["C by random search"] = functools.partial(search, task, False, "random")
         for what, work in rows.items():
             name = f"{task.name}-{re.sub('[^a-z]+', '-', what.lower())}"
             found[task.name][what] = measured(run, name, work)
@@ -2663,6 +2674,7 @@ def dry_run_compute(cfg: Config, run: Run, model: nn.Module, longest: int) -> No
     trained += 2 * len(cfg.tasks) * ("lora" in cfg.stages)
     run.print(f"steps: {trained} trainings of {cfg.steps}, validation every {cfg.validate_every}")
     search = cfg.generations * cfg.population * cfg.shots * len(cfg.unseen)
+    search *= bool(cfg.experts) or len(cfg.tasks) > 1  # a single expert has nothing to be mixed with
     run.print(
         f"few-shot search: {search:,} answers for each kind of mixture; "
         f"an expert's file: {4 * svf / 1e6:.2f} MB"

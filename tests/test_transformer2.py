@@ -301,6 +301,16 @@ def test_parameter_counts_of_llama_3_8b_are_the_papers():
         assert (lora_size("qv"), lora_size("mlp", "qv")) == (6_815_744, 35_127_296)
 
 
+def test_experts_of_llama_fit_the_language_model_of_llava_next_matrix_by_matrix():
+    shapes = []
+    for name in ("Llama-3-8B", "llava-hf/llama3-llava-next-8b-hf"):
+        layers = transformer2.layers_to_adapt(transformer2.meta_language_model(name), ("mlp",))
+        assert not any("vision" in n or "projector" in n for n in layers)
+        kinds = [".".join(n.split(".")[-3:]) for n in layers]
+        shapes.append(list(zip(kinds, (x.weight.shape for x in layers.values()), strict=True)))
+    assert shapes[0] == shapes[1] and len(shapes[0]) == 96
+
+
 def test_svf_trains_one_number_for_each_singular_value_and_nothing_else(world):
     trained = {n for n, p in world.model.named_parameters() if p.requires_grad}
     assert trained == {f"{n}.p" for n in world.adapter.layers} == set(world.adapter.state_dict())
@@ -1307,6 +1317,15 @@ def test_all_stages_on_a_real_tokenizer_and_resume_reads_what_is_there(real, tmp
     again = json.loads((tmp_path / "again" / "transformer2-text-s0" / "results.json").read_text())
     svf = lambda table: [r["accuracy"] for r in table if r.get("row") == "SVF"]  # noqa: E731
     assert svf(again["table"]) == svf(results["table"])
+
+
+def test_a_single_expert_is_used_but_not_mixed_and_a_line_says_why(real, tmp_path, capsys):
+    more = ["--tasks", f"math={tmp_path}/sums.jsonl", "--stages", "experts,eval,adapt"]
+    transformer2.main([*real, *more])
+    results = json.loads((tmp_path / "out" / "transformer2-text-s0" / "results.json").read_text())
+    rows = {r["row"] for r in results["table"] if r.get("task") == "more"}
+    assert rows == {"base", "expert of its family", "... shuffled"}
+    assert capsys.readouterr().out.count("a single expert") == 1
 
 
 def test_two_gloo_ranks_train_the_same_expert_as_one(real, run_script, tmp_path):
