@@ -975,10 +975,12 @@ def load_hub(name: str, split: str = "train", subset: str | None = None):
 
 
 def extract_boxed(text: str) -> str | None:
-    """Content of the last \\boxed{...}, braces matched; None if there is none."""
-    _, box, rest = text.rpartition("\\boxed{")
-    depth = 0
-    for i, c in enumerate(rest if box else ""):
+    """Content of the last \\boxed{...}, braces matched, or of a last \\boxed 6; None if there is none."""
+    boxes = list(re.finditer(r"\\boxed(?:\s*(\{)|\s+(?=[-+]?\.?[\d\\]))", text))
+    rest, depth = text[boxes[-1].end() :] if boxes else "", 0
+    if boxes and not boxes[-1][1]:
+        return re.match(r"(?:(?!\\[)\]])[^\s$])*", rest)[0].rstrip(".,;:") or None
+    for i, c in enumerate(rest):
         depth += {"{": 1, "}": -1}.get(c, 0)
         if depth < 0:
             return rest[:i]
@@ -986,12 +988,21 @@ def extract_boxed(text: str) -> str | None:
 
 
 def equal_answers(a: str | None, b: str | None) -> bool:
-    """Whether two short answers agree: as numbers if both are, else as LaTeX without its decoration."""
+    """Whether two short answers agree: as numbers if both are, else as LaTeX without its decoration.
+
+    Units after a number, a variable before a single "=", and the ways to write one fraction or root go.
+    """
 
     def plain(x: str) -> str:
-        x = re.sub(r"\\(left|right|displaystyle|[!,;:$]|q?quad)|\\(text|mathrm|mbox)(?=\{)|[\s$]", "", x)
+        x = re.sub(r"\\(left|right|displaystyle|[!,;:$ ]|q?quad)|[\s$~]", "", x).replace("{,}", ",")
+        x = re.sub(r"(\d.*?)\\(?:text|mathrm|mbox)\{[a-zA-Z.]*\}(?:\^\{?\d\}?)?$", r"\1", x)  # a unit
+        x = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r"\1", x)
         x = re.sub(r"\^\{?\\circ\}?|\\?%", "", x).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-        x = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", x)
+        x = re.sub(r"^[a-zA-Z]\w?=(?=[^=]+$)", "", x)
+        x = re.sub(r"\\(sqrt|frac)(\\[a-zA-Z]+|\w)", r"\\\1{\2}", x)  # \sqrt3, \frac12: arguments get braces
+        x = re.sub(r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\})(\\[a-zA-Z]+|\w)", r"\1{\2}", x)
+        above, below = r"(-?(?:[^{}+,=/-]|\{[^{}]*\})+)", r"(\d*\.?\d+|[a-zA-Z]|\\[a-zA-Z]+|\\sqrt\{\w+\})"
+        x = re.sub(rf"^(-?)\\frac\{{{above}\}}\{{{below}\}}$", r"\1\2/\3", x)  # no sums: a/b says the same
         if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", x):  # a number with thousands, not a list
             x = x.replace(",", "")
         x = x.rstrip(".")

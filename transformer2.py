@@ -1745,7 +1745,7 @@ def last_number(text: str, grader: str = "exact") -> str | None:
     if grader == "reference":
         found = re.findall(r"\d*\.?\d+", text)
         return found[-1] if found else None
-    pattern = r"(?:(?<![\w)])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+    pattern = r"(?:(?<![\w)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
     found = re.findall(pattern, text.replace("\N{MINUS SIGN}", "-").replace("\\$", "$"))
     return re.sub(r"[,$]", "", found[-1]) if found else None
 

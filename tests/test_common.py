@@ -520,6 +520,70 @@ def test_models_that_rescale_their_logits_are_refused(lm):
         common.token_logprobs(lm, torch.tensor([[1, 2]]))
 
 
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        (r"10\text{ inches}", "10"),
+        (r"\frac{1}{2} \mbox{ cm}^2", "0.5"),
+        (r"2\pi\text{ square units}", r"2\pi"),
+        (r"\sqrt3", r"\sqrt{3}"),
+        (r"11\sqrt2", r"11\sqrt{2}"),
+        (r"\frac a2", r"\frac{a}{2}"),
+        (r"\frac3{14}", r"\frac{3}{14}"),
+        (r"\frac{\sqrt3}2", r"\sqrt{3}/2"),
+        (r"\frac{\pi}{2}", r"\pi/2"),
+        (r"-\dfrac\pi2", r"-\pi/2"),
+        (r"\frac{-1}{2}", "-0.5"),
+        ("x=5", "5"),
+        ("x = 10{,}000", "10000"),
+        (r"10,\!000", "10000"),
+        (r"(\text{A})", "(A)"),
+        (r"1\frac12", "1.5"),
+        (".5", "0.50"),
+    ],
+)
+def test_ways_to_write_one_answer_are_equal(a, b):
+    assert common.equal_answers(a, b) and common.equal_answers(b, a)
+
+
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        (r"\sqrt{3}", "3"),
+        (r"\sqrt{12}", r"\sqrt12"),  # TeX takes one digit
+        (r"\frac{a}{2}", r"\frac{2}{a}"),
+        (r"\frac{a+b}{2}", "a+b/2"),
+        (r"\frac{1}{2x}", "1/2x"),
+        (r"10\text{ inches}", "100"),
+        (r"\text{yes}", r"\text{no}"),
+        ("x=5", "6"),
+        ("a=1,b=2", "2"),
+        ("10{,}00", "1000"),
+        ("(1,2)", "12"),
+    ],
+)
+def test_different_answers_stay_different(a, b):
+    assert not common.equal_answers(a, b) and not common.equal_answers(b, a)
+
+
+@pytest.mark.parametrize(
+    "text, content",
+    [
+        (r"so \boxed 6.", "6"),
+        (r"$\boxed -3$ apples", "-3"),
+        (r"\(\boxed \frac{1}{2}\) of it", r"\frac{1}{2}"),
+        (r"\boxed{5} or \boxed 6", "6"),
+        (r"\boxed 5 or \boxed{6}", "6"),
+        (r"\boxed {\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{5}, put into \boxed as asked", "5"),
+        (r"put into \boxed", None),
+        (r"\boxed{5} and \boxed{6", None),
+    ],
+)
+def test_the_last_box_is_read_with_or_without_braces(text, content):
+    assert common.extract_boxed(text) == content
+
+
 def test_casting_leaves_the_rotary_frequencies_alone():
     model = common.cast_parameters(common.tiny_lm(50, 16, 1, heads=1), torch.bfloat16)
     assert (

@@ -1133,6 +1133,11 @@ def test_graders_read_the_answer_that_a_person_would_read():
     number = transformer2.grade_number
     assert number(problem("1,200"), "so 1,200 apples") and not number(problem("1,200"), "so 2,200")
     assert not number(problem("3"), "it is -3") and number(problem("-3"), "it is -3.")
+    assert number(problem("0.5"), "half, so .5") and number(problem("0.5"), "it costs $.5.")
+    assert (
+        number(problem("-0.5"), "-$.5") and number(problem("5"), "it is ...5") and number(problem("5"), "v.5")
+    )
+    assert number(problem("1,200.5"), "$1,200.50") and number(problem("1200"), "1,200.")
     assert number(problem("1,200"), "so 2,200", grader="reference")  # as the paper's code counts
     choice = transformer2.grade_choice
     assert choice(problem("B"), "A looks right, but the answer is (B).") and choice(problem("C"), "Answer: C")
