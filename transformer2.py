@@ -481,8 +481,10 @@ def svf_adapter(model: nn.Module, cfg: Config, run: Run) -> Adapter:
     for name, layer in layers.items():
         U, s, V = (x.to(layer.weight.device) for x in parts[name][1])
         made[name] = SVFLinear(layer, U, s, V, cfg.renormalise)
-    digest = hashlib.sha256("".join(key for key, _ in parts.values()).encode())
-    return Adapter(model, made, digest.hexdigest()[:16])
+    # of bfloat16 weights: a model is the same one in float32 on a CPU and in bfloat16 on a GPU
+    pairs = ((layers[name].weight, key) for name, (key, _) in parts.items())
+    keys = (key if w.dtype == torch.bfloat16 else weight_key(w.bfloat16()) for w, key in pairs)
+    return Adapter(model, made, hashlib.sha256("".join(keys).encode()).hexdigest()[:16])
 
 
 def lora_adapter(model: nn.Module, cfg: Config) -> Adapter:
@@ -496,21 +498,27 @@ def lora_adapter(model: nn.Module, cfg: Config) -> Adapter:
 
 
 def save_expert(file: Path, adapter: Adapter, z: dict[str, Tensor], **about) -> None:
-    """Write an expert: z of every layer as safetensors, with matrix shapes and the base weights' hash."""
+    """Write an expert: z of every layer as safetensors, with what `load_expert` compares."""
     from safetensors.torch import save
 
     shapes = {name: list(layer.weight.shape) for name, layer in adapter.layers.items()}
-    about = {k: str(v) for k, v in about.items()} | {"base": adapter.key, "shapes": json.dumps(shapes)}
+    about |= {"base": adapter.key, "shapes": json.dumps(shapes), "renormalise": renormalises(adapter)}
+    about = {k: str(v) for k, v in about.items()}
     data = save({name: x.cpu().contiguous() for name, x in z.items()}, metadata=about)
     file.parent.mkdir(parents=True, exist_ok=True)
     common.write_atomic(file, data)
 
 
+def renormalises(adapter: Adapter) -> bool:
+    """Whether its layers have the g of eq. (3)."""
+    return next(iter(adapter.layers.values())).renormalise
+
+
 def load_expert(file: str | Path, adapter: Adapter, cross_model: bool = False) -> dict[str, Tensor]:
     """Read an expert for this model: {layer name: z (r,)}; layers go by name, or in order if names differ.
 
-    UserError for a torn file, for other base weights unless `cross_model`, and for a shape that does not fit,
-    which names the layer.
+    UserError for a torn file, for other layers, for other base weights unless `cross_model`, for one with g
+    where there is none here, and for a shape that does not fit, which names the layer.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -520,20 +528,25 @@ def load_expert(file: str | Path, adapter: Adapter, cross_model: bool = False) -
         shapes = json.loads(about["shapes"])
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as e:
         raise UserError(f"{file}: no expert file ({str(e).splitlines()[0]})") from None
+    same_names, found = set(shapes) == set(adapter.layers), {}
+    if len(shapes) != len(adapter.layers) or not (same_names or cross_model):
+        counts = f"{len(shapes)} layers ({next(iter(shapes), '')} ..), the model adapts {len(adapter.layers)}"
+        hint = "--modules, --every, or another model: --cross_model goes by order"
+        raise UserError(f"{file} has {counts} ({next(iter(adapter.layers))} ..); {hint}")
     if about.get("base") != adapter.key and not cross_model:
         raise UserError(
             f"{file} was trained on other weights; --cross_model uses it all the same, in its order"
         )
-    if len(shapes) != len(adapter.layers):
-        raise UserError(
-            f"{file} has {len(shapes)} layers, the model adapts {len(adapter.layers)} (--modules)"
-        )
-    same_names, found = set(shapes) == set(adapter.layers), {}
+    if about.get("renormalise", "True") != str(renormalises(adapter)):
+        raise UserError(f"{file} was trained with --renormalise {about.get('renormalise', 'True').lower()}")
     for theirs, (mine, layer) in zip(shapes, adapter.layers.items(), strict=True):
         source = mine if same_names else theirs
         rank, shape = len(layer.s), list(layer.weight.shape)
-        if source not in z or shapes[source] != shape or z[source].shape != (rank,):
+        if shapes[source] != shape:
             raise UserError(f"{file}: {source} is {shapes[source]}, but {mine} of this model is {shape}")
+        if source not in z or z[source].shape != (rank,):
+            size = z[source].numel() if source in z else 0
+            raise UserError(f"{file}: z of {source} has {size} numbers, but the rank of {mine} is {rank}")
         found[mine] = z[source].to(layer.s)
     return found
 
@@ -951,7 +964,7 @@ def label_text(world: World, family: str) -> str:
 
 def parse_boxed_label(text: str) -> str:
     """The first \\boxed{...} of an answer as a category, "other" if there is none that has an expert."""
-    found = re.search(r"\\boxed\{([^{}]*)\}", text)
+    found = re.search(r"\\boxed\{([^}]*)\}", text)
     label = found[1].strip().lower() if found else "other"
     return label if label in FAMILIES else "other"
 
@@ -2391,14 +2404,19 @@ def obtain_expert(world: World, task: Task) -> dict[str, Tensor]:
 
 
 def given_experts(world: World) -> dict[str, tuple[str, dict[str, Tensor]]]:
-    """{task: (family, z)} of all files in --experts; UserError if there is none."""
+    """{task: (family, z)} of all files in --experts; UserError if there is none, or one without a family."""
     from safetensors import safe_open
 
+    if world.cfg.cross_model:
+        world.run.print("--cross_model: singular values of another model are matched by their order alone")
     found = {}
     for file in sorted(Path(world.cfg.experts).glob("*.safetensors")):
         z = load_expert(file, world.adapter, world.cfg.cross_model)
         with safe_open(file, framework="pt") as f:
-            found[file.stem] = (f.metadata().get("family", "other"), z)
+            family = f.metadata().get("family", "other")
+        if family not in FAMILIES and file.stem != "cls":  # "other" means the base weights
+            raise UserError(f"{file}: its family is {family!r}, none of {', '.join(FAMILIES)}")
+        found[file.stem] = (family, z)
     if not found:
         raise UserError(f"--experts {world.cfg.experts}: no .safetensors file in it")
     return found

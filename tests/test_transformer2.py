@@ -424,10 +424,13 @@ def test_an_expert_file_comes_back_as_it_was(world, tmp_path):
 
 def test_an_expert_of_other_weights_needs_cross_model_and_other_names_go_by_order(world, tmp_path):
     z, layers, file = expert(world.adapter, 1), world.adapter.layers, tmp_path / "a"
+    transformer2.save_expert(file, SimpleNamespace(layers=layers, key="else"), z)
+    with pytest.raises(UserError, match="other weights"):
+        transformer2.load_expert(file, world.adapter)
     names = {name: f"{99 - i}.theirs" for i, name in enumerate(layers)}  # not in alphabetical order
     theirs = SimpleNamespace(layers={names[n]: x for n, x in layers.items()}, key="else")
     transformer2.save_expert(file, theirs, {names[n]: x for n, x in z.items()})
-    with pytest.raises(UserError, match="other weights"):
+    with pytest.raises(UserError, match="another model: --cross_model"):
         transformer2.load_expert(file, world.adapter)
     found = transformer2.load_expert(file, world.adapter, cross_model=True)
     assert all(torch.equal(found[k], z[k]) for k in z)
@@ -446,16 +449,63 @@ def test_a_wrong_shape_names_the_layer_and_a_torn_file_the_file(world, tmp_path)
     with pytest.raises(UserError, match=rf"{name} is \[2, 3\], but {name}"):
         transformer2.load_expert(file, world.adapter)
     transformer2.save_expert(file, world.adapter, short)  # right shape, but too few numbers
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UserError, match=rf"z of {name} has 2 numbers, but the rank of {name} is 16"):
         transformer2.load_expert(file, world.adapter)
-    fewer = SimpleNamespace(layers=dict(list(layers.items())[:2]), key=world.adapter.key)
+    fewer = SimpleNamespace(layers=dict(list(layers.items())[:2]), key="that of two layers")
     transformer2.save_expert(file, fewer, {k: z[k] for k in fewer.layers})
-    with pytest.raises(UserError, match="has 2 layers"):
+    with pytest.raises(UserError, match=rf"has 2 layers .*adapts {len(layers)} .*--modules"):
         transformer2.load_expert(file, world.adapter)
     file.write_bytes(file.read_bytes()[:30])
     for bad in (file, tmp_path / "none"):
         with pytest.raises(UserError, match="no expert file"):
             transformer2.load_expert(bad, world.adapter)
+
+
+def test_an_expert_of_a_float32_model_is_one_of_the_same_model_in_bfloat16(world):
+    def key():
+        adapter = transformer2.svf_adapter(world.model, world.cfg, world.run)
+        adapter.remove()
+        return adapter.key
+
+    world.adapter.remove()
+    common.cast_parameters(world.model, torch.bfloat16)
+    half = key()
+    common.cast_parameters(world.model, torch.float32)  # as a CPU loads weights that are kept in bfloat16
+    assert key() == half
+    with torch.no_grad():
+        world.model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    assert key() != half
+
+
+def test_an_expert_trained_with_g_is_refused_where_there_is_none(world, tmp_path):
+    free = make_world(tmp_path, renormalise=False)
+    for source, target, said in ((world, free, "true"), (free, world, "false")):
+        transformer2.save_expert(tmp_path / "a", source.adapter, expert(source.adapter, 1))
+        with pytest.raises(UserError, match=f"trained with --renormalise {said}"):
+            transformer2.load_expert(tmp_path / "a", target.adapter)
+
+
+@pytest.mark.parametrize("about", [{}, {"family": "other"}])
+def test_an_expert_without_a_family_is_refused_because_other_means_the_base_weights(world, tmp_path, about):
+    files, z = tmp_path / "given", expert(world.adapter, 1)
+    world = replace(world, cfg=replace(world.cfg, model="m", experts=str(files)))
+    transformer2.save_expert(files / "cls.safetensors", world.adapter, z, family="other")
+    transformer2.save_expert(files / "sums.safetensors", world.adapter, z, family="math")
+    found = transformer2.given_experts(world)
+    assert {k: family for k, (family, _) in found.items()} == {"cls": "other", "sums": "math"}
+    transformer2.save_expert(files / "x.safetensors", world.adapter, z, **about)
+    with pytest.raises(UserError, match=r"x\.safetensors: its family is 'other', none of math, code"):
+        transformer2.given_experts(world)
+
+
+def test_experts_of_another_model_come_with_a_line_on_their_order(world, tmp_path, capsys):
+    transformer2.save_expert(
+        tmp_path / "g" / "sums.safetensors", world.adapter, expert(world.adapter, 1), family="math"
+    )
+    for cross in (False, True):
+        cfg = replace(world.cfg, model="m", experts=str(tmp_path / "g"), cross_model=cross)
+        transformer2.given_experts(replace(world, cfg=cfg))
+        assert capsys.readouterr().out.count("matched by their order") == cross
 
 
 # --- mixing
@@ -869,6 +919,8 @@ def test_too_few_problems_for_the_batch_are_all_used_and_none_is_an_error(world,
         (r"\boxed{reasoning} or \boxed{math}", "reasoning"),
         (r"\boxed{poetry} or \boxed{math}", "other"),
         (r"\boxed{other}", "other"),
+        (r"\boxed{\text{code}} or \boxed{math}", "other"),
+        (r"\boxed{{math}}", "other"),
         (r"\boxed{math", "other"),
         ("math", "other"),
         ("", "other"),
