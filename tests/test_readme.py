@@ -9,10 +9,16 @@ from conftest import ROOT
 import common
 import mood
 import rlt
+import sudoku_bench
 import transformer2
 
 README = (ROOT / "README.md").read_text()
-SCRIPTS = {"mood.py": mood.CONFIGS, "rlt.py": rlt.CONFIGS, "transformer2.py": transformer2.CONFIGS}
+SCRIPTS = {
+    "mood.py": mood.CONFIGS,
+    "rlt.py": rlt.CONFIGS,
+    "sudoku_bench.py": sudoku_bench.CONFIGS,
+    "transformer2.py": transformer2.CONFIGS,
+}
 
 
 def commands():
