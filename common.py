@@ -976,7 +976,7 @@ def load_hub(name: str, split: str = "train", subset: str | None = None):
 
 def extract_boxed(text: str) -> str | None:
     """Content of the last \\boxed{...}, braces matched, or of a last \\boxed 6; None if there is none."""
-    boxes = list(re.finditer(r"\\boxed(?:\s*(\{)|\s+(?=[-+]?\.?[\d\\]))", text))
+    boxes = list(re.finditer(r"\\boxed(?:\s*(\{)|\s+(?=[-+]?\.?[\d\\]|[a-zA-Z]\$))", text))
     rest, depth = text[boxes[-1].end() :] if boxes else "", 0
     if boxes and not boxes[-1][1]:
         return re.match(r"(?:(?!\\[)\]])[^\s$])*", rest)[0].rstrip(".,;:") or None

@@ -148,7 +148,7 @@ class Config(common.Config):
     cls_new: int = 1  # tokens of a category, at most
     # evaluation
     grader: Literal["exact", "reference"] = "exact"  # reference: GSM8K numbers as the paper's code reads them
-    eval_problems: int = 500  # test problems of a task, at most; 0: all
+    eval_problems: int = 500  # test problems of a task, at most; 0: all, 2000 of the built-in task
     max_new: int = 0  # tokens of an answer, at most; 0: as each task says
     code_seconds: float = 10.0  # time limit of one generated program
     code_memory: int = 1024  # its memory limit, MB
@@ -181,11 +181,33 @@ class Config(common.Config):
             raise ValueError("--tasks, --unseen, --data and --experts need a --model")
         if self.elites < 2 or self.generations < 1:
             raise ValueError("--population times --elite must be 2 or more, --generations 1 or more")
-        positive = ("every", "steps", "batch", "validate_every", "shots", "micro_tokens", "sample_batch")
-        if bad := [name for name in positive if getattr(self, name) < 1]:
-            raise ValueError(f"--{bad[0]} must be 1 or more")
+        positive = (
+            "every",
+            "steps",
+            "batch",
+            "validate_every",
+            "valid_problems",
+            "shots",
+            "cls_new",
+            "bases",
+        )
+        positive += ("seeds", "pretrain_steps", "micro_tokens", "sample_batch")
+        least = dict.fromkeys(positive, 1) | dict.fromkeys(("rollout_temp", "eval_problems", "max_new"), 0)
+        least["cls_questions"] = 5  # of which one is a test question
+        if bad := [name for name, low in least.items() if getattr(self, name) < low]:
+            raise ValueError(f"--{bad[0]} must be {least[bad[0]]} or more")
         if not 3 <= self.length <= 60:
             raise ValueError("--length must be 3 to 60")
+        for pattern in self.modules:
+            try:
+                re.compile(MODULES.get(pattern, pattern))
+            except re.error as e:
+                raise ValueError(f"--modules {pattern}: no pattern of names ({e})") from None
+        if self.model:
+            return
+        if not self.sweep or min(self.sweep) <= 0 or not any(4 * m in self.sweep for m in self.sweep):
+            raise ValueError("--sweep: multiples above 0, of one of them also the fourfold")
+        self.eval_problems = self.eval_problems or 2000  # there is no end of problems
 
     @property
     def elites(self) -> int:
@@ -1250,7 +1272,7 @@ def pretrain(run: Run, base: int) -> dict:
     skills = [toy_task(op, cfg, GOOD, train=1, test=1, valid=200) for op in OPERATIONS]
     optimizer = torch.optim.AdamW(model.parameters(), cfg.pretrain_lr, betas=(0.9, 0.95), weight_decay=0.01)
     record = {"able": 0, "skills": {}}
-    anneal = min(200, cfg.pretrain_steps // 4)
+    anneal = max(1, min(200, cfg.pretrain_steps // 4))
     forward = torch.compile(model) if cfg.compile else model
     for step in run.steps(cfg.pretrain_steps, model=model, optimizer=optimizer, record=record):
         left = (record["able"] or cfg.pretrain_steps - anneal) + anneal - step
@@ -1941,6 +1963,12 @@ class Chat:
         return text if text.startswith(self.bos) else self.bos + text
 
 
+def notice(text: str) -> None:
+    """A line on stderr, of the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"transformer2.py: {text}\n")
+
+
 def make_chat(tok, processor=None) -> Chat:
     """The Chat of a model: what its template does about system turns, BOS and the end of a turn.
 
@@ -1948,7 +1976,7 @@ def make_chat(tok, processor=None) -> Chat:
     """
     if tok.chat_template is None:
         if processor is None or not getattr(processor, "chat_template", None):
-            sys.stderr.write("transformer2.py: the model has no chat template, taking ChatML\n")
+            notice("the model has no chat template, taking ChatML")
         tok.chat_template = getattr(processor, "chat_template", None) or CHATML
     render = functools.partial(tok.apply_chat_template, tokenize=False)
     system, turns = {"role": "system", "content": "<sys>"}, [{"role": "user", "content": "Q"}]
@@ -2000,11 +2028,19 @@ CODE_STOPS = ("```", "@@ Instruction")
 
 
 def read_table(
-    name: str, split: str, hub: str, subset: str | None, hub_split: str, fields: tuple[str, ...], cfg: Config
-) -> list[dict]:
-    """Rows of a data set from cfg.data/NAME-SPLIT.jsonl or .parquet, else from the hub.
+    name: str,
+    split: str,
+    hub: str,
+    subset: str | None,
+    hub_split: str,
+    fields: dict[str, type],
+    make: Callable[[dict], Problem],
+    cfg: Config,
+) -> list[Problem]:
+    """make(row) of a data set's rows, from cfg.data/NAME-SPLIT.jsonl or .parquet, else from the hub.
 
-    UserError names the file or the hub id, and the field that is missing.
+    UserError names the file or hub id and the row: a field is missing or of another type, or what `make` says
+    in a ValueError.
     """
     if cfg.data:
         file = Path(cfg.data).expanduser() / f"{name}-{split}.jsonl"
@@ -2019,12 +2055,21 @@ def read_table(
             table = table.select(range(min(len(table), PICTURES))) if split == "train" else table
             table = table.cast_column("image", datasets.Image(decode=False))
         rows = list(table)
+    problems = []
     for number, row in enumerate(rows, 1):
+        where = f"{source}, row {number}"
         if missing := [f for f in fields if not isinstance(row, dict) or row.get(f) is None]:
-            raise UserError(f"{source}, row {number}: no field {missing[0]!r}; needed: {', '.join(fields)}")
+            raise UserError(f"{where}: no field {missing[0]!r}; needed: {', '.join(fields)}")
+        if wrong := [f for f, kind in fields.items() if not isinstance(row[f], kind)]:
+            kind, needed = type(row[wrong[0]]).__name__, fields[wrong[0]].__name__
+            raise UserError(f"{where}: field {wrong[0]!r} is {kind}, needed: {needed}")
+        try:
+            problems.append(make(row))
+        except ValueError as e:
+            raise UserError(f"{where}: {e}") from None
     if not rows:
         raise UserError(f"{source}: no rows")
-    return rows
+    return problems
 
 
 def read_parquet(file: Path) -> list[dict]:
@@ -2040,95 +2085,117 @@ def read_parquet(file: Path) -> list[dict]:
         raise UserError(f"{file}: no parquet file ({str(e).splitlines()[0]})") from None
 
 
-def split_task(
-    name: str,
-    family: str,
-    read: Callable,
-    make: Callable,
-    grade: Callable,
-    stops: tuple,
-    cfg: Config,
-    unseen: bool,
-) -> Task:
-    """A Task from read(split) -> rows and make(row) -> Problem.
+def identity(p: Problem) -> object:
+    """What makes two problems one: the words of the question; with a picture they may be asked again."""
+    return (p.question, id(p.image)) if p.image is not None else " ".join(p.question.split())
 
-    To train on: even rows of the training split train, odd ones validate. Unseen: the test split in a fixed
-    random order, of which the first cfg.shots are the shots and the others the test.
+
+def distinct(name: str, problems: list[Problem], taken: list[Problem] | tuple = ()) -> list[Problem]:
+    """The problems whose question was not there before, nor is in `taken`; says how many it drops."""
+    seen, kept = {identity(p) for p in taken}, []
+    for p in problems:
+        if identity(p) not in seen:
+            kept.append(p)
+        seen.add(identity(p))
+    if len(kept) < len(problems):
+        notice(f"{name}: {len(problems) - len(kept)} of {len(problems)} questions were there before, dropped")
+    return kept
+
+
+def split_task(
+    name: str, family: str, read: Callable, grade: Callable, stops: tuple, cfg: Config, unseen: bool
+) -> Task:
+    """A Task from read(split) -> problems.
+
+    To train on: even rows of the training split train, odd ones validate, without questions of the test.
+    Unseen: the test split in a fixed random order, of which the first cfg.shots are the shots and the others
+    the test.
     """
-    max_new = SOURCES[name][2]
-    test = [make(row) for row in read("test")]
+    max_new, test = SOURCES[name][2], read("test")
     if unseen:
-        splits = take_shots(test, cfg, SHUFFLE_SEEDS.get(name, 0))
+        splits = take_shots(name, test, cfg, SHUFFLE_SEEDS.get(name, 0))
     else:
-        rows = [make(row) for row in read("train")]
+        rows = distinct(name, read("train"), test)
+        if len(rows) < 2:
+            raise UserError(f"{name}: {len(rows)} training rows, one half trains and the other validates")
         splits = {"train": rows[::2], "valid": rows[1::2], "test": test}
     return Task(name, family, splits, grade, max_new, stops)
 
 
-def take_shots(problems: list[Problem], cfg: Config, seed: int) -> dict[str, list[Problem]]:
+def take_shots(name: str, problems: list[Problem], cfg: Config, seed: int) -> dict[str, list[Problem]]:
     """Splits of an unseen task: shots, and a test without them. UserError if nothing is left to test."""
-    if len(problems) <= cfg.shots:
-        raise UserError(f"{len(problems)} problems are too few for --shots {cfg.shots} and a test")
     problems = list(problems)
     random.Random(seed).shuffle(problems)
+    problems = distinct(name, problems)
+    if len(problems) <= cfg.shots:
+        raise UserError(f"{name}: {len(problems)} problems are too few for --shots {cfg.shots} and a test")
     return {"shots": problems[: cfg.shots], "test": problems[cfg.shots :]}
 
 
 def gsm8k_problem(row: dict, chat: Chat) -> Problem:
     worked = re.sub(r"<<[^>]*>>", "", row["answer"])  # a calculator's marks
     target = row["answer"].rpartition("####")[2].strip()
+    if last_number(target) is None:
+        raise ValueError("field 'answer' ends in no number")
     return Problem(chat(SOLVE, row["question"]), row["question"], target, worked)
 
 
 def load_gsm8k(name: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
     """Grade-school word problems; solutions end in "#### number"."""
-    fields, hub = ("question", "answer"), SOURCES[name][0]
-    read = lambda split: read_table(name, split, hub, "main", split, fields, cfg)  # noqa: E731
+    fields, make = dict(question=str, answer=str), functools.partial(gsm8k_problem, chat=chat)
+    read = lambda s: read_table(name, s, SOURCES[name][0], "main", s, fields, make, cfg)  # noqa: E731
     grade = functools.partial(grade_number, grader=cfg.grader)
-    return split_task(
-        name, family, read, functools.partial(gsm8k_problem, chat=chat), grade, STOPS, cfg, unseen
-    )
+    return split_task(name, family, read, grade, STOPS, cfg, unseen)
 
 
 def arc_problem(row: dict, chat: Chat, prefill: str) -> Problem:
     """Options are lettered A, B, ..: some rows have numbers for keys."""
-    letters = dict(zip(row["choices"]["label"], "ABCDE", strict=False))
-    options = zip(letters.values(), row["choices"]["text"], strict=False)
+    labels, texts = (row["choices"].get(k) for k in ("label", "text"))
+    if not isinstance(labels, list) or not isinstance(texts, list) or len(labels) != len(texts):
+        raise ValueError("field 'choices' needs two lists of one length, 'label' and 'text'")
+    letters, key = dict(zip(map(str, labels), "ABCDE", strict=False)), row["answerKey"].strip()
+    if key not in letters:
+        raise ValueError(f"field 'answerKey' is {key!r}, the labels are {', '.join(letters)}")
+    options = zip(letters.values(), texts, strict=False)
     user = "\n".join([row["question"], "Options:", *(f"({letter}) {text}" for letter, text in options)])
-    target = letters[row["answerKey"].strip()]
-    return Problem(chat(CHOOSE, user, prefill), user, target, f" The answer is ({target}).")
+    return Problem(chat(CHOOSE, user, prefill), user, letters[key], f" The answer is ({letters[key]}).")
 
 
 def load_arc(name: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
     """ARC-Easy or ARC-Challenge: school science, several choices."""
-    subset, fields = {"arc_easy": "ARC-Easy"}.get(name, "ARC-Challenge"), ("question", "choices", "answerKey")
-    read = lambda split: read_table(name, split, SOURCES[name][0], subset, split, fields, cfg)  # noqa: E731
+    subset = {"arc_easy": "ARC-Easy"}.get(name, "ARC-Challenge")
+    fields = dict(question=str, choices=dict, answerKey=str)
     prefill = "Let me think step by step." if "llama" in (cfg.model or "").lower() else ""
     make = functools.partial(arc_problem, chat=chat, prefill=prefill)
-    return split_task(name, family, read, make, grade_choice, STOPS, cfg, unseen)
+    read = lambda s: read_table(name, s, SOURCES[name][0], subset, s, fields, make, cfg)  # noqa: E731
+    return split_task(name, family, read, grade_choice, STOPS, cfg, unseen)
 
 
 def math_problem(row: dict, chat: Chat) -> Problem:
     target = common.extract_boxed(row["solution"].replace("\\fbox{", "\\boxed{"))
+    if target is None:
+        raise ValueError("field 'solution' has no \\boxed answer")
     return Problem(chat(PROVE, row["problem"]), row["problem"], target, row["solution"])
 
 
 def load_math(name: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
     """MATH from a mirror: hendrycks/competition_math was taken down."""
 
-    def read(split: str) -> list[dict]:
-        args, fields = (name, split, SOURCES[name][0]), ("problem", "solution")
+    def read(split: str) -> list[Problem]:
+        args, more = (name, split, SOURCES[name][0]), (split, dict(problem=str, solution=str), make, cfg)
         subjects = ("",) if cfg.data else MATH_SUBJECTS
         try:
-            return [row for s in subjects for row in read_table(*args, s, split, fields, cfg)]
+            return [p for s in subjects for p in read_table(*args, s, *more)]
         except UserError as e:
+            if cfg.data:
+                raise
             raise UserError(
                 f"{e}. MATH: EleutherAI/hendrycks_math, a mirror of 7 configs with problem and "
                 "solution; hendrycks/competition_math was taken down (DMCA)"
             ) from None
 
     make = functools.partial(math_problem, chat=chat)
-    return split_task(name, family, read, make, grade_math, STOPS, cfg, unseen)
+    return split_task(name, family, read, grade_math, STOPS, cfg, unseen)
 
 
 def code_prompt(chat: Chat, instruction: str, opening: str) -> str:
@@ -2137,6 +2204,8 @@ def code_prompt(chat: Chat, instruction: str, opening: str) -> str:
 
 
 def mbpp_problem(row: dict, chat: Chat) -> Problem:
+    if not row["test_list"] or not all(isinstance(x, str) for x in row["test_list"] + row["test_imports"]):
+        raise ValueError("fields 'test_list' and 'test_imports' need lines of text, the first one or more")
     asked, tests = row["prompt"].strip(), "\n".join([*row["test_imports"], *row["test_list"]])
     instruction = f"{asked}\nThe program must pass this test:\n```python\n{row['test_list'][0].strip()}\n```"
     return Problem(code_prompt(chat, instruction, ""), asked, ("", tests), f"{row['code'].strip()}\n```")
@@ -2144,14 +2213,15 @@ def mbpp_problem(row: dict, chat: Chat) -> Problem:
 
 def load_mbpp(name: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
     """MBPP with its own asserts: of a fixed random order 200 train, 100 validate, the rest is the test."""
-    fields = ("prompt", "code", "test_imports", "test_list")
-    rows = read_table(name, "test", SOURCES[name][0], None, "test", fields, cfg)
-    random.Random(16).shuffle(rows)
-    if len(rows) <= 300:
-        raise UserError(f"mbpp: {len(rows)} rows; 300 are for training and validation, more for the test")
-    problems = [mbpp_problem(row, chat) for row in rows]
+    fields = dict(prompt=str, code=str, test_imports=list, test_list=list)
+    make = functools.partial(mbpp_problem, chat=chat)
+    problems = read_table(name, "test", SOURCES[name][0], None, "test", fields, make, cfg)
+    random.Random(16).shuffle(problems)
+    problems = distinct(name, problems)
+    if len(problems) <= 300:
+        raise UserError(f"mbpp: {len(problems)} rows; 300 are for training and validation, more for the test")
     splits = {"train": problems[:200], "valid": problems[200:300], "test": problems[300:]}
-    return code_task(name, family, take_shots(splits["test"], cfg, 0) if unseen else splits, cfg)
+    return code_task(name, family, take_shots(name, splits["test"], cfg, 0) if unseen else splits, cfg)
 
 
 def humaneval_problem(row: dict, chat: Chat) -> Problem:
@@ -2166,10 +2236,10 @@ def load_humaneval(name: str, family: str, chat: Chat, cfg: Config, unseen: bool
     """HumanEval: the answer goes on from the function's header. UserError for training: it is all test."""
     if not unseen:
         raise UserError("humaneval has no training split; give it to --unseen")
-    fields = ("prompt", "test", "entry_point", "canonical_solution")
-    rows = read_table(name, "test", SOURCES[name][0], None, "test", fields, cfg)
-    problems = [humaneval_problem(row, chat) for row in rows]
-    return code_task(name, family, take_shots(problems, cfg, SHUFFLE_SEEDS[name]), cfg)
+    fields = dict.fromkeys(("prompt", "test", "entry_point", "canonical_solution"), str)
+    make = functools.partial(humaneval_problem, chat=chat)
+    problems = read_table(name, "test", SOURCES[name][0], None, "test", fields, make, cfg)
+    return code_task(name, family, take_shots(name, problems, cfg, SHUFFLE_SEEDS[name]), cfg)
 
 
 def code_task(name: str, family: str, splits: dict, cfg: Config) -> Task:
@@ -2184,11 +2254,13 @@ def vqa_problem(row: dict, chat: Chat, folder: str) -> Problem:
     from PIL import Image
 
     data = row["image"]
-    data = (data.get("bytes") or data["path"]) if isinstance(data, dict) else data
+    data = (data.get("bytes") or data.get("path")) if isinstance(data, dict) else data
+    if not isinstance(data, (bytes, str)) or not row["answers"] or not isinstance(row["answers"][0], str):
+        raise ValueError("field 'image' needs bytes or a path, 'answers' a list of texts")
     try:
         image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else Path(folder).expanduser() / data)
     except OSError as e:
-        raise UserError(f"picture of {row['question']!r}: {e}") from None
+        raise ValueError(f"field 'image': {e}") from None
     likely = collections.Counter(row["answers"]).most_common(1)[0][0]
     prompt = chat.picture(f"{row['question']}\nAnswer with a word or a short phrase.")
     return Problem(prompt, row["question"], list(row["answers"]), likely, image)
@@ -2198,11 +2270,11 @@ def load_vqa(name: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> T
     """TextVQA, whose answered validation split is the test here, or OK-VQA, which is all test."""
     if name == "okvqa" and not unseen:
         raise UserError("okvqa has no training split here; give it to --unseen")
-    fields, hub = ("image", "question", "answers"), SOURCES[name][0]
+    fields, hub = dict(image=object, question=str, answers=list), SOURCES[name][0]
     hub_splits = {"train": "train", "test": "val2014" if name == "okvqa" else "validation"}
-    read = lambda split: read_table(name, split, hub, None, hub_splits[split], fields, cfg)  # noqa: E731
     make = functools.partial(vqa_problem, chat=chat, folder=cfg.data)
-    return split_task(name, family, read, make, grade_vqa, (), cfg, unseen)
+    read = lambda s: read_table(name, s, hub, None, hub_splits[s], fields, make, cfg)  # noqa: E731
+    return split_task(name, family, read, grade_vqa, (), cfg, unseen)
 
 
 TASKS: dict[str, tuple[str, Callable]] = {
@@ -2218,7 +2290,8 @@ TASKS: dict[str, tuple[str, Callable]] = {
 
 
 def deal(name: str, problems: list[Problem], cfg: Config, unseen: bool) -> dict[str, list[Problem]]:
-    """Splits by index: of five rows three train, one validates, one tests. Shots are validation rows."""
+    """Splits by index: of five questions three train, one validates, one tests. Shots are validation rows."""
+    problems = distinct(name, problems)
     if len(problems) < 5:
         raise UserError(
             f"{name}: {len(problems)} rows, 5 are needed for a training, validation and test split"
@@ -2241,6 +2314,8 @@ def load_file(file: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> 
             raise UserError(f"{file}, row {number}: no answer, and no boxed one in a solution")
         target = str(answer).strip()
         solution = row.get("solution") or ""
+        if not isinstance(solution, str):
+            raise UserError(f"{file}, row {number}: field 'solution' is no text")
         if common.extract_boxed(solution) is None:
             solution = f"{solution}\n\\boxed{{{target}}}".strip()
         problems.append(Problem(chat(PROVE, row["question"]), row["question"], target, solution))
@@ -2289,6 +2364,8 @@ def load_task(text: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
         task = load_gym(source.removeprefix("gym:"), family, chat, cfg, unseen)
     else:
         task = load_file(source, family, chat, cfg, unseen)
+    asked = [{identity(p) for p in part} for part in task.splits.values()]
+    assert sum(map(len, asked)) == len(set().union(*asked)), f"{text}: a question is in two splits"
     splits = task.splits | {"test": task["test"][: cfg.eval_problems or None]}
     return replace(task, splits=splits, max_new=cfg.max_new or task.max_new)
 

@@ -576,6 +576,7 @@ def test_different_answers_stay_different(a, b):
         (r"\boxed 5 or \boxed{6}", "6"),
         (r"\boxed {\frac{1}{2}}", r"\frac{1}{2}"),
         (r"\boxed{5}, put into \boxed as asked", "5"),
+        (r"the answer is $\boxed E$", "E"),
         (r"put into \boxed", None),
         (r"\boxed{5} and \boxed{6", None),
     ],

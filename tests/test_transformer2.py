@@ -1246,7 +1246,7 @@ def write(folder, name, rows):
 def test_hub_tasks_load_from_local_files_with_the_papers_splits(tmp_path):
     rows = [{"question": f"q{i}", "answer": f"work <<1+1=2>>\n#### {i},000"} for i in range(40)]
     write(tmp_path, "gsm8k-train", rows)
-    write(tmp_path, "gsm8k-test", rows[:30])
+    write(tmp_path, "gsm8k-test", [r | {"question": f"test {i}"} for i, r in enumerate(rows[:30])])
     choices = {"text": ["x", "y"], "label": ["1", "2"]}
     arc = [{"question": f"a{i}", "choices": choices, "answerKey": str(1 + i % 2)} for i in range(30)]
     write(tmp_path, "arc_challenge-test", arc)
@@ -1295,6 +1295,72 @@ def test_hub_tasks_load_from_local_files_with_the_papers_splits(tmp_path):
     write(tmp_path, "gsm8k-test", [{"question": "q"}])
     with pytest.raises(UserError, match=r"row 1: no field 'answer'"):
         load("gsm8k", False)
+
+
+ARC = {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "A"}
+MBPP = {"prompt": "p", "code": "c", "test_imports": [], "test_list": ["assert f()"]}
+
+
+@pytest.mark.parametrize(
+    "name, row, message",
+    [
+        ("gsm8k", {"question": "q", "answer": 12}, "field 'answer' is int, needed: str"),
+        ("gsm8k", {"question": "q", "answer": "twelve"}, "field 'answer' ends in no number"),
+        ("arc_easy", ARC | {"answerKey": "Z"}, "field 'answerKey' is 'Z', the labels are A, B"),
+        ("arc_easy", ARC | {"choices": ["x", "y"]}, "field 'choices' is list, needed: dict"),
+        (
+            "arc_easy",
+            ARC | {"choices": {"text": ["x"], "label": "A"}},
+            "field 'choices' needs two lists of one length",
+        ),
+        ("mbpp", MBPP | {"test_list": []}, "fields 'test_list' and 'test_imports' need lines of text"),
+        ("mbpp", MBPP | {"test_list": "assert f()"}, "field 'test_list' is str, needed: list"),
+        ("math", {"problem": "p", "solution": "It is 5."}, r"field 'solution' has no \\boxed answer"),
+    ],
+)
+def test_a_faulty_row_is_one_line_with_file_row_and_field(tmp_path, name, row, message):
+    good = {"gsm8k": {"question": "q0", "answer": "#### 1"}, "arc_easy": ARC, "mbpp": MBPP}
+    good["math"] = {"problem": "p0", "solution": r"\boxed 1"}
+    for split in ("train", "test"):
+        write(tmp_path, f"{name}-{split}", [good[name], row])
+    cfg = Config(model="m", data=str(tmp_path), shots=1)
+    with pytest.raises(UserError, match=f"{name}-test.jsonl, row 2: {message}"):
+        transformer2.load_task(name, chat(), cfg, name == "math")
+
+
+def test_a_numeric_solution_in_a_jsonl_is_one_line(tmp_path):
+    write(tmp_path, "a", [{"question": "q", "answer": "1"}, {"question": "q2", "answer": "1", "solution": 5}])
+    with pytest.raises(UserError, match=r"a\.jsonl, row 2: field 'solution' is no text"):
+        transformer2.load_task(f"math={tmp_path}/a.jsonl", chat(), Config(model="m"), False)
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+def test_a_question_that_is_there_twice_is_asked_in_one_split_only(tmp_path, capsys, unseen):
+    rows = [{"question": f"q{i // 3}", "answer": str(i // 3)} for i in range(90)]
+    write(tmp_path, "twice", [r | {"question": r["question"] + " " * (i % 2)} for i, r in enumerate(rows)])
+    task = transformer2.load_task(f"math={tmp_path}/twice.jsonl", chat(), Config(model="m", shots=4), unseen)
+    asked = [p.question.strip() for part in task.splits.values() for p in part]
+    assert len(set(asked)) == len(asked) and len(asked) == (10 if unseen else 30)
+    assert capsys.readouterr().err.count("60 of 90 questions were there before, dropped") == 1
+
+
+def test_training_questions_that_are_in_the_published_test_are_dropped_and_not_those_of_the_test(
+    tmp_path, capsys
+):
+    row = lambda i: {"question": f"q{i}", "answer": f"#### {i}"}  # noqa: E731
+    write(tmp_path, "gsm8k-train", [row(i) for i in (1, 2, 3, 3, 4, 5)])
+    write(tmp_path, "gsm8k-test", [row(i) for i in (5, 6, 6, 7)])
+    task = transformer2.load_task("gsm8k", chat(), Config(model="m", data=str(tmp_path)), False)
+    asked = {k: [p.question for p in part] for k, part in task.splits.items()}
+    assert asked == {"train": ["q1", "q3"], "valid": ["q2", "q4"], "test": ["q5", "q6", "q6", "q7"]}
+    task = transformer2.load_task("gsm8k", chat(), Config(model="m", data=str(tmp_path), shots=1), True)
+    assert sorted(p.question for part in task.splits.values() for p in part) == ["q5", "q6", "q7"]
+    assert "2 of 6 questions" in capsys.readouterr().err
+
+
+def test_two_questions_about_two_pictures_are_two_problems():
+    twice = [Problem("p", "What is it?", "", image=object()) for _ in range(2)]
+    assert transformer2.distinct("vqa", twice) == twice
 
 
 def test_full_prints_the_papers_parameter_counts_without_weights_or_data(tmp_path, capsys):
@@ -1404,6 +1470,40 @@ def test_layers_computed_again_for_memory_train_the_same_expert(real, tmp_path):
         transformer2.main([*real, "--stages", "experts", "--lam", "0.1", "--out", str(out), *more])
         found.append(load_file(out / "transformer2-text-s0" / "experts" / "sums.safetensors"))
     assert all(torch.equal(z, found[1][k]) and z.std() > 1e-3 for k, z in found[0].items())
+
+
+@pytest.mark.parametrize(
+    "flag, value, words",
+    [
+        ("modules", "mlp,[", "[: no pattern of names"),
+        ("valid_problems", 0, "must be 1 or more"),
+        ("cls_new", 0, "must be 1 or more"),
+        ("cls_questions", 4, "must be 5 or more"),
+        ("pretrain_steps", 0, "must be 1 or more"),
+        ("max_new", -1, "must be 0 or more"),
+        ("rollout_temp", -0.5, "must be 0 or more"),
+        ("eval_problems", -1, "must be 0 or more"),
+        ("sweep", "1,2", "also the fourfold"),
+        ("sweep", "0,1,4", "above 0"),
+    ],
+)
+def test_a_setting_without_sense_is_one_line_before_anything_runs(tmp_path, capsys, flag, value, words):
+    with pytest.raises(SystemExit) as e:
+        transformer2.main([f"--{flag}", str(value), "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and not (tmp_path / "out").exists()
+    assert error.count("\n") == 1 and f"--{flag}" in error and words in error
+
+
+def test_all_test_problems_of_the_built_in_task_are_as_many_as_one_can_wait_for(tmp_path):
+    assert len(transformer2.toy_task("add", config(tmp_path, eval_problems=0), train=1)["test"]) == 2000
+    assert Config(model="m", eval_problems=0).eval_problems == 0  # all of a file
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_base_model_of_few_steps_divides_by_nothing(tmp_path, steps):
+    cfg = config(tmp_path, pretrain_steps=steps, gate=0.0)
+    assert transformer2.pretrain(Run(cfg, look=True).stage("base-0"), 0)["steps"] == steps
 
 
 @pytest.mark.parametrize(
