@@ -861,6 +861,13 @@ def generate(
     return tokens[:, : t + 1], mask[:, : t + 1], logps[:, : t + 1]
 
 
+def rescales_logits(config) -> str | None:
+    """The setting by which a model changes logits after its head (Gemma-2, Granite, Cohere), None if none."""
+    fields = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+    text = config.get_text_config()
+    return next((f for f in fields if getattr(text, f, None) not in (None, 1, 1.0)), None)
+
+
 def head_logits(model, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
     """float32 logits (N, V) of hidden states (N, d); in bfloat16 they are off by 0.06 at magnitude 16."""
     head = model.get_output_embeddings()
@@ -884,9 +891,8 @@ def token_logprobs(
     The head runs over `chunk` positions at a time, again in the backward pass: (B, T, V) is never held.
     ValueError for a model that rescales its logits after the head.
     """
-    fields = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-    if rescaled := [f for f in fields if getattr(model.config, f, None) not in (None, 1, 1.0)]:
-        raise ValueError(f"{type(model).__name__} rescales its logits ({rescaled[0]})")
+    if rescaled := rescales_logits(model.config):
+        raise ValueError(f"{type(model).__name__} rescales its logits ({rescaled})")
     out = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     hidden, targets = out.last_hidden_state[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     head = model.get_output_embeddings()

@@ -2425,6 +2425,8 @@ def real_world(cfg: Config, run: Run) -> tuple[World, Chat]:
         tok = processor.tokenizer
     else:
         model, tok = common.load_lm(cfg.model, dtype)
+    if rescaled := common.rescales_logits(model.config):
+        raise UserError(f"{cfg.model}: {type(model).__name__} rescales its logits ({rescaled}), unknown here")
     model = model.to(run.device).eval()
     if cfg.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -514,6 +514,15 @@ def test_log_probs_use_float32_logits_under_bfloat16_autocast():
     torch.testing.assert_close(logits, hidden @ model.lm_head.weight.T, rtol=1e-5, atol=1e-5)
 
 
+def test_settings_that_change_logits_after_the_head_are_found():
+    from transformers import AutoConfig
+
+    kinds = {"gemma2": "final_logit_softcapping", "cohere": "logit_scale", "llama": None, "qwen2": None}
+    assert {k: common.rescales_logits(AutoConfig.for_model(k)) for k in kinds} == kinds
+    assert common.rescales_logits(AutoConfig.for_model("granite", logits_scaling=8.0)) == "logits_scaling"
+    assert common.rescales_logits(AutoConfig.for_model("granite", logits_scaling=1.0)) is None
+
+
 def test_models_that_rescale_their_logits_are_refused(lm):
     lm.config.logits_scaling = 8.0
     with pytest.raises(ValueError, match="logits_scaling"):

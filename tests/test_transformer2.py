@@ -1451,6 +1451,19 @@ def test_a_single_expert_is_used_but_not_mixed_and_a_line_says_why(real, tmp_pat
     assert capsys.readouterr().out.count("a single expert") == 1
 
 
+def test_a_model_that_rescales_its_logits_after_the_head_is_one_line(real, tmp_path, bpe_tokenizer, capsys):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    size = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=len(bpe_tokenizer), num_key_value_heads=4, **size))
+    model.save_pretrained(tmp_path / "lm")
+    with pytest.raises(SystemExit) as e:
+        transformer2.main(real)
+    error = [x for x in capsys.readouterr().err.splitlines() if x.startswith("transformer2.py")]
+    assert e.value.code == 2 and len(error) == 1
+    assert "Gemma2ForCausalLM rescales its logits (final_logit_softcapping)" in error[0]
+
+
 def test_two_gloo_ranks_train_the_same_expert_as_one(real, run_script, tmp_path):
     found = {}
     for ranks in (0, 2):
