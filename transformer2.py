@@ -723,6 +723,12 @@ def shared(n: int, run: Run, work: Callable[[list[int]], list]) -> list:
     return [parts[i % run.world_size][i // run.world_size] for i in range(n)]
 
 
+def graded(world: World, problems: list[Problem], answers: list[list[int]], task: Task) -> list[bool]:
+    """`grade` by all ranks together: a program among the answers runs once."""
+    work = lambda share: grade(world, *([x[i] for i in share] for x in (problems, answers)), task)  # noqa: E731
+    return shared(len(problems), world.run, work)
+
+
 def outcomes(world: World, problems: list[Problem], task: Task, rows: dict | None = None) -> np.ndarray:
     """1 for each problem answered right greedily, else 0: (N,), on every rank; see `complete` for `rows`."""
 
@@ -1054,7 +1060,8 @@ def two_pass(world: World, problems: list[Problem], task: Task, experts: dict, c
             second = Cost(
                 second.read + cost.read, second.written + cost.written, second.seconds + cost.seconds
             )
-    return np.array(grade(world, problems, answers, task), float), labels, (first, second)
+    right = graded(world, problems, answers, task)
+    return np.array(right, float), labels, (first, second)
 
 
 def confusion(true: list[str], found: list[str]) -> np.ndarray:
@@ -1848,9 +1855,10 @@ def grade_vqa(p: Problem, text: str) -> bool:
 # --- programs that a model wrote ---
 
 # Limits are set by the process itself, before it reads what it runs: preexec_fn is unsafe among threads. The
-# hook keeps accidents away where the user cannot be changed; it is no wall against an attacker.
+# hook keeps accidents away where the user cannot be changed; it is no wall against an attacker. The program is a
+# module with a name, which dataclasses look up.
 BOOTSTRAP = """
-import resource, sys
+import resource, sys, types
 seconds, size = int(sys.argv[1]), int(sys.argv[2]) << 20
 limits = {"AS": size, "CPU": seconds, "FSIZE": 1 << 20, "NPROC": 0, "CORE": 0}
 for name, limit in limits.items():
@@ -1864,7 +1872,8 @@ def hook(event, args):
     if elsewhere or event.startswith(refused):
         raise PermissionError(event)
 sys.addaudithook(hook)
-exec(code, {"__name__": "program"})
+sys.modules["program"] = module = types.ModuleType("program")
+exec(code, module.__dict__)
 """
 
 
@@ -1887,7 +1896,8 @@ def start_program(program: str, seconds: float, megabytes: int, folder: str, out
 def run_code(program: str, seconds: float, megabytes: int) -> bool:
     """Whether a program runs to its last line, in a process of its own with limits on time and memory.
 
-    A secret that its last line prints tells an end from an early exit.
+    A secret that its last line prints tells an end from an early exit. The interpreter runs with -S: there is
+    the standard library and nothing else, no numpy. What a program leaves running is killed.
     """
     nonce = secrets.token_hex(16)
     source = f"{program}\n\n__import__('sys').stdout.write('\\n{nonce}')\n"
@@ -1901,9 +1911,9 @@ def run_code(program: str, seconds: float, megabytes: int) -> bool:
         except subprocess.TimeoutExpired:
             return False
         finally:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or (macOS) about to go
+                os.killpg(process.pid, signal.SIGKILL)
+            if process.returncode is None:
                 process.communicate()
         output.seek(max(0, output.seek(0, os.SEEK_END) - len(nonce)))
         return process.returncode == 0 and output.read() == nonce.encode()
@@ -2245,7 +2255,8 @@ def load_humaneval(name: str, family: str, chat: Chat, cfg: Config, unseen: bool
 def code_task(name: str, family: str, splits: dict, cfg: Config) -> Task:
     """A Task whose answers are run."""
     run_it = functools.partial(grade_code, seconds=cfg.code_seconds, megabytes=cfg.code_memory)
-    threads = max(2, min(16, os.cpu_count() or 2))  # these threads only wait
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = max(2, min(16, (os.cpu_count() or 2) // ranks))  # they wait for as many programs
     return Task(name, family, splits, run_it, SOURCES[name][2], CODE_STOPS, threads)
 
 

@@ -2,7 +2,11 @@
 
 import json
 import math
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -1216,10 +1220,59 @@ def test_graders_read_the_answer_that_a_person_would_read():
         ("import os\nwhile True: os.fork()", False),
         ("import subprocess; subprocess.run(['true'])", False),
         ("def f(:", False),
+        (
+            "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n"
+            "    x: int\nassert A(1).x == 1",
+            True,
+        ),
+        ("import numpy", False),
     ],
 )
 def test_programs_run_to_their_end_within_limits_or_fail(program, passes):
     assert transformer2.run_code(program, 2.0, 512) == passes
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_what_a_program_left_running_is_killed_when_its_leader_is_gone(monkeypatch, tmp_path):
+    file = tmp_path / "pid"
+    child = f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    left = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}])"
+
+    def start(program, seconds, megabytes, folder, output):  # as if nothing had stopped it from starting one
+        wait = f"\nimport os\nwhile not (os.path.exists({str(file)!r}) and open({str(file)!r}).read()): pass"
+        command = [sys.executable, "-c", left + wait + "; import time; time.sleep(0.1)"]
+        null = subprocess.DEVNULL
+        settings = dict(stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True)
+        return subprocess.Popen(command, **settings)
+
+    monkeypatch.setattr(transformer2, "start_program", start)
+    assert not transformer2.run_code("", 30.0, 512)
+    state = Path(f"/proc/{file.read_text()}/stat")
+    for _ in range(50):
+        if not state.exists() or state.read_text().split()[2] in "ZX":
+            return
+        time.sleep(0.1)
+    raise AssertionError("it still runs")
+
+
+def test_two_passes_grade_each_answer_on_one_rank(world, monkeypatch):
+    monkeypatch.setattr(transformer2, "dispatch", lambda *a: (["other"] * 6, transformer2.Cost()))
+    answers = [[1 + i, world.eos] for i in range(6)]
+    monkeypatch.setattr(transformer2, "timed_answers", lambda *a: (answers, transformer2.Cost()))
+    seen, run = [], world.run.stage("two")
+    task = Task("coin", "math", {}, lambda p, text: seen.append(p.target) or p.target % 2 == 0, 6)
+    run.rank, run.world_size = 1, 2
+    run.gather = lambda mine: [[True] * 3, mine]
+    found, _, _ = transformer2.two_pass(replace(world, run=run), problems_of(), task, {})
+    assert seen == [1, 3, 5] and found.tolist() == [1, 0] * 3
+
+
+def test_threads_that_run_programs_are_divided_among_the_ranks_of_a_machine(monkeypatch):
+    monkeypatch.setattr(transformer2.os, "cpu_count", lambda: 12)
+    threads = lambda: transformer2.code_task("mbpp", "code", {}, Config(model="m")).threads  # noqa: E731
+    assert threads() == 12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert threads() == 3
 
 
 def chat(template=None, refuses_system=False):
