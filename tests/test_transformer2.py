@@ -406,6 +406,24 @@ def test_use_goes_back_to_what_was_before_also_after_an_exception(world, how):
     assert torch.equal(logits(world), base) and not torch.allclose(own, base, atol=0.1)
 
 
+@pytest.mark.parametrize("inner", ["merged", "one", "rows", "base"])
+@pytest.mark.parametrize("outer", ["merged", "one", "rows"])
+def test_one_use_inside_another_leaves_the_outer_weights_as_they_were(world, outer, inner):
+    adapter, whats = world.adapter, []
+    spread_p(adapter)
+    for i, how in enumerate((outer, inner)):
+        scales = adapter.scales(expert(adapter, i))
+        rows = {k: v.expand(2, -1) for k, v in scales.items()}
+        whats.append({"one": scales, "rows": rows, "base": None}.get(how, how))
+    with adapter.use(whats[0]):
+        before = logits(world)
+        with adapter.use(whats[1]):
+            inside = logits(world)
+        assert torch.equal(logits(world), before)
+    assert (inner == outer == "merged") or not torch.allclose(inside, before, atol=0.1)
+    assert {x.mode for x in adapter.layers.values()} == {"base"}
+
+
 def test_own_and_merged_are_the_same_model_and_merging_again_follows_p(world):
     for seed in (0, 1):
         spread_p(world.adapter, seed)
@@ -900,6 +918,19 @@ def test_rollouts_are_sampled_with_new_numbers_each_step_or_greedy_at_temperatur
         assert seen[0].shape == (8, 3) and not torch.equal(*seen)
     else:
         assert seen == [None, None]
+
+
+def test_batches_of_equal_rewards_are_told_once_whether_right_or_wrong(world, capsys):
+    def told(*rewards):
+        record = {"mute": 0}
+        for reward in rewards:
+            transformer2.warn_of_equal_rewards(world.run, reward, record)
+        return [line.split("were ")[1].split(":")[0] for line in capsys.readouterr().out.splitlines()]
+
+    n = world.cfg.warn_after
+    assert told(*[-1.0] * (n + 3)) == ["wrong"] and told(*[1.0] * (n + 3)) == ["right"]
+    assert told(*[-1.0] * (n - 1), 0.5, *[-1.0] * (n - 1)) == []
+    assert told(*[1.0, -1.0] * n) == [] and told(*[-1.0] * 2, *[1.0] * n) == ["right"]
 
 
 def test_too_few_problems_for_the_batch_are_all_used_and_none_is_an_error(world, capsys):
@@ -1444,6 +1475,28 @@ def test_smoke_leaves_tables_claims_figure_and_experts(smoke):
     assert list(folder.glob("svf@1-0-0/*.safetensors"))
 
 
+def test_the_figure_draws_mean_and_range_of_all_seeds():
+    from matplotlib.figure import Figure
+
+    cfg, units = replace(transformer2.DEMO, sweep=(1.0, 4.0)), [(0, 0), (0, 1)]
+    accuracy = lambda u, m: 0.1 + 0.4 * u[1] + 0.05 * m  # noqa: E731
+    cells = {
+        transformer2.cell_name(k, m, *u): {op: {"test_last": accuracy(u, m)} for op in transformer2.TRAINED}
+        for k in transformer2.METHODS
+        for m in cfg.sweep
+        for u in units
+    }
+    figure, table = Figure(), np.eye(4) + 1
+    transformer2.draw_study(figure, cells, cfg, units, [{"confusion": {"A": table, "B": table}}])
+    axes = figure.axes[2]
+    assert len(axes.lines) == len(axes.collections) == 3 and "all seeds" in axes.get_title()
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.35, 0.5])
+    ends = axes.collections[0].get_paths()[0].vertices
+    for x, low, high in ((1.0, 0.15, 0.55), (4.0, 0.3, 0.7)):
+        at = ends[ends[:, 0] == x][:, 1]
+        assert at.min() == pytest.approx(low) and at.max() == pytest.approx(high)
+
+
 def test_smoke_resumed_trains_nothing_again_and_reports_the_same(smoke):
     folder, command = smoke
     before = json.loads((folder / "results.json").read_text())
@@ -1481,8 +1534,12 @@ def test_all_stages_on_a_real_tokenizer_and_resume_reads_what_is_there(real, tmp
     results = json.loads((folder / "results.json").read_text())
     rows = {(r["task"], r["row"]) for r in results["table"] if "row" in r and "task" in r}
     assert {("sums", "SVF"), ("sums", "LoRA, RL"), ("words", "LoRA, next token, last")} <= rows
+    assert {("sums", "SVF, last"), ("words", "SVF, last")} <= rows
     assert {("more", x) for x in ("base", "A", "B", "C, weights per layer", "... shuffled")} <= rows
     assert {f.stem for f in (folder / "experts").glob("*.safetensors")} == {"sums", "words", "cls"}
+    last = load_file(folder / "last" / "sums.safetensors")
+    state = torch.load(folder / "svf-sums" / "checkpoint.pt", weights_only=True)["state"]["adapter"]
+    assert all(torch.equal(z, torch.sigmoid(state[f"{name}.p"])) for name, z in last.items())
     kept = {f.name: f.stat().st_mtime_ns for f in folder.rglob("*.safetensors")}
     transformer2.main([*real, *stages, "--resume"])
     after = json.loads((folder / "results.json").read_text())
@@ -1582,6 +1639,8 @@ def test_a_base_model_of_few_steps_divides_by_nothing(tmp_path, steps):
         (["--experts", "nofolder"], "no .safetensors file"),
         (["--stages", "dance"], "dance"),
         (["--elite", "0.01"], "--elite"),
+        (["--sweep", "1,4"], "--sweep and --ablations are of the built-in task"),
+        (["--ablations"], "--sweep and --ablations are of the built-in task"),
     ],
 )
 def test_bad_input_is_one_line_with_exit_code_2(real, more, words, capfd):
