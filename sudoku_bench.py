@@ -51,6 +51,7 @@ import collections
 import functools
 import hashlib
 import html
+import http.client
 import itertools
 import json
 import math
@@ -460,12 +461,13 @@ def distinct(groups: Callable, text: Callable, elements: Callable, **more) -> Ru
 # relations of two cells; what a `pair` clue may say
 RELATIONS: dict[str, Callable[[int, int], bool]] = {
     "equal": lambda a, b: a == b, "parity": lambda a, b: (a - b) % 2 == 0,
-    "oddsum": lambda a, b: (a + b) % 2 == 1, "sum<5": lambda a, b: a + b < 5, "product>5": lambda a,
-        b: a * b > 5,
+    "oddsum": lambda a, b: (a + b) % 2 == 1, "sum<5": lambda a, b: a + b < 5, "sum>5": lambda a, b: a + b > 5,
+    "product>5": lambda a, b: a * b > 5,
 }  # fmt: skip
 SAYINGS = {
     "equal": "the same digit", "parity": "both odd or both even", "oddsum": "one odd and one even digit",
-    "sum<5": "digits that sum to less than 5", "product>5": "digits whose product is more than 5",
+    "sum<5": "digits that sum to less than 5", "sum>5": "digits that sum to more than 5",
+    "product>5": "digits whose product is more than 5",
 }  # fmt: skip
 
 
@@ -1467,7 +1469,7 @@ def verify(p: Puzzle, grid: str) -> Verdict:
     kept = shaped and all(a in (".", b) for a, b in zip(p.givens, grid, strict=True))
     broken = violations(p, grid) if complete else []
     same, enough, warning = shaped and grid == p.solution, sufficient(p), ""
-    if p.solution and not enough and p.clues and violations(p, p.solution):
+    if p.solution and not enough and violations(p, p.solution):
         broken, warning = [], f"{p.id}: inconsistent parse, its stored solution breaks a parsed constraint"
     solved = bool(complete and kept and not broken) if enough else bool(same)
     if enough and p.solution and solved != same:
@@ -1777,10 +1779,8 @@ def generate(n: int, families: Sequence[str], rng: random.Random, name: str = "g
                 p.clues = rest
         solver = Solver(p)
     if strict:
-        dotted = {k for c in p.clues if c.type == "neg" for k in ("neg", *c.value.split("+"))}  # one family
-        for kind in {c.type for c in p.clues} - dotted | ({"neg"} if dotted else set()):
-            without = [c for c in p.clues if c.type != kind and not (kind == "neg" and c.type in dotted)]
-            if Solver(p, without).solve(nodes=20 * nodes).status == "unique":
+        for clues in without_a_family(p):
+            if Solver(p, clues).solve(nodes=100 * nodes).status != "multiple":
                 return None
     found = solver.solve(nodes=200_000)
     if found.status != "unique" or found.solutions[0] != p.solution:
@@ -1788,6 +1788,13 @@ def generate(n: int, families: Sequence[str], rng: random.Random, name: str = "g
     if tagged:
         tag(p, solver, found)
     return p
+
+
+def without_a_family(p: Puzzle) -> Iterator[list[Clue]]:
+    """The clues without each family in turn; a negative rule and its dots are one."""
+    dotted = {k for c in p.clues if c.type == "neg" for k in ("neg", *c.value.split("+"))}
+    for kind in sorted({c.type for c in p.clues} - dotted | ({"neg"} if dotted else set())):
+        yield [c for c in p.clues if c.type != kind and not (kind == "neg" and c.type in dotted)]
 
 
 SUITE_FAMILIES = {  # family: sizes it is used at in mini_48
@@ -1886,12 +1893,12 @@ m9-07|9|........................................................................
 m9-08|9|........................................................71.......................|xv:10 22 23;xv:10 28 29;xv 33 34;xv:10 34 35;xv 42 43;xv:10 52 53;xv:10 54 55;xv:10 58 59;xv:10 64 65;xv:10 83 84;xv:10 92 93;xv:10 97 98;xv 17 27;xv:10 27 37;xv 33 43;xv:10 41 51;xv 64 74;xv:10 74 84;xv:10 89 99;neg:xv|459317268728654391613289745132598476964731582875462139397126854581943627246875913
 m9-09|9|5......1..7.........3..................34....4...............5....2..97.6..8....4|antiking;arrow 73 72 63;arrow 38 28 39;arrow 33 32 43;arrow 96 85 86|564783219879125436213496785952678143187349562436512897728934651345261978691857324
 m9-10|9|3.1....5.........8.........6......4....597...58............8......9.4....17.....5|diag+;odd 37;odd 65;odd 53|361849257754321968928675134679182543143597682582436719495718326236954871817263495
-m9-11|9|...........2....3.9..........5...2....3.....5.1.............5.4..7.........6.....|windoku;clone 86 96 97 41 51 52|784213956562849137931765482895436271473192865216587349628371594147958623359624718
-m9-12|9|.......9........4.2.............................8............3......3..2.........|nonconsecutive;whispers 48 38 49;whispers 78 77 67 57|417382695693715248258469713825136479371594826946827351582641937164973582739258164
-m9-13|9|.......3......5...........2.........6.8....4..3.7......6...9.......2.............|diag-;regionsum 69 79 78 89;regionsum 55 45 46 37 48;regionsum 28 18 17 16 25 14;regionsum 35 34 44;skyscraper:2 07;skyscraper:2 7a;skyscraper:2 a7|126498735379265481584173962742851396618932547935746128467589213891327654253614879
-m9-14|9|1.............3.2...........5..1...........1...........................5...837..9|windoku;whispers 23 34 25 24;whispers 57 47 56;whispers 62 61 71;thermo 74 73 83;thermo 35 26 36;thermo 13 23 33|123678594567493128498125763652314987874952316931786452386549271749261835215837649
-m9-15|9|...........4......81..............7...3..........2.....2...5...........8....6.4..|disjoint;between 15 25 14 24;between 36 45 34 43;between 47 38 28;xsum:31 a1;xsum:15 08;xsum:39 8a;xsum:11 10|297584631364172985815639247142856379753491826986723154428915763639247518571368492
-m9-16|9|....7...36...4...1....29...4..........6...............3.4.8.....8........9.......|diag-;arrow 13 23 33 44;arrow 21 22 12;arrow 66 56 47;odd 43;odd 57;odd 66;odd 18|849671253623548791175329486437196528956832147218457639364785912782914365591263874
+m9-11|9|...6..9........3..7..2.........9.6..........9..4........3....9...........8.54...1|diag-;windoku|842635917591784326736219584358491672617352849924867153463178295175926438289543761
+m9-12|9|6..............2.1.....4.......39................2...4.67.9...2.........3.....7.8|whispers 63 64 65;whispers 47 48 59 58;whispers 24 15 16;whispers 21 22 12 23;clone 32 42 43 54 64 65|625981473498375261713264859872439615946158327531726984167893542289547136354612798
+m9-13|9|....................5..................135.......2....2.4....9.............4.....|xsum:40 a5;xsum:45 02;xsum:23 5a;xsum:39 a7;less 27 26;less 95 85;less 33 43;less 82 72;sandwich:6 08;sandwich:5 40;sandwich:0 03;sandwich:19 60;sandwich:18 30|798654123132978546645213879586749231927135684413826957274561398851397462369482715
+m9-14|9|...............................8.............1..3.................2..............|nonconsecutive;thermo 46 56 65;thermo 26 27 17;thermo 61 52 63;thermo 58 59 48 57;slow 89 99 88;slow 91 92 81 82 71|684135792351792468927468135492681573735924816168357249813579624579246381246813957
+m9-15|9|.....76.........2..........8......5.........4............4........2...........8..|antiknight;whispers 99 89 88;whispers 38 28 39;whispers 43 54 53 63;whispers 97 87 96;modular 68 67 66;modular 74 75 85;modular 19 18 27|948327615175694328326518497834172956751936284269845731693481572587263149412759863
+m9-16|9|.........8.........9.............59...........1...........3......46.............7|windoku;disjoint;palindrome 62 63 54;palindrome 37 27 16;palindrome 33 44 55|245387169871496325396521784623874591587169243419253678958732416734618952162945837
 """  # noqa: E501
 
 
@@ -3087,6 +3094,8 @@ class Episode:
         for r, c, digit in read_placements(text, self.extract, self.mode == "single_step"):
             if len(digit) != 1 or digit not in "0123456789":
                 raise Stop("invalid_action_parsing")
+            if max(len(r), len(c)) > 4000:  # more digits than Python reads
+                raise Stop("invalid_action_parsing")
             r, c = int(r), int(c)
             if not (1 <= r <= n and 1 <= c <= n):
                 raise Stop("action_execution_error")
@@ -3313,7 +3322,7 @@ def reveal(given: Tensor, solution: Tensor, generator: torch.Generator) -> Tenso
 # data of part B
 
 SEEN = ("white", "black", "xv:5", "less", "pair:equal", "pair:parity", "killer")
-NOVEL = ("whispers:2", "white:2", "xv:6", "pair:sum<5", "pair:oddsum", "pair:product>5")
+NOVEL = ("whispers:2", "pair:sum>5", "xv:7", "pair:sum<5", "pair:oddsum", "pair:product>5")
 APART = (("white", "black"), ("xv:5", "less"), ("pair:equal", "killer"), ("pair:parity", "white"), ("black",
     "less"),
     ("xv:5", "killer"))  # pairs of seen families that are never together in training  # fmt: skip
@@ -3480,7 +3489,7 @@ def train_net(run: Run, lines: dict[int, list[str]]) -> tuple[EdgeNet, dict[str,
         clock["seconds"] += time.perf_counter() - begin
         clock["steps"] = step + 1
         if cfg.seconds and step == 29:  # the schedule ends when the time does
-            fits = int(cfg.seconds / (clock["seconds"] / 30))
+            fits = int(run.mean(cfg.seconds / (clock["seconds"] / 30)))  # ranks must stop together
             clock["total"] = min(cfg.steps, max(60, fits))
         if step + 1 >= clock["total"] and step + 1 < cfg.steps:
             run.last = step
@@ -3635,10 +3644,16 @@ class RandomBackend:
 
 @functools.lru_cache(maxsize=4096)
 def plain_completions(line: str, board: str, limit: int = 300) -> tuple[str, ...]:
-    """Up to `limit` grids that keep the board and the plain rules, drawn by a search in random order."""
-    p = Puzzle.from_line(line)
-    found = Solver(p, ()).solve(board, limit, 50 * limit, rng=random.Random(line + board))
-    return tuple(found.solutions)
+    """All grids that keep the board and the plain rules, or `limit` draws where there are more.
+
+    A draw is the first grid of a search in fresh random order.
+    """
+    solver, rng = Solver(Puzzle.from_line(line), ()), random.Random(line + board)
+    found = solver.solve(board, limit, 50 * limit)
+    if len(found.solutions) < limit:
+        return tuple(found.solutions)
+    draws = [solver.solve(board, 1, 5000, rng=rng).solutions for _ in range(limit)]
+    return tuple(x[0] for x in draws if x)
 
 
 class VanillaBackend:
@@ -3716,7 +3731,7 @@ class HFBackend:
     """Any causal language model; episodes in batches, shortest first, halved when memory runs out."""
 
     def __init__(self, name: str, cfg: Config, device: torch.device):
-        self.name, self.cfg, self.device = f"hf:{Path(name).name}", cfg, device
+        self.name, self.cfg, self.device, self.opened = f"hf:{name}", cfg, device, ""
         self.tokens = self.seconds = 0
         if name == "tiny":
             torch.manual_seed(0)
@@ -3732,14 +3747,15 @@ class HFBackend:
     def encode(self, messages: list[dict]) -> list[int]:
         if self.tok.chat_template:
             text = self.tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            self.opened = "<think>" if text.rstrip().endswith("<think>") else ""  # by the template
             return self.tok.encode(text, add_special_tokens=False)
         text = "".join(f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages) + "Assistant:"
         bos = [self.tok.bos_token_id] if self.tok.bos_token_id is not None else []
         return bos + self.tok.encode(text, add_special_tokens=False)
 
     def said_enough(self, rows: list[list[int]]) -> list[bool]:
-        texts = [self.tok.decode(ids, skip_special_tokens=True).lower() for ids in rows]
-        return [x.rfind("</answer>") > max(x.rfind("<think>"), -1) for x in texts]
+        texts = [self.opened + self.tok.decode(ids, skip_special_tokens=True).lower() for ids in rows]
+        return [x.rfind("</answer>") > x.rfind("</think>") >= x.rfind("<think>") for x in texts]
 
     def respond(self, turns: list[Turn]) -> list[Reply]:
         coded = [self.encode(t.messages) for t in turns]
@@ -3792,15 +3808,19 @@ class HFBackend:
         self.tokens += sum(map(len, rows))
         done = ["stop" if row and row[-1] == eos else "length" for row in rows]
         return [
-            Reply(self.tok.decode(row, skip_special_tokens=True) or " ", why, len(row))
+            Reply(self.opened + self.tok.decode(row, skip_special_tokens=True) or " ", why, len(row))
             for row, why in zip(rows, done, strict=True)
         ]
+
+
+FAILURES = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError)
 
 
 class HTTPBackend:
     """An OpenAI-compatible endpoint. The key comes from OPENAI_API_KEY only, and is never logged."""
 
     def __init__(self, url: str, cfg: Config):
+        url, _, model = url.partition("#")
         self.url = url.rstrip("/")
         if not self.url.startswith(("http://", "https://")):
             self.url = (
@@ -3808,7 +3828,10 @@ class HTTPBackend:
             ) + self.url
         if not self.url.endswith("/chat/completions"):
             self.url += "/chat/completions"
-        self.cfg, self.name = cfg, f"http:{cfg.model or 'default'}"
+        self.cfg, self.model = cfg, model or cfg.model
+        self.name = (
+            f"http:{self.model or 'default'}@{urllib.parse.urlsplit(self.url).netloc.rpartition('@')[2]}"
+        )
         self.pool = ThreadPoolExecutor(cfg.concurrency)
         self.tokens = self.seconds = 0
 
@@ -3821,7 +3844,7 @@ class HTTPBackend:
 
     def ask(self, messages: list[dict]) -> Reply:
         """One request; 408, 429, 5xx and time-outs are tried again, 4xx is one clear line."""
-        body = {"model": self.cfg.model, "messages": messages, self.cfg.token_field: self.cfg.max_tokens}
+        body = {"model": self.model, "messages": messages, self.cfg.token_field: self.cfg.max_tokens}
         body |= {"temperature": self.cfg.temperature} if self.cfg.temperature >= 0 else {}
         body |= {"top_p": self.cfg.top_p} if self.cfg.top_p > 0 else {}
         head = {"Content-Type": "application/json"}
@@ -3839,13 +3862,12 @@ class HTTPBackend:
                 after = e.headers.get("Retry-After", "")
                 wait = min(300.0, float(after)) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", after) else wait
             except (
-                urllib.error.URLError,
-                TimeoutError,
-                ConnectionError,
+                OSError,
+                http.client.HTTPException,
                 ValueError,
-                KeyError,
-                IndexError,
+                LookupError,
                 TypeError,
+                AttributeError,
             ) as e:
                 if isinstance(getattr(e, "reason", None), ConnectionRefusedError):
                     raise UserError(f"{self.url}: connection refused; is the endpoint running?") from None
@@ -3891,7 +3913,7 @@ def make_backend(spec: str, cfg: Config, run: Run) -> object:
 
 # --- evaluation ---
 
-KEY = ("suite", "puzzle", "backend", "mode", "N", "k", "seed", "trial", "prompts", "extract")
+KEY = ("sha", "puzzle", "backend", "mode", "N", "k", "seed", "trial", "prompts", "extract")
 
 
 def suite_hash(puzzles: Sequence[Puzzle]) -> str:
@@ -3920,7 +3942,7 @@ def run_eval(cfg: Config, run: Run, puzzles: Sequence[Puzzle], backend, trials: 
     Finished episodes are one JSON line each, flushed; --resume skips them. Returns all ranks' rows.
     """
     templates, digest = load_prompts(cfg.prompts)
-    suite, done, live, rows = suite_hash(puzzles), finished(run.folder), [], []
+    done, live, rows = finished(run.folder) if cfg.resume else {}, [], []
     for k, p in enumerate(puzzles):
         if k % run.world_size != run.rank:
             continue
@@ -3930,7 +3952,7 @@ def run_eval(cfg: Config, run: Run, puzzles: Sequence[Puzzle], backend, trials: 
                     zip(
                         KEY,
                         (
-                            suite,
+                            suite_hash([p]),
                             p.id,
                             backend.name,
                             mode,
@@ -3975,6 +3997,8 @@ def run_eval(cfg: Config, run: Run, puzzles: Sequence[Puzzle], backend, trials: 
                 for key, e in live:
                     if e.stop:
                         rows.append(key | e.row())
+                        if e.trial and backend.name in ("random", "vanilla"):
+                            rows[-1]["messages"] = []  # their first trial is enough to read
                         out.write(json.dumps(rows[-1], ensure_ascii=True) + "\n")
                 out.flush()
                 live = [pair for pair in live if not pair[1].stop]
@@ -4291,7 +4315,7 @@ a{color:inherit;text-decoration:none}
 
 
 def report(
-    puzzles: Sequence[Puzzle], rows: list[dict], scores: list[dict], judge=None, most: int = 400
+    puzzles: Sequence[Puzzle], rows: list[dict], scores: list[dict], judge=None, most: int = 100
 ) -> str:
     """One static page: the table, a tile a puzzle, and for every episode its grid and escaped transcript."""
     by_id, parts = {p.id: p for p in puzzles}, [PAGE, "<h1>Sudoku-Bench report</h1>"]
@@ -4305,9 +4329,9 @@ def report(
         stops = collections.Counter(r["stop"] for r in group).most_common()
         parts.append(f"<h2>{escaped(backend)}, {escaped(mode)}</h2>")
         parts.append(f"<p>{', '.join(f'{escaped(k)}: {v}' for k, v in stops)}</p><div class=tiles>")
-        parts += [tile(r, f"{backend}-{mode}-{k}") for k, r in enumerate(group)]
+        parts += [tile(r, f"{backend}-{mode}-{k}") for k, r in enumerate(group) if not r["trial"]]
         parts.append("</div>")
-        known = [(k, r) for k, r in enumerate(group[:most]) if r["puzzle"] in by_id]
+        known = [(k, r) for k, r in enumerate(group) if r["puzzle"] in by_id and r["messages"]][:most]
         parts += [transcript(by_id[r["puzzle"]], r, f"{backend}-{mode}-{k}", judge) for k, r in known]
     return "".join(parts) + "</body></html>"
 
@@ -4332,7 +4356,8 @@ def transcript(p: Puzzle, row: dict, anchor: str, judge=None) -> str:
         else row["initial_board"]
     )
     why = "" if row["solved"] else f", {failure_class(row, judge)}"
-    head = f"{p.id} {p.title}: {row['stop']}{why}, {row['correct']} correct, {row['calls']} calls"
+    name = " ".join(filter(None, (p.id, p.title)))
+    head = f"{name}: {row['stop']}{why}, {row['correct']} correct, {row['calls']} calls"
     parts = [f'<details id="{escaped(anchor)}"{" open" if anchor.endswith("-0") else ""}>']
     parts += (
         f"<summary>{escaped(head)}</summary><figure>{svg(p, board, 48)}</figure>",
@@ -4451,8 +4476,9 @@ def selftest(cfg: Config, run: Run) -> None:
         times.append(r.ms)
         if r.status != "unique" or r.solutions[0] != p.solution:
             bad.append(f"{p.id}: {r.status}")
-        if p.clues and Solver(p, ()).solve().status == "unique":
-            bad.append(f"{p.id}: plain rules are enough")
+        for clues in without_a_family(p):
+            if Solver(p, clues).solve(nodes=100_000).status != "multiple":
+                bad.append(f"{p.id}: a family is not needed")
         if missing := [c.type for c in p.clues if RULES[c.type].text(p.n, c) not in p.rules_text()]:
             bad.append(f"{p.id}: rules do not mention {missing[0]}")
     rows.append({"what": "mini_48, proof", "median ms": float(np.median(times)), "worst ms": max(times)})
@@ -4600,7 +4626,9 @@ def benchmark(cfg: Config, run: Run) -> tuple[dict[str, float], list[dict]]:
         common.write_atomic(
             run.folder / "report.html", report(puzzles, rows, scores, judge).encode("utf-8", "replace")
         )
-        text = "".join(json.dumps(r, ensure_ascii=True) + "\n" for r in rows)
+        keys = {tuple(r[k] for k in KEY) for r in rows}
+        earlier = [r for k, r in finished(run.folder).items() if k not in keys]
+        text = "".join(json.dumps(r, ensure_ascii=True) + "\n" for r in (*rows, *earlier))
         common.write_atomic(run.folder / "episodes.jsonl", text.encode())
         for file in run.folder.glob("episodes.*.jsonl"):
             file.unlink()
