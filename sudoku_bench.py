@@ -151,7 +151,20 @@ class Config(common.Config):
             raise ValueError(
                 "--history is -1 or more, --empty and --limit 0 or more, --trials, --batch 1 or more"
             )
-        if self.hidden % self.heads or min(self.concurrency, self.retries, self.seeds) < 1:
+        least = {
+            "test_puzzles": 4,
+            "iterations": 1,
+            "steps": 1,
+            "batch_size": 1,
+            "max_tokens": 1,
+            "gate_rank": 0,
+        }
+        least["train_puzzles"] = SHARDS * max(1, len(self.train_sizes))
+        if bad := [name for name, low in least.items() if getattr(self, name) < low]:
+            raise ValueError(f"--{bad[0]} must be {least[bad[0]]} or more")
+        if not self.train_sizes or set(self.train_sizes) - {4, 6, 9}:
+            raise ValueError("--train_sizes are of 4, 6, 9")
+        if self.heads < 1 or self.hidden % self.heads or min(self.concurrency, self.retries, self.seeds) < 1:
             raise ValueError("--heads divides --hidden, and --concurrency, --retries, --seeds are 1 or more")
 
 
@@ -2248,11 +2261,7 @@ def from_fpuzzles(data: dict) -> Puzzle:
     n, grid = int(data["size"]), data["grid"]
     if len(grid) != n or any(len(row) != n for row in grid):
         raise ValueError("grid and size disagree")
-    shown = [
-        cell.get("value") if cell.get("given") or "given" not in cell else None
-        for row in grid
-        for cell in row
-    ]
+    shown = [cell.get("value") if cell.get("given") else None for row in grid for cell in row]
     givens = "".join("." if v in (None, "", 0) and v != 0 else str(v) for v in shown)
     regions = None
     if any("region" in cell for row in grid for cell in row) or n not in (4, 6, 9):
@@ -2729,9 +2738,10 @@ def load_puzzles(cfg: Config, run: Run | None = None) -> list[Puzzle]:
     if not cfg.data:
         found = mini_48()
     elif Path(cfg.data).exists():
-        found = [read_row(row, where) for where, row in read_rows(Path(cfg.data))]
+        found = readable(read_rows(Path(cfg.data)), run)
     else:
-        found = [read_row(dict(r), f"{cfg.data}, row {k}") for k, r in enumerate(from_hub(cfg.data), 1)]
+        rows = [(f"{cfg.data}, row {k}", dict(r)) for k, r in enumerate(from_hub(cfg.data), 1)]
+        found = readable(rows, run)
     found = [p for p in found if not cfg.sizes or p.n in cfg.sizes]
     scored = []
     for p in found:
@@ -2744,6 +2754,21 @@ def load_puzzles(cfg: Config, run: Run | None = None) -> list[Puzzle]:
     if not scored:
         raise UserError(f"{cfg.data or 'mini_48'}: no puzzle left to play")
     return scored[: cfg.limit or None]
+
+
+def readable(rows: Iterable[tuple[str, dict]], run: Run | None) -> list[Puzzle]:
+    """The rows that are puzzles we can play; the others are counted, and fail the run if they are all."""
+    found, errors = [], []
+    for where, row in rows:
+        try:
+            found.append(read_row(row, where))
+        except UserError as e:
+            errors.append(e)
+    if errors and not found:
+        raise errors[0]
+    if errors and run:
+        run.print(f"{len(errors)} of {len(errors) + len(found)} rows skipped, the first: {errors[0]}")
+    return found
 
 
 def read_row(row: dict, where: str) -> Puzzle:
@@ -2929,7 +2954,8 @@ def window(messages: list[dict], turns: int) -> list[dict]:
 
 MOST_READ = 1_000_000  # characters of a reply that are read
 PLACEMENT = re.compile(
-    r"(?<![0-9A-Za-z])[rR] ?([0-9]{1,4}),? ?[cC] ?([0-9]{1,4}) ?[:=] ?([0-9]{1,4})(?![0-9])"
+    r"(?<![0-9A-Za-z])[rR] ?([0-9]{1,4}),?\s{0,8}[cC] ?([0-9]{1,4})"
+    r"[\s*`]{0,8}[:=][\s*`]{0,8}([0-9]{1,4})(?![0-9])"
 )
 FULL_WIDTH = {c: chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)} | {0x3000: " "}
 

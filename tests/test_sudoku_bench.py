@@ -1243,3 +1243,30 @@ def test_a_model_is_not_stopped_inside_a_thought():
     assert not says("<think>the format is <ANSWER>r1c1: 5</ANSWER>, so") and not says("x")
     backend.opened = "<think>"
     assert not says("like <ANSWER>1</ANSWER>") and says("</think><ANSWER>1</ANSWER>")
+
+
+def test_entered_digits_are_no_givens_and_odd_rows_are_skipped(tmp_path, capsys):
+    grid = [[{} for _ in range(4)] for _ in range(4)]
+    grid[0][0], grid[0][1] = {"value": 3}, {"value": 2, "given": True}
+    assert sb.from_fpuzzles({"size": 4, "grid": grid}).givens == ".2" + "." * 14
+    rows = [official(), official(rows=10, cols=10), official(rows=4, cols=6), official(initial_board=None)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with common.Run(sb.Config(out=str(tmp_path)), look=True) as run:
+        assert len(sb.load_puzzles(sb.Config(data=str(tmp_path / "a.jsonl")), run)) == 1
+    assert "3 of 4 rows skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text", ["r1c2:  3", "r1c2:\t3", "r1c2:\n3", "**r1c2**: 3", "`r1c2`: `3`", "r1, c2 = 3"]
+)
+def test_spaces_and_markdown_in_placements(text):
+    assert play("multi_step", [block(text)], "robust").correct == 1
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("heads", 0), ("train_sizes", ()), ("train_sizes", (5,)), ("test_puzzles", 0), ("batch_size", 0)],
+)
+def test_sizes_of_the_study_are_checked(name, value):
+    with pytest.raises(ValueError, match=name):
+        sb.Config(**{name: value})
