@@ -89,8 +89,8 @@ class Config(common.Config):
     data: str = ""  # .jsonl, folder of .json, .parquet or hub id[:config]; empty: the built-in mini_48
     sizes: tuple[int, ...] = ()  # only grids of these sizes; empty: all
     limit: int = 0  # puzzles, at most; 0: all
-    backend: tuple[str, ...] = ()  # solver, random, vanilla, neural, scripted:FILE, hf:NAME, http:URL
-    model: str = ""  # name of the model that an http endpoint is asked for
+    backend: tuple[str, ...] = ()  # solver, random, vanilla, neural, scripted:FILE, hf:NAME, http:URL#MODEL
+    model: str = ""  # of http endpoints without #MODEL
     mode: tuple[str, ...] = ("multi_step", "single_shot")  # protocols; single_step, too
     history: int = 5  # turns of the past that a model sees (N); -1: all
     empty: int = 0  # cells left empty (k), the rest are hints; 0: the puzzle as it is
@@ -106,7 +106,7 @@ class Config(common.Config):
     timeout: float = 600.0  # seconds for one request
     retries: int = 5  # of a request that failed for a passing reason
     batch: int = 16  # episodes that an hf model answers together, halved when memory runs out
-    judge: str = ""  # http endpoint that sorts failures into the paper's classes; empty: by keywords
+    judge: str = ""  # URL#MODEL that sorts models' failures into the paper's classes; empty: by keywords
     # one thing at a time
     link: str = ""  # import a SudokuPad or f-puzzles link, or a file of them, and show it
     fetch: bool = False  # resolve short ids of links over the network
@@ -143,6 +143,8 @@ class Config(common.Config):
             raise ValueError(f"--mode: {', '.join(sorted(bad))} is none of {', '.join(MODES)}")
         if bad := [b for b in self.backend if b.split(":")[0] not in BACKENDS]:
             raise ValueError(f"--backend: {bad[0]} is none of {', '.join(BACKENDS)}")
+        if any(re.search(r"//[^/#]*@", x) for x in (*self.backend, self.judge)):
+            raise ValueError("--backend and --judge take no user or password; a key is in OPENAI_API_KEY")
         if bad := [f for f in self.families if f.split(":")[0] not in RULES]:
             raise ValueError(f"--families: {bad[0]} is none of {', '.join(RULES)}")
         if self.generate and not re.fullmatch(r"([469])x\1:[1-9]\d{0,6}", self.generate):
@@ -3048,7 +3050,6 @@ class Reply:
     """A backend's answer; text None or empty means that it did not answer."""
 
     text: str | None
-    finish: str = ""
     tokens: int = 0
     reasoning: str = ""
 
@@ -3068,6 +3069,7 @@ class Episode:
         if mode != "single_shot":
             self.messages.append({"role": "assistant", "content": templates["acknowledgement"]})
         self.correct = self.calls = self.tokens = 0
+        self.reasoning = ""  # of the last reply, where the backend keeps it apart
         self.stop = "solved" if mode != "single_shot" and "." not in board else ""
         self.solved, self.verdict, self.final = not bool("." in board) and bool(self.stop), None, board
         self.shadow: Episode | None = None  # the same replies under the paper's reading
@@ -3095,6 +3097,7 @@ class Episode:
             self.stop = "api_error"
             return
         self.calls, self.tokens = self.calls + 1, self.tokens + reply.tokens
+        self.reasoning = reply.reasoning[-20_000:]
         if self.mode != "single_shot":
             self.messages.append(self.turn()[-1])
         self.messages.append({"role": "assistant", "content": reply.text})
@@ -3158,7 +3161,7 @@ class Episode:
                 "correct": self.correct, "stop": self.stop,
             "calls": self.calls, "tokens": self.tokens, "initial_board": self.start,
                 "final_board": self.final[-MOST_READ:],
-            "violations": broken, "messages": self.messages}  # fmt: skip
+            "violations": broken, "reasoning": self.reasoning, "messages": self.messages}  # fmt: skip
 
 
 # --- the neural solver: an edge-conditioned recurrent transformer ---
@@ -3617,7 +3620,7 @@ class Turn:
 
 
 def answer(text: str, tokens: int = 0) -> Reply:
-    return Reply(f"<ANSWER>\n{text}\n</ANSWER>", "stop", tokens)
+    return Reply(f"<ANSWER>\n{text}\n</ANSWER>", tokens)
 
 
 def placements(board: str, grid: str, n: int, most: int) -> Reply:
@@ -3727,7 +3730,7 @@ class ScriptedBackend:
         rows = common.read_jsonl(path, ("puzzle", "mode"))
         if bad := [k for k, r in enumerate(rows, 1) if not isinstance(r.get("replies"), list)]:
             raise UserError(f"{path}, row {bad[0]}: field 'replies' is no list")
-        self.name = f"scripted:{Path(path).name}"
+        self.name = f"scripted:{path}"
         self.replies = {(r["puzzle"], r["mode"]): r["replies"] for r in rows}
 
     def respond(self, turns: list[Turn]) -> list[Reply]:
@@ -3788,7 +3791,7 @@ class HFBackend:
         order, replies = sorted(range(len(turns)), key=lambda k: len(coded[k])), [Reply(None)] * len(turns)
         todo = [k for k in order if len(coded[k]) + 8 < self.room]
         for k in set(order) - set(todo):  # no room for the prompt: an empty answer, as from an endpoint
-            replies[k] = Reply("", "length")
+            replies[k] = Reply("")
         while todo:
             part, halve = todo[: self.batch], False
             try:
@@ -3832,18 +3835,15 @@ class HFBackend:
         rows = [ids[m].tolist() for ids, m in zip(tokens, mask, strict=True)]
         self.seconds += time.perf_counter() - begin
         self.tokens += sum(map(len, rows))
-        done = ["stop" if row and row[-1] == eos else "length" for row in rows]
-        return [
-            Reply(self.opened + self.tok.decode(row, skip_special_tokens=True) or " ", why, len(row))
-            for row, why in zip(rows, done, strict=True)
-        ]
+        texts = [self.opened + self.tok.decode(row, skip_special_tokens=True) for row in rows]
+        return [Reply(text or " ", len(row)) for text, row in zip(texts, rows, strict=True)]
 
 
 FAILURES = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError)
 
 
 class HTTPBackend:
-    """An OpenAI-compatible endpoint. The key comes from OPENAI_API_KEY only, and is never logged."""
+    """An OpenAI-compatible endpoint, URL or URL#MODEL. Its key is in OPENAI_API_KEY, and never logged."""
 
     def __init__(self, url: str, cfg: Config):
         url, _, model = url.partition("#")
@@ -3852,12 +3852,11 @@ class HTTPBackend:
             self.url = (
                 "http://" if re.match(r"(localhost|127\.|\[::1\])", self.url) else "https://"
             ) + self.url
-        if not self.url.endswith("/chat/completions"):
+        if "/chat/completions" not in self.url:
             self.url += "/chat/completions"
         self.cfg, self.model = cfg, model or cfg.model
-        self.name = (
-            f"http:{self.model or 'default'}@{urllib.parse.urlsplit(self.url).netloc.rpartition('@')[2]}"
-        )
+        shown = self.url.partition("://")[2].partition("?")[0].removesuffix("/chat/completions")
+        self.name = f"http:{self.model or 'default'}@{shown}"
         self.pool = ThreadPoolExecutor(cfg.concurrency)
         self.tokens = self.seconds = 0
 
@@ -3869,7 +3868,9 @@ class HTTPBackend:
         return replies
 
     def ask(self, messages: list[dict]) -> Reply:
-        """One request; 408, 429, 5xx and time-outs are tried again, 4xx is one clear line."""
+        """One request. 408, 429, 5xx, time-outs and malformed answers are tried again; 401, 403, 404 and a
+        refused connection end the run in one line; any other 4xx is no answer.
+        """
         body = {"model": self.model, "messages": messages, self.cfg.token_field: self.cfg.max_tokens}
         body |= {"temperature": self.cfg.temperature} if self.cfg.temperature >= 0 else {}
         body |= {"top_p": self.cfg.top_p} if self.cfg.top_p > 0 else {}
@@ -3877,39 +3878,30 @@ class HTTPBackend:
         if key := os.environ.get("OPENAI_API_KEY"):
             head["Authorization"] = f"Bearer {key}"
         for attempt in range(self.cfg.retries):
-            request = urllib.request.Request(self.url, json.dumps(body).encode(), head)
             wait = min(60.0, 2.0**attempt) * (0.5 + random.random())
             try:
+                request = urllib.request.Request(self.url, json.dumps(body).encode(), head)
                 with urllib.request.urlopen(request, timeout=self.cfg.timeout) as response:
                     return self.read(json.loads(response.read(50 * MOST_READ)))
             except urllib.error.HTTPError as e:
+                if e.code in (401, 403, 404):
+                    raise UserError(f"{self.name}: HTTP {e.code} {printable(str(e.reason))[:80]}") from None
                 if e.code not in (408, 429) and e.code < 500:
-                    raise UserError(f"{self.url}: HTTP {e.code} {printable(str(e.reason))[:80]}") from None
+                    break
                 after = e.headers.get("Retry-After", "")
                 wait = min(300.0, float(after)) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", after) else wait
-            except (
-                OSError,
-                http.client.HTTPException,
-                ValueError,
-                LookupError,
-                TypeError,
-                AttributeError,
-            ) as e:
+            except FAILURES as e:
                 if isinstance(getattr(e, "reason", None), ConnectionRefusedError):
-                    raise UserError(f"{self.url}: connection refused; is the endpoint running?") from None
+                    raise UserError(f"{self.name}: connection refused; is the endpoint running?") from None
             if attempt + 1 < self.cfg.retries:
                 time.sleep(wait)
-        return Reply(None, "api_error")
+        return Reply(None)
 
     def read(self, data: dict) -> Reply:
-        choice = data["choices"][0]
-        message = choice["message"]
+        message = data["choices"][0]["message"]
         used = (data.get("usage") or {}).get("completion_tokens")
         thought = message.get("reasoning_content") or message.get("reasoning") or ""
-        tokens = used if isinstance(used, int) else 0
-        return Reply(
-            str(message.get("content") or ""), str(choice.get("finish_reason") or ""), tokens, str(thought)
-        )
+        return Reply(str(message.get("content") or ""), used if isinstance(used, int) else 0, str(thought))
 
 
 def make_backend(spec: str, cfg: Config, run: Run) -> object:
@@ -4108,19 +4100,46 @@ CLASSES = {  # failures of the paper's figure 4, by words; the paper asked a lan
 }
 
 
-def failure_class(row: dict, judge=None) -> str:
-    """How an episode failed, from its last reply: by keywords, or by what a judge endpoint says."""
-    text = next((m["content"] for m in reversed(row["messages"]) if m["role"] == "assistant"), "")
-    names = ("incorrect solution", *CLASSES, "no reasoning")
-    if judge:
-        ask = f"A solver failed at a puzzle. Answer with one of: {', '.join(names)}.\n\nIts reply, quoted:\n"
-        ask += defused(text[-4000:])
-        said = (judge.ask([{"role": "user", "content": ask}]).text or "").lower()
-        return next((n for n in names if n in said), "incorrect solution")
-    bare = re.sub(r"<answer>.*?</answer>", "", text[-20000:], flags=re.I | re.S).strip()
+def last_words(row: dict) -> str:
+    """What a player thought and said last."""
+    said = next((m["content"] for m in reversed(row["messages"]) if m["role"] == "assistant"), "")
+    return f"{row.get('reasoning', '')}\n{said}".strip()
+
+
+def failure_class(row: dict) -> str:
+    """How an episode failed: what the judge said, else by keywords in the last reply and its reasoning."""
+    if row.get("failure"):
+        return row["failure"]
+    bare = re.sub(r"<answer>.*?</answer>", "", last_words(row)[-20000:], flags=re.I | re.S).strip()
     if len(bare) < 20:
         return "no reasoning"
     return next((n for n, words in CLASSES.items() if re.search(words, bare, re.I)), "incorrect solution")
+
+
+def judge_failures(cfg: Config, run: Run, rows: list[dict]) -> None:
+    """--judge: an endpoint sorts language models' failures; where it fails the rest is left to keywords.
+
+    The answer goes into row["failure"]. A request is tried once, for a minute at most: other ranks wait.
+    """
+    names = ("incorrect solution", *CLASSES, "no reasoning")
+    ask = f"A solver failed at a puzzle. Answer with one of: {', '.join(names)}.\n\nIts reply, quoted:\n"
+    judge = HTTPBackend(cfg.judge, replace(cfg, retries=1, timeout=min(60.0, cfg.timeout)))
+    models = [r for r in rows if r["backend"].startswith(("hf:", "http:", "scripted:"))]
+    failed = [r for r in models if not r["solved"] and "failure" not in r]
+    texts = [ask + defused(last_words(r)[-4000:]) for r in failed]
+    step = cfg.concurrency
+    try:
+        for k in range(0, len(failed), step):
+            replies = judge.pool.map(
+                lambda x: judge.ask([{"role": "user", "content": x}]), texts[k : k + step]
+            )
+            for row, reply in zip(failed[k : k + step], replies, strict=True):
+                if reply.text is None:
+                    raise UserError(f"{judge.name}: no answer")
+                said = reply.text.lower()
+                row["failure"] = next((n for n in names if n in said), "") or failure_class(row)
+    except UserError as e:
+        run.print(f"--judge: {e}; the failures left are sorted by keywords")
 
 
 PUBLISHED = {  # arXiv 2505.16135, table 1: ACP 4, 6, 9, all; multi-step % solved; single-shot % solved
@@ -4340,9 +4359,7 @@ a{color:inherit;text-decoration:none}
 </style></head><body>"""
 
 
-def report(
-    puzzles: Sequence[Puzzle], rows: list[dict], scores: list[dict], judge=None, most: int = 100
-) -> str:
+def report(puzzles: Sequence[Puzzle], rows: list[dict], scores: list[dict], most: int = 100) -> str:
     """One static page: the table, a tile a puzzle, and for every episode its grid and escaped transcript."""
     by_id, parts = {p.id: p for p in puzzles}, [PAGE, "<h1>Sudoku-Bench report</h1>"]
     if scores:
@@ -4358,7 +4375,7 @@ def report(
         parts += [tile(r, f"{backend}-{mode}-{k}") for k, r in enumerate(group) if not r["trial"]]
         parts.append("</div>")
         known = [(k, r) for k, r in enumerate(group) if r["puzzle"] in by_id and r["messages"]][:most]
-        parts += [transcript(by_id[r["puzzle"]], r, f"{backend}-{mode}-{k}", judge) for k, r in known]
+        parts += [transcript(by_id[r["puzzle"]], r, f"{backend}-{mode}-{k}") for k, r in known]
     return "".join(parts) + "</body></html>"
 
 
@@ -4373,7 +4390,7 @@ def tile(row: dict, anchor: str) -> str:
     return f'<a class="tile {colour}" href="#{escaped(anchor)}">{inside}</a>'
 
 
-def transcript(p: Puzzle, row: dict, anchor: str, judge=None) -> str:
+def transcript(p: Puzzle, row: dict, anchor: str) -> str:
     """An episode: final grid, rules, what is broken, and the first and the last dozen of its messages."""
     size = p.n**2
     board = (
@@ -4381,7 +4398,7 @@ def transcript(p: Puzzle, row: dict, anchor: str, judge=None) -> str:
         if re.fullmatch(rf"[0-9.]{{{size}}}", row["final_board"], re.A)
         else row["initial_board"]
     )
-    why = "" if row["solved"] else f", {failure_class(row, judge)}"
+    why = "" if row["solved"] else f", {failure_class(row)}"
     name = " ".join(filter(None, (p.id, p.title)))
     head = f"{name}: {row['stop']}{why}, {row['correct']} correct, {row['calls']} calls"
     parts = [f'<details id="{escaped(anchor)}"{" open" if anchor.endswith("-0") else ""}>']
@@ -4392,6 +4409,8 @@ def transcript(p: Puzzle, row: dict, anchor: str, judge=None) -> str:
     if row.get("violations"):
         parts.append(f"<p>Broken: {'; '.join(map(escaped, row['violations'][:20]))}</p>")
     messages = row["messages"][:1] + row["messages"][1:][-12:]
+    if row.get("reasoning"):
+        messages.insert(-1, {"role": "reasoning of the last reply", "content": row["reasoning"]})
     parts += [f"<b>{escaped(m['role'])}</b><pre>{escaped(m['content'][:20000])}</pre>" for m in messages]
     return "".join(parts) + "</details>"
 
@@ -4648,9 +4667,10 @@ def benchmark(cfg: Config, run: Run) -> tuple[dict[str, float], list[dict]]:
         bounds(cfg, run, puzzles, rows)
     breakdown(run, rows)
     if run.is_main:
-        judge = HTTPBackend(cfg.judge, cfg) if cfg.judge else None
+        if cfg.judge:
+            judge_failures(cfg, run, rows)
         common.write_atomic(
-            run.folder / "report.html", report(puzzles, rows, scores, judge).encode("utf-8", "replace")
+            run.folder / "report.html", report(puzzles, rows, scores).encode("utf-8", "replace")
         )
         keys = {tuple(r[k] for k in KEY) for r in rows}
         earlier = [r for k, r in finished(run.folder).items() if k not in keys]

@@ -862,7 +862,7 @@ def test_report_escapes_what_models_say(tmp_path):
 
 
 class Endpoint(http.server.BaseHTTPRequestHandler):
-    calls, fail = 0, []
+    calls, fail, says = 0, [], None
 
     def do_POST(self):
         cls = type(self)
@@ -884,7 +884,7 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
             ],
             "usage": {"completion_tokens": 7},
         }
-        data = json.dumps(answer).encode()
+        data = json.dumps(cls.says if cls.says is not None else answer).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -898,7 +898,7 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
 def endpoint():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    Endpoint.calls, Endpoint.fail = 0, []
+    Endpoint.calls, Endpoint.fail, Endpoint.says = 0, [], None
     yield f"http://127.0.0.1:{server.server_address[1]}/v1"
     server.shutdown()
 
@@ -921,6 +921,88 @@ def test_http_backend_retries_and_reports(endpoint, tmp_path, monkeypatch):
         backend.ask([])
     with pytest.raises(UserError, match="refused"):
         sb.HTTPBackend("http://127.0.0.1:9", cfg).ask([])
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        {"choices": [{"message": None}]},
+        {"choices": []},
+        {"choices": [{"message": {}}], "usage": "7"},
+        [],
+        "x",
+    ],
+)
+def test_malformed_answers_are_failed_attempts(endpoint, says, monkeypatch):
+    monkeypatch.setattr(sb.time, "sleep", lambda s: None)
+    Endpoint.says = says
+    assert sb.HTTPBackend(endpoint, sb.Config(retries=2)).ask([]).text is None and Endpoint.calls == 2
+
+
+def test_a_refused_request_ends_an_episode_and_a_bad_address_is_no_crash(endpoint, monkeypatch):
+    monkeypatch.setattr(sb.time, "sleep", lambda s: None)
+    Endpoint.fail = [400]
+    assert sb.HTTPBackend(endpoint, sb.Config()).ask([]).text is None and Endpoint.calls == 1
+    assert sb.HTTPBackend("http://a b/v1", sb.Config(retries=1)).ask([]).text is None  # InvalidURL
+
+
+def test_endpoints_and_models_have_names_of_their_own():
+    names = [
+        sb.HTTPBackend(url, sb.Config(model="m")).name
+        for url in (
+            "http://h/a/v1",
+            "http://h/b/v1",
+            "http://h/a/v1#n",
+            "h/a/v1#n",
+            "http://g/v1?key=secret#n",
+        )
+    ]
+    assert names == ["http:m@h/a/v1", "http:m@h/b/v1", "http:n@h/a/v1", "http:n@h/a/v1", "http:n@g/v1"]
+    with pytest.raises(ValueError, match="no user or password"):
+        sb.Config(backend=("http:http://me:secret@h/v1#m",))
+
+
+def failed_row(backend, text="x" * 40, **more):
+    message = [{"role": "assistant", "content": text}]
+    return {"backend": backend, "solved": 0, "messages": message, "reasoning": ""} | more
+
+
+def test_reasoning_that_is_kept_apart_counts_as_reasoning():
+    assert sb.failure_class(failed_row("http:m", block("1"))) == "no reasoning"
+    row = failed_row("http:m", block("1"), reasoning="The clues contradict each other, so there is no way.")
+    assert sb.failure_class(row) == "claimed contradiction"
+    e = Episode(P4, "single_shot", P4.givens, 5, "robust", sb.load_prompts("")[0])
+    e.take(Reply(block("1"), 3, "because"))
+    assert e.row()["reasoning"] == "because" and "because" not in json.dumps(e.messages)
+
+
+def test_the_judge_sorts_models_only_and_gives_way_to_keywords(endpoint, tmp_path, capsys):
+    rows = [failed_row("http:m"), failed_row("random"), failed_row("hf:x"), failed_row("hf:x", solved=1)]
+    Endpoint.says = {"choices": [{"message": {"content": "Surrender."}}]}
+    cfg = sb.Config(judge=endpoint + "#judge", model="player", out=str(tmp_path))
+    with common.Run(cfg, look=True) as run:
+        sb.judge_failures(cfg, run, rows)
+        assert [r.get("failure") for r in rows] == ["surrender", None, "surrender", None]
+        assert Endpoint.body["model"] == "judge" and Endpoint.calls == 2
+        for code in (500, 401):
+            Endpoint.fail, rows = [code], [failed_row("http:m")]
+            sb.judge_failures(cfg, run, rows)
+            assert sb.failure_class(rows[0]) == "incorrect solution"
+    assert capsys.readouterr().out.count("--judge:") == 2
+
+
+def test_a_smaller_limit_keeps_the_rows_of_a_larger_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--no_study", "--backend", "random", "--trials", "1", "--sizes", "4", "--mode", "multi_step"]
+    file, played = tmp_path / "out" / "sudoku_bench-demo-s0" / "episodes.jsonl", []
+    respond = sb.RandomBackend.respond
+    monkeypatch.setattr(sb.RandomBackend, "respond", lambda b, t: played.extend(t) or respond(b, t))
+    for limit, puzzles in ((4, 4), (2, 4), (6, 6)):
+        played.clear()
+        sb.main([*words, "--limit", str(limit), *(["--resume"] if limit != 4 else [])])
+        rows = [json.loads(x) for x in file.read_text().splitlines()]
+        assert len(rows) == len({r["puzzle"] for r in rows}) == puzzles
+        assert len({t.p.id for t in played}) == {4: 4, 2: 0, 6: 2}[limit]
 
 
 def test_an_endpoint_plays_through_the_command_and_resumes(endpoint, run_script, tmp_path):
@@ -1138,6 +1220,24 @@ def test_smoke_runs_every_part_and_resumes(run_script, tmp_path):
     run_script(*words, "--resume")
     after = json.loads((folder / "results.json").read_text())
     assert after["claims"] == before["claims"] and (folder / "episodes.jsonl").read_text() == episodes_
+
+
+def test_two_ranks_stop_together_when_their_time_is_over(run_script):
+    """Each rank measures another speed; alone with its own number of steps, one would wait for ever."""
+    words = (
+        "--config",
+        "smoke",
+        "--seconds",
+        "2",
+        "--steps",
+        "100000",
+        "--backend",
+        "solver",
+        "--limit",
+        "1",
+    )
+    done = run_script(ROOT / "sudoku_bench.py", *words, ranks=2)
+    assert "results.json" in done.stdout
 
 
 def test_two_ranks_give_what_one_gives(run_script, tmp_path):
