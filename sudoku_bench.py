@@ -208,6 +208,16 @@ def boxes(n: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(r * n + c for r in range(n) for c in range(n) if grid[r][c] == b) for b in range(n))
 
 
+def divide(n: int, i: int) -> Cell:
+    return i // n + 1, i % n + 1
+
+
+def boxes_drawn(n: int, regions: Iterable[Iterable[int]]) -> list[dict]:
+    """Regions as visual elements."""
+    cells = ([name_of(divide(n, i)) for i in g] for g in regions)
+    return [{"type": "cage", "style": "box", "value": "", "cells": x} for x in cells]
+
+
 @dataclass
 class Puzzle:
     """A puzzle; `regions` are index tuples, None for standard boxes, () for none. See `to_json`."""
@@ -300,14 +310,11 @@ class Puzzle:
         """Visual elements in the official puzzles' vocabulary: its own, or those of regions and clues."""
         if self.elements is not None:
             return self.elements
-        found = [] if self.regions is None else [
-            {"type": "cage", "style": "box", "value": "", "cells": [self.name(i) for i in g]}
-            for g in self.regions
-        ]  # fmt: skip
+        found = [] if self.regions is None else boxes_drawn(self.n, self.regions)
         return found + [e for c in self.clues for e in RULES[c.type].elements(self.n, c)]
 
     def name(self, i: int) -> str:
-        return f"r{i // self.n + 1}c{i % self.n + 1}"
+        return name_of(divide(self.n, i))
 
     def to_json(self) -> dict:
         """The schema of our JSON lines: cells as rXcY, regions "std", [] or lists of cells."""
@@ -332,19 +339,22 @@ class Puzzle:
             )
         regions = row.get("regions", "std")
         if regions != "std":
-            regions = tuple(tuple((r - 1) * n + c - 1 for r, c in map(cell_of, g)) for g in regions)
+            cells = [[cell_of(x) for x in g] for g in regions]
+            if not all(1 <= x <= n for g in cells for cell in g for x in cell):
+                raise ValueError(f"{row.get('id')}: a region leaves the grid")
+            regions = tuple(tuple((r - 1) * n + c - 1 for r, c in g) for g in cells)
         clues = tuple(
             Clue(c["type"], tuple(map(cell_of, c.get("cells", ()))), str(c.get("value", "")))
             for c in row.get("constraints", ())
         )
         known = set(cls(id="", n=1, givens=".", regions=()).to_json())
         more = {k: v for k, v in row.items() if k not in known}
+        tags = {k: v for k, v in (row.get("tags") or {}).items() if k != "sufficient"}  # to be proved here
         return cls(str(row["id"]), n, row["givens"], clues, row.get("solution"),
-            None if regions == "std" else regions,
-            row.get("title") or "", row.get("author") or "", row.get("source") or "import",
-                row.get("rules") or "",
-            row.get("visual_elements"), row.get("encoded"), row.get("proof") or {"status": "not_run"},
-            row.get("tags") or {}, more)  # fmt: skip
+            None if regions == "std" else regions, row.get("title") or "", row.get("author") or "",
+            row.get("source") or "import", defused(row.get("rules") or ""),
+            read_elements(row.get("visual_elements")), row.get("encoded"),
+            row.get("proof") or {"status": "not_run"}, tags, more)  # fmt: skip
 
     def to_line(self) -> str:
         """id|n|givens|clues|solution; a cell is two hexadecimal digits, a jigsaw `region` and letters."""
@@ -359,7 +369,8 @@ class Puzzle:
             parts.append(
                 " ".join([c.type + (f":{c.value}" if c.value else ""), *(f"{r:x}{k:x}" for r, k in c.cells)])
             )
-        return f"{self.id}|{self.n}|{self.givens}|{';'.join(parts)}|{self.solution or ''}"
+        name = re.sub(r"[|\r\n]", "_", self.id)
+        return f"{name}|{self.n}|{self.givens}|{';'.join(parts)}|{self.solution or ''}"
 
     @classmethod
     def from_line(cls, line: str) -> Puzzle:
@@ -373,6 +384,8 @@ class Puzzle:
             kind, *cells = part.split()
             kind, _, value = kind.partition(":")
             if kind == "region":
+                if len(cells) != 1 or len(cells[0]) != len(givens):
+                    raise ValueError(f"{name[:20]}: region takes a letter for each cell")
                 letters = sorted(set(cells[0]) - {"."})
                 regions = tuple(tuple(i for i, c in enumerate(cells[0]) if c == x) for x in letters)
             else:
@@ -1552,10 +1565,6 @@ def sample_edges(p: Puzzle, g, rng, kind: str, value: str):
             yield clue
 
 
-def divide(n: int, i: int) -> Cell:
-    return i // n + 1, i % n + 1
-
-
 @samples(*LENGTHS)
 def sample_lines(p: Puzzle, g, rng, kind: str, value: str):
     low, high = LENGTHS[kind]
@@ -2199,7 +2208,7 @@ def import_link(link: str, fetch: bool = False, infer: bool = False) -> Puzzle:
     found = decode_payload(link, data)
     try:
         p = from_fpuzzles(found) if kind == "fpuz" or (not kind and "grid" in found) else from_scl(found)
-        p.encoded = link.strip()
+        p.encoded, p.elements = link.strip(), read_elements(p.elements)
         return guess(p) if infer else p
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as e:
         raise LinkError(link, "schema", printable(f"{type(e).__name__} {e}")[:120]) from None
@@ -2229,13 +2238,17 @@ def square(text) -> int:
     return (int(m[1]), int(m[2]))
 
 
-LINES_IN = {"thermometer": "thermo", "palindrome": "palindrome", "renban": "renban", "whispers": "whispers",
-    "regionsumline": "regionsum", "modularline": "modular", "betweenline": "between"}  # fmt: skip
+FPUZZLES = {"thermometer": "thermo", "palindrome": "palindrome", "renban": "renban", "whispers": "whispers",
+    "regionsumline": "regionsum", "modularline": "modular", "betweenline": "between", "arrow": "arrow",
+    "killercage": "killer", "extraregion": "extra", "difference": "white", "ratio": "black", "xv": "xv",
+    "quadruple": "quad", "clone": "clone", "odd": "odd", "even": "even", "minimum": "minimum",
+    "maximum": "maximum", "littlekillersum": "littlekiller", "sandwichsum": "sandwich", "xsum": "xsum",
+    "skyscraper": "skyscraper"}  # its keys and our families  # fmt: skip
 FLAGS_IN = {"diagonal+": "diag+", "diagonal-": "diag-", "antiknight": "antiknight", "antiking": "antiking",
     "nonconsecutive": "nonconsecutive", "disjointgroups": "disjoint"}  # fmt: skip
 NEGATIVE_IN = {"difference": "white", "ratio": "black", "xv": "xv"}
 DIRECTIONS = {"UL": (-1, -1), "UR": (-1, 1), "DL": (1, -1), "DR": (1, 1)}
-COSMETIC = ("line", "circle", "rectangle", "text", "cage", "highlightConflicts")
+COSMETIC = ("line", "circle", "rectangle", "text", "cage")
 ABOUT = (
     "size",
     "grid",
@@ -2247,6 +2260,7 @@ ABOUT = (
     "sudoku_bench",
     "metadata",
     "id",
+    "highlightConflicts",
 )
 
 
@@ -2264,7 +2278,7 @@ def from_fpuzzles(data: dict) -> Puzzle:
     if len(grid) != n or any(len(row) != n for row in grid):
         raise ValueError("grid and size disagree")
     shown = [cell.get("value") if cell.get("given") else None for row in grid for cell in row]
-    givens = "".join("." if v in (None, "", 0) and v != 0 else str(v) for v in shown)
+    givens = "".join("." if v in (None, "") else str(v) for v in shown)
     regions = None
     if any("region" in cell for row in grid for cell in row) or n not in (4, 6, 9):
         home = [cell.get("region", -1) for row in grid for cell in row]
@@ -2275,66 +2289,99 @@ def from_fpuzzles(data: dict) -> Puzzle:
         )
         regions = None if set(regions) == set(boxes(n)) and n in (4, 6, 9) else regions
     clues: list[Clue] = []
+    failed: set[str] = set()
 
-    def add(kind: str, cells: Iterable[str] = (), value: object = "") -> None:
-        clues.append(Clue(kind, tuple(map(square, cells)), str(value)))
+    def keep(key: str, read: Callable[[], list[Clue]]) -> None:
+        try:  # one odd clue does not make the others unreadable
+            for clue in (found := read()):
+                Puzzle("", n, "." * n * n, (clue,), None, regions)
+            clues.extend(found)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            failed.add(key)
 
-    known = set(ABOUT)
-    for key, kind in LINES_IN.items():
-        for item in data.get(key) or ():
-            for line in item.get("lines") or ():
-                add(kind, line)
-    for item in data.get("killercage") or ():
-        add("killer", item["cells"], item.get("value") or "")
-    for item in data.get("arrow") or ():
-        pill = item["cells"]
-        for line in item.get("lines") or ():
-            add("arrow", [*pill, *(x for x in line[1:] if x not in pill)], len(pill) if len(pill) > 1 else "")
-    for key, kind in (("difference", "white"), ("ratio", "black"), ("xv", "xv")):
-        for item in data.get(key) or ():
-            value = {"V": "", "v": "", "X": "10", "x": "10"}.get(
-                str(item.get("value") or ""), item.get("value") or ""
-            )
-            add(kind, item["cells"], "" if str(value) == str(DOTS[kind]) else value)
-    for item in data.get("quadruple") or ():
-        if item.get("values"):
-            add("quad", item["cells"], "".join(map(str, item["values"])))
-    for item in data.get("clone") or ():
-        add("clone", [*item["cells"], *item["cloneCells"]])
-    for kind in ("odd", "even", "minimum", "maximum"):
-        for item in data.get(kind) or ():
-            add(kind, [item["cell"]])
-    for item in data.get("extraregion") or ():
-        add("extra", item["cells"])
-    for item in data.get("littlekillersum") or ():
-        r, c = square(item["cell"])
-        dr, dc = DIRECTIONS[item["direction"]]
-        if item.get("value"):
-            clues.append(Clue("littlekiller", ((r, c), (r + dr, c + dc)), str(item["value"])))
-    for key, kind in (("sandwichsum", "sandwich"), ("xsum", "xsum"), ("skyscraper", "skyscraper")):
-        for item in data.get(key) or ():
-            if str(item.get("value") or "") != "":
-                add(kind, [item["cell"]], item["value"])
+    def items(key: str) -> Iterable:
+        return found if isinstance(found := data.get(key), list) else [None] if found else ()
+
+    for key, kind in FPUZZLES.items():
+        for item in items(key):
+            keep(key, functools.partial(clues_of_item, kind, item))
     for key, kind in FLAGS_IN.items():
         if data.get(key):
-            add(kind)
+            keep(key, lambda kind=kind: [Clue(kind)])
     if data.get("negative"):
-        add("neg", (), "+".join(NEGATIVE_IN[k] for k in data["negative"]))
-    for row in data.get("sudoku_bench") or ():  # families that f-puzzles has no key for, from our own export
-        add(row["type"], row.get("cells", ()), row.get("value", ""))
-    known |= {*LINES_IN, *FLAGS_IN, "killercage", "arrow", "difference", "ratio", "xv", "quadruple",
-        "clone", "odd",
-        "even", "minimum", "maximum", "extraregion", "littlekillersum", "sandwichsum", "xsum",
-            "skyscraper"}  # fmt: skip
-    used = [k for k, v in data.items() if v and k not in ABOUT]
-    features = {"features_known": [k for k in used if k in known], "features_cosmetic": [k for k in used
-        if k in COSMETIC],
-        "features_unknown": [printable(k)[:40] for k in used if k not in known
-            and k not in COSMETIC]}  # fmt: skip
-    return Puzzle(str(data.get("id") or "fpuzzles"), n, givens, tuple(dict.fromkeys(clues)),
-        solution_text(data.get("solution"), n), regions,
-        str(data.get("title") or ""), str(data.get("author") or ""), "import",
-            defused(str(data.get("ruleset") or "")), tags=features)  # fmt: skip
+        keep("negative", lambda: [Clue("neg", (), "+".join(NEGATIVE_IN[k] for k in data["negative"]))])
+    for row in items("sudoku_bench"):  # families that f-puzzles has no key for, from our own export
+        keep("sudoku_bench", functools.partial(clue_of_ours, row))
+    drawn = []
+    for key in COSMETIC:
+        for item in items(key):
+            try:
+                drawn += drawing_of_item(key, item)
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+                failed.add(key)
+    used = [k for k, v in data.items() if v and (k not in ABOUT or k in failed)]
+    known = {*FPUZZLES, *FLAGS_IN, *COSMETIC} - failed
+    features = {
+        "features_known": [k for k in used if k in known and k not in COSMETIC],
+        "features_cosmetic": [k for k in used if k in known and k in COSMETIC],
+        "features_unknown": [printable(k)[:40] for k in used if k not in known],
+    }
+    p = Puzzle(str(data.get("id") or "fpuzzles"), n, givens, tuple(dict.fromkeys(clues)),
+        solution_text(data.get("solution"), n), regions, str(data.get("title") or ""),
+        str(data.get("author") or ""), "import", defused(str(data.get("ruleset") or "")),
+        tags=features)  # fmt: skip
+    return replace(p, elements=p.visual() + drawn) if drawn else p
+
+
+def clue_of_ours(row: dict) -> list[Clue]:
+    return [Clue(row["type"], tuple(map(square, row.get("cells", ()))), str(row.get("value", "")))]
+
+
+def clues_of_item(kind: str, item: dict) -> list[Clue]:
+    """Clues of one item of f-puzzles. A total of 0 or nothing is none, but for a sandwich's 0."""
+    value = "" if item.get("value") is None else str(item["value"]).strip()
+    read = lambda names: tuple(map(square, names))  # noqa: E731
+    if kind in LENGTHS and kind != "arrow":
+        return [Clue(kind, read(line)) for line in item.get("lines") or ()]
+    if kind == "arrow":
+        pill = item["cells"]
+        lines = [[*pill, *(x for x in line[1:] if x not in pill)] for line in item.get("lines") or ()]
+        return [Clue(kind, read(line), str(len(pill)) if len(pill) > 1 else "") for line in lines]
+    if kind == "quad":
+        values = "".join(map(str, item.get("values") or ()))
+        return [Clue(kind, read(item["cells"]), values)] if values else []
+    if kind == "clone":
+        return [Clue(kind, read([*item["cells"], *item["cloneCells"]]))]
+    if kind in DOTS:
+        value = {"V": "5", "X": "10"}.get(value.upper(), value)
+        return [Clue(kind, read(item["cells"]), "" if value == str(DOTS[kind]) else value)]
+    if value == "0" and kind != "sandwich":
+        value = ""
+    if kind in ("killer", "extra"):
+        return [Clue(kind, read(item["cells"]), value if kind == "killer" else "")]
+    if kind in ("odd", "even", "minimum", "maximum"):
+        return [Clue(kind, read([item["cell"]]))]
+    if not value:
+        return []
+    r, c = square(item["cell"])
+    if kind == "littlekiller":
+        dr, dc = DIRECTIONS[item["direction"]]
+        return [Clue(kind, ((r, c), (r + dr, c + dc)), value)]
+    return [Clue(kind, ((r, c),), value)]
+
+
+def drawing_of_item(key: str, item: dict) -> list[dict]:
+    """Visual elements of a line, circle, rectangle, text or cage of f-puzzles, which are no rules there."""
+    if key == "line":
+        lines = [tuple(map(square, line)) for line in item.get("lines") or ()]
+        return [stroke(line, color_name(item.get("outlineC"))) for line in lines]
+    cells, text = tuple(map(square, item["cells"])), printable(str(item.get("value") or ""))[:40]
+    if key == "cage":
+        return [{"type": "cage", "style": "cosmetic", "value": text, "cells": [name_of(x) for x in cells]}]
+    shape = {"circle": "circle", "rectangle": "square"}.get(key, "")
+    colors = [color_name(item.get(k)) if shape else "" for k in ("baseC", "outlineC")]
+    places = [cells] if len(cells) in (1, 2, 4) else [(x,) for x in cells]
+    return [mark(place, shape, *colors, text, "overlays") for place in places]
 
 
 def to_fpuzzles(p: Puzzle) -> dict:
@@ -2350,51 +2397,44 @@ def to_fpuzzles(p: Puzzle) -> dict:
     out = {"size": p.n, "title": p.title or p.id, "author": p.author, "ruleset": p.rules_text(), "grid": grid}
     if p.solution:
         out["solution"] = [int(c) for c in p.solution]
-    lines, flags = {v: k for k, v in LINES_IN.items()}, {v: k for k, v in FLAGS_IN.items()}
+    flags, negative = {v: k for k, v in FLAGS_IN.items()}, {v: k for k, v in NEGATIVE_IN.items()}
+    keys = {kind: key for key, kind in FPUZZLES.items()}
     for c in p.clues:
-        names = [f"R{r}C{k}" for r, k in c.cells]
-        item = None
-        if c.type in lines and not (c.type == "whispers" and c.value):
-            key, item = lines[c.type], {"lines": [names]}
-        elif c.type in flags:
+        if c.type in flags:
             out[flags[c.type]] = True
-            continue
-        elif c.type == "killer":
-            key, item = "killercage", {"cells": names} | ({"value": c.value} if c.value else {})
-        elif c.type == "arrow":
-            k = c.number(1)
-            key, item = "arrow", {"cells": names[:k], "lines": [names[k - 1 :]]}
-        elif c.type in ("white", "black") or (c.type == "xv" and c.number(5) in (5, 10)):
-            key = {"white": "difference", "black": "ratio", "xv": "xv"}[c.type]
-            value = "VX"[c.number(5) == 10] if c.type == "xv" else c.value
-            item = {"cells": names} | ({"value": value} if value else {})
-        elif c.type == "quad":
-            key, item = "quadruple", {"cells": names, "values": [int(d) for d in c.value]}
-        elif c.type == "clone":
-            k = len(names) // 2
-            key, item = "clone", {"cells": names[:k], "cloneCells": names[k:]}
-        elif c.type in ("odd", "even", "minimum", "maximum"):
-            key, item = c.type, {"cell": names[0]}
-        elif c.type == "extra":
-            key, item = "extraregion", {"cells": names}
-        elif c.type == "littlekiller":
-            (r0, c0), (r, k) = c.cells
-            way = {v: d for d, v in DIRECTIONS.items()}[r - r0, k - c0]
-            key, item = "littlekillersum", {"cell": names[0], "direction": way, "value": c.value}
-        elif c.type in ("sandwich", "xsum", "skyscraper"):
-            key = "sandwichsum" if c.type == "sandwich" else c.type
-            item = {"cell": names[0], "value": c.value}
         elif c.type == "neg":
-            back = {v: k for k, v in NEGATIVE_IN.items()}
-            out["negative"] = [back[k] for k in c.value.split("+")]
-            continue
-        if item is None:
-            key, item = (
-                "sudoku_bench",
-                {"type": c.type, "cells": [name_of(x) for x in c.cells], "value": c.value},
-            )
-        out.setdefault(key, []).append(item)
+            out["negative"] = [negative[k] for k in c.value.split("+")]
+        elif c.type not in keys or (c.value and c.value not in VALUES_OUT.get(c.type, (c.value,))):
+            row = {"type": c.type, "cells": [name_of(x) for x in c.cells], "value": c.value}
+            out.setdefault("sudoku_bench", []).append(row)
+        else:
+            out.setdefault(keys[c.type], []).append(item_of_clue(c))
     return out
+
+
+VALUES_OUT = {"whispers": (), "xv": ("5", "10")}  # others are not f-puzzles' own
+
+
+def item_of_clue(c: Clue) -> dict:
+    """A clue as f-puzzles writes it; the inverse of `clues_of_item`."""
+    names, half = [f"R{r}C{k}" for r, k in c.cells], len(c.cells) // 2
+    value = {"value": c.value} if c.value else {}
+    if c.type in LENGTHS and c.type != "arrow":
+        return {"lines": [names]}
+    if c.type == "arrow":
+        return {"cells": names[: c.number(1)], "lines": [names[c.number(1) - 1 :]]}
+    if c.type == "quad":
+        return {"cells": names, "values": [int(d) for d in c.value]}
+    if c.type == "clone":
+        return {"cells": names[:half], "cloneCells": names[half:]}
+    if c.type == "xv":
+        return {"cells": names, "value": "VX"[c.number(5) == 10]}
+    if c.type == "littlekiller":
+        (r0, c0), (r, k) = c.cells
+        way = {v: d for d, v in DIRECTIONS.items()}[r - r0, k - c0]
+        return {"cell": names[0], "direction": way} | value
+    one = RULES[c.type].count == (1, 1)  # in a cell, or outside
+    return ({"cell": names[0]} if one else {"cells": names}) | value
 
 
 def links(p: Puzzle) -> dict[str, str]:
@@ -2447,7 +2487,9 @@ def from_scl(data: dict) -> Puzzle:
             cages.append(cage_)
     inside = lambda x: len(x) == 2 and 0 <= x[0] < n and 0 <= x[1] < n  # noqa: E731
     regions = tuple(
-        tuple(int(r) * n + int(c) for r, c in g) for g in data.get("regions") or () if all(map(inside, g))
+        tuple(int(r) * n + int(c) for r, c in g)
+        for g in data.get("regions") or ()
+        if g and all(map(inside, g))
     )
     regions = (
         None
@@ -2485,6 +2527,8 @@ def from_scl(data: dict) -> Puzzle:
         elements += [e for item in data.get(key) or () if (e := read_stroke(item, key))]
     for key in ("underlays", "overlays"):
         elements += [e for item in data.get(key) or () if (e := read_shape(item, key))]
+    if regions and not any(e.get("style") == "box" for e in elements):  # else nothing tells of a jigsaw
+        elements = boxes_drawn(n, regions) + elements
     rules = meta.get("rules") or ""
     rules = "\n".join(map(str, rules)) if isinstance(rules, list) else str(rules)
     known = {"cells", "regions", "cages", "metadata", "id", "cellSize"}
@@ -2568,12 +2612,14 @@ def read_shape(item: dict, kind: str) -> dict | None:
         "width": item.get("width", 0)}  # fmt: skip
 
 
+SIGNS = {"<": (0, -1), ">": (0, 1), "^": (-1, 0), "v": (1, 0)}
+
+
 def to_scl(p: Puzzle) -> dict:
     """SudokuPad JSON: givens, regions and drawings; cages and flags are its only rules, the rest is prose."""
 
-    def center(names: Sequence[str]) -> list[float]:
-        places = [cell_of(x) for x in names]
-        return [sum(x[k] - 0.5 for x in places) / len(places) for k in (0, 1)]
+    def center(cells: Sequence[Cell]) -> list[float]:
+        return [sum(x[k] - 0.5 for x in cells) / len(cells) for k in (0, 1)]
 
     def shade_(name: str) -> str:
         return f"#{COLORS[name]:06X}" if name in COLORS else name
@@ -2594,33 +2640,33 @@ def to_scl(p: Puzzle) -> dict:
     out["regions"] = [[[i // p.n, i % p.n] for i in g] for g in p.groups]
     out |= {"metadata": meta, "cages": [], "lines": [], "arrows": [], "underlays": [], "overlays": []}
     for e in p.visual():
-        kind = e["type"]
-        if kind == "cage" and e["style"] != "box":
-            where = [[r - 1, c - 1] for r, c in map(cell_of, e["cells"])]
-            out["cages"].append({"cells": where, "value": e["value"], "unique": True, "style": e["style"]})
+        cells, get = coords(e), lambda k, e=e: str(e.get(k) or "")
+        kind = get("type") if cells else ""
+        if kind == "cage" and get("style") != "box":
+            where, style = [[r - 1, c - 1] for r, c in cells], get("style") or "cosmetic"
+            out["cages"].append({"cells": where, "value": get("value"), "unique": True, "style": style})
         elif kind in ("lines", "arrows"):
-            points = [[r - 0.5, c - 0.5] for r, c in map(cell_of, e["coords"])]
-            out[kind].append({"wayPoints": points, "color": shade_(e["color_name"]), "thickness": 8})
+            points = [[r - 0.5, c - 0.5] for r, c in cells]
+            out[kind].append({"wayPoints": points, "color": shade_(get("color_name")), "thickness": 8})
         elif kind in ("underlays", "overlays"):
-            size = 0.75 if e["loc"] == "cell" else 0.3
+            size = 0.75 if len(cells) == 1 else 0.3
             item = {
-                "center": center(e["coords"]),
+                "center": center(cells),
                 "width": size,
                 "height": size,
-                "rounded": e["shape"] == "circle",
+                "rounded": get("shape") == "circle",
             }
-            item |= {"text": e["text"]} if e["text"] else {}
-            item |= {"backgroundColor": shade_(e["color_name"])} if e["color_name"] else {}
-            item |= {"borderColor": shade_(e["border_color_name"])} if e["border_color_name"] else {}
+            item |= {"text": get("text")} if get("text") else {}
+            item |= {"backgroundColor": shade_(get("color_name"))} if get("color_name") else {}
+            item |= {"borderColor": shade_(get("border_color_name"))} if get("border_color_name") else {}
             out[kind].append(item)
-        elif kind == "inequality":
-            (r, c), d = center(e["cells"]), 0.12
-            way = {"<": (0, -1), ">": (0, 1), "^": (-1, 0), "v": (1, 0)}[e["direction"]]
+        elif kind == "inequality" and get("direction") in SIGNS:
+            (r, c), d, way = center(cells), 0.12, SIGNS[get("direction")]
             ends = [[r - d * way[0] + s * d * way[1], c - d * way[1] + s * d * way[0]] for s in (-1, 1)]
             tip = [r + d * way[0] * 0.4, c + d * way[1] * 0.4]
             out["lines"].append({"wayPoints": [ends[0], tip, ends[1]], "color": "#000000", "thickness": 3})
         elif kind.endswith(" arrow"):
-            (r, c), words = center(e["coords"]), e["direction"]
+            (r, c), words = center(cells), get("direction")
             dr = 0.3 * (("lower" in words or "down" in words) - ("upper" in words or words == "up"))
             dc = 0.3 * (("right" in words) - ("left" in words))
             out["arrows"].append(
@@ -2638,16 +2684,17 @@ def guess(p: Puzzle) -> Puzzle:
     """--infer: dots, X, V on edges and anti-chess words in the rules become constraints, to be proved."""
     found = []
     for e in p.elements or ():
+        cells, text = tuple(coords(e)), e.get("text")
+        if len(cells) != 2:
+            continue
         if e.get("loc") in ("vertical edge", "horizontal edge"):
-            cells = tuple(map(cell_of, e["coords"]))
             small = e.get("shape") == "circle" and float(e.get("width") or 0.3) <= 0.45
-            if e["text"] in ("X", "V"):
-                found.append(Clue("xv", cells, "10" if e["text"] == "X" else ""))
-            elif small and not e["text"] and e["color_name"] in ("white", "black"):
+            if text in ("X", "V"):
+                found.append(Clue("xv", cells, "10" if text == "X" else ""))
+            elif small and not text and e.get("color_name") in ("white", "black"):
                 found.append(Clue(e["color_name"], cells))
         elif e.get("type") == "inequality":
-            a, b = map(cell_of, e["cells"])
-            found.append(Clue("less", (a, b) if e["direction"] in "<^" else (b, a)))
+            found.append(Clue("less", cells if str(e.get("direction")) in "<^" else cells[::-1]))
     words = p.rules.lower()
     found += [Clue(f"anti{k}") for k in ("knight", "king") if re.search(rf"\banti-?\s?{k}('s)?\b", words)]
     clues = tuple(dict.fromkeys((*p.clues, *found)))
@@ -2656,6 +2703,34 @@ def guess(p: Puzzle) -> Puzzle:
 
 
 # --- puzzles from files ---
+
+
+def names_in(e: dict) -> list[str]:
+    """The cells that a visual element names, as it names them."""
+    found = e.get("cells") or e.get("coords") or ()
+    return [str(x) for x in found] if isinstance(found, (list, tuple)) else str(found).split()
+
+
+def coords(e: dict) -> list[Cell]:
+    """Cells of a visual element; r1c1-r2c4 is a rectangle. Empty where a name is no cell."""
+    found = []
+    try:
+        for name in names_in(e):
+            first, *last = map(cell_of, re.split(r"-(?=[rR])", name))
+            (r, c), (r1, c1) = first, (last or [first])[-1]
+            found += itertools.product(range(min(r, r1), max(r, r1) + 1), range(min(c, c1), max(c, c1) + 1))
+    except ValueError:
+        return []
+    return found
+
+
+def read_elements(seen: object) -> list[dict] | None:
+    """Visual elements of a row, a list or a string of JSON; their texts open no turn of a chat."""
+    if isinstance(seen, str):
+        seen = json.loads(seen) if seen.strip() else []
+    if not isinstance(seen, list):
+        return None
+    return json.loads(defused(json.dumps([e for e in seen if isinstance(e, dict)], ensure_ascii=False)))
 
 
 def printable(text: str) -> str:
@@ -2692,10 +2767,7 @@ def from_official(row: dict, where: str) -> Puzzle:
             rules = "\n".join(map(str, parsed)) if isinstance(parsed, list) else str(parsed)
         except ValueError:
             pass
-        seen = row.get("visual_elements")
-        if isinstance(seen, str):
-            seen = json.loads(seen) if seen.strip() else []
-        elements = [e for e in seen if isinstance(e, dict)] if isinstance(seen, list) else []
+        elements = read_elements(row.get("visual_elements")) or []
         solution = solution_text(row.get("solution"), n)
         regions = None if n in (4, 6, 9) else ()
         p = Puzzle(str(row["puzzle_id"]), n, str(row["initial_board"]).replace("?", "."), (), solution,
@@ -2796,34 +2868,34 @@ def from_hub(name: str):
 def element_text(e: dict) -> str | None:
     """One visual element as a line of the prompt; None for what has no description."""
     get = lambda k: "" if e.get(k) is None else str(e[k]).strip()  # noqa: E731
-    kind, coords = get("type"), [str(x) for x in e.get("coords") or ()]
+    kind, names = get("type"), names_in(e)
     if kind == "lines":
-        return f"line, color: {get('color_name')}, coords: {' '.join(coords)}"
+        return f"line, color: {get('color_name')}, coords: {' '.join(names)}"
     if kind == "arrows":
-        return f"arrow, color: {get('color_name')}, coords (base to tip): {' '.join(coords)}"
-    if kind.endswith(" arrow") and coords:
-        return f"{kind}, color: {get('color_name')}, in location: {coords[0]}, pointing {get('direction')}"
-    if kind in ("underlays", "overlays") and coords:
+        return f"arrow, color: {get('color_name')}, coords (base to tip): {' '.join(names)}"
+    if kind.endswith(" arrow") and names:
+        return f"{kind}, color: {get('color_name')}, in location: {names[0]}, pointing {get('direction')}"
+    if kind in ("underlays", "overlays") and names:
         fill, border = get("color_name"), get("border_color_name")
         color = f"color: {fill}" if fill else f"stroke color: {border}" if border else ""
         if fill and border and fill != border:
             color += f" (stroke color: {border})"
         loc = get("loc")
         where = {
-            "cell": f"location: {coords[0]}",
-            "corner": f"location: at the corner of {' '.join(coords)}",
+            "cell": f"location: {names[0]}",
+            "corner": f"location: at the corner of {' '.join(names)}",
         }.get(loc, "")
-        if loc.endswith("edge") and len(coords) > 1:
-            where = f"location: between {coords[0]} and {coords[1]}"
+        if loc.endswith("edge") and len(names) > 1:
+            where = f"location: between {names[0]} and {names[1]}"
         shape, text = get("shape"), get("text")
         parts = (f"text: {text}" if text else "", f"shape: {shape}" if shape else "", color, where)
         return ", ".join(filter(None, parts))
-    if kind == "inequality" and len(e.get("cells") or ()) == 2:
-        return f"inequality arrow: {get('direction')} between {e['cells'][0]} and {e['cells'][1]}"
+    if kind == "inequality" and len(names) == 2:
+        return f"inequality arrow: {get('direction')} between {names[0]} and {names[1]}"
     if kind == "cage":
         name = {"killer": "killer cage", "box": "region"}.get(get("style"), "cage")
         value = f" (value {get('value')})" if get("value") else ""
-        return f"{name}{value}: {' '.join(map(str, e.get('cells') or ()))}"
+        return f"{name}{value}: {' '.join(names)}"
     if kind == "global":
         return f"global: {get('text')}"
     return get("text") or None if kind == "manual" else None
@@ -4199,8 +4271,8 @@ def ascii_grid(p: Puzzle, board: str | None = None, plain: bool = False) -> str:
     """The grid with region walls and marks on edges, then the rest of the drawings as a list; 80 columns."""
     n, board, signs, rest = p.n, p.givens if board is None else board, {}, []
     for e in p.visual():
-        where = tuple(sorted(map(cell_of, e.get("cells") or e.get("coords") or ())))
-        on_edge = len(where) == 2 and e["type"] in ("overlays", "underlays", "inequality")
+        where = tuple(sorted(coords(e)))
+        on_edge = len(where) == 2 and e.get("type") in ("overlays", "underlays", "inequality")
         if on_edge and short_mark(e):
             signs[where] = short_mark(e)
         else:
@@ -4271,10 +4343,7 @@ def svg_cage(cells: Sequence[Cell], size: int) -> str:
 
 def svg_element(e: dict, n: int, size: int) -> tuple[int, str]:
     """(layer, drawing) of a visual element: 0 shapes, 1 lines, 2 cages, 3 marks above the grid."""
-    try:
-        cells = [cell_of(str(x)) for x in e.get("cells") or e.get("coords") or ()]
-    except ValueError:
-        return 0, ""
+    cells = coords(e)
     if not cells:
         return 0, ""
     centers = [((c + 0.5) * size, (r + 0.5) * size) for r, c in cells]
@@ -4289,7 +4358,9 @@ def svg_element(e: dict, n: int, size: int) -> tuple[int, str]:
         )
     if kind == "cage" and e.get("style") != "box":
         corner = min(cells)
-        text = svg_text((corner[1] + 0.17) * size, (corner[0] + 0.17) * size, str(e["value"]), size * 0.22)
+        text = svg_text(
+            (corner[1] + 0.17) * size, (corner[0] + 0.17) * size, str(e.get("value")), size * 0.22
+        )
         return 2, svg_cage(cells, size) + (text if e.get("value") else "")
     if kind == "inequality":
         return 3, svg_text(x, y, str(e.get("direction")), size * 0.32)
@@ -4743,7 +4814,10 @@ def breakdown(run: Run, rows: list[dict]) -> None:
     for (backend, mode), group in group_by(models, ("backend", "mode")).items():
         by = collections.defaultdict(list)
         for r in group:
-            for f in [*r["families"], "l0 = 0" if r["l0"] == 0 else "l0 > 0"]:
+            for f in [
+                *r["families"],
+                "l0 unknown" if r["l0"] is None else "l0 = 0" if r["l0"] == 0 else "l0 > 0",
+            ]:
                 by[f].append(r["solved"])
         run.table(
             [{"family": f, "episodes": len(x), "solved": float(np.mean(x))} for f, x in sorted(by.items())],
