@@ -133,7 +133,7 @@ class Config(common.Config):
     weight_decay: float = 0.05  # of AdamW
     seeds: int = 2  # training seeds
     gate: bool = True  # value gates; off: an ablation
-    relabel: bool = False  # permute digits of puzzles without sums at random in training
+    relabel: bool = False  # permute digits of each training puzzle without sums, drawn once a puzzle
 
     may_change: ClassVar[set[str]] = {"batch", "concurrency", "timeout", "retries", "limit"}
 
@@ -145,8 +145,8 @@ class Config(common.Config):
             raise ValueError(f"--backend: {bad[0]} is none of {', '.join(BACKENDS)}")
         if any(re.search(r"//[^/#]*@", x) for x in (*self.backend, self.judge)):
             raise ValueError("--backend and --judge take no user or password; a key is in OPENAI_API_KEY")
-        if bad := [f for f in self.families if f.split(":")[0] not in RULES]:
-            raise ValueError(f"--families: {bad[0]} is none of {', '.join(RULES)}")
+        if bad := next(filter(None, map(bad_family, self.families)), ""):
+            raise ValueError(f"--families: {bad}")
         if self.generate and not re.fullmatch(r"([469])x\1:[1-9]\d{0,6}", self.generate):
             raise ValueError("--generate takes 4x4:COUNT, 6x6:COUNT or 9x9:COUNT")
         if self.history < -1 or min(self.empty, self.limit) < 0 or min(self.trials, self.batch) < 1:
@@ -1668,6 +1668,23 @@ def sample_negative(p: Puzzle, g, rng, value: str) -> list[Clue]:
     return [*found, Clue("neg", (), value)]
 
 
+def bad_family(family: str) -> str:
+    """What is wrong with a family to generate with, as KIND or KIND:VALUE; "" if nothing is."""
+    kind, colon, value = family.partition(":")
+    known = (*GLOBAL, *SAMPLERS, "neg")
+    if kind not in known:
+        return f"{kind} is none of {', '.join(k for k in RULES if k in known)}"
+    if kind in ("neg", "pair"):
+        of = DOTS if kind == "neg" else RELATIONS
+        ok = set(value.split("+") if kind == "neg" else [value]) <= set(of)
+        return "" if ok else f"{kind} takes {' or '.join(of)}, as in {kind}:{next(iter(of))}"
+    if kind in ("white", "black", "xv", "whispers"):
+        return (
+            "" if re.fullmatch(r"[1-9][0-9]?", value if colon else "1", re.A) else f"{family} has no number"
+        )
+    return f"{kind} takes no value" if colon else ""
+
+
 def sample(p: Puzzle, g, rng, family: str, parts: int) -> list[Clue]:
     """Clues of one of `parts` families that hold in g; lines and shapes of a family do not overlap."""
     kind, _, value = family.partition(":")
@@ -2811,8 +2828,10 @@ def load_puzzles(cfg: Config, run: Run | None = None) -> list[Puzzle]:
     """
     if not cfg.data:
         found = mini_48()
-    elif Path(cfg.data).exists():
+    elif os.path.exists(cfg.data):
         found = readable(read_rows(Path(cfg.data)), run)
+    elif len(cfg.data) > 255:
+        raise UserError(f"{printable(cfg.data)[:60]!r}: neither a file nor a hub's id")
     else:
         rows = [(f"{cfg.data}, row {k}", dict(r)) for k, r in enumerate(from_hub(cfg.data), 1)]
         found = readable(rows, run)
@@ -3745,9 +3764,10 @@ class RandomBackend:
 
 @functools.lru_cache(maxsize=4096)
 def plain_completions(line: str, board: str, limit: int = 300) -> tuple[str, ...]:
-    """All grids that keep the board and the plain rules, or `limit` draws where there are more.
+    """All grids that keep the board and the plain rules, or `limit` draws where there are as many or more.
 
-    A draw is the first grid of a search in fresh random order.
+    A draw is the first grid of a search in fresh random order, so that not all come from one branch; it can
+    come twice. Expectations over this list are exact for a player that picks from it.
     """
     solver, rng = Solver(Puzzle.from_line(line), ()), random.Random(line + board)
     found = solver.solve(board, limit, 50 * limit)
@@ -3758,7 +3778,7 @@ def plain_completions(line: str, board: str, limit: int = 300) -> tuple[str, ...
 
 
 class VanillaBackend:
-    """What a model does that cannot read the rules: a uniform pick of at most 300 plain completions."""
+    """What a model does that cannot read the rules: a uniform pick of plain completions."""
 
     name = "vanilla"
 
@@ -4128,7 +4148,10 @@ def per_puzzle(rows: Iterable[dict], value: str) -> dict[str, float]:
 
 
 def score_rows(rows: list[dict], puzzles: Sequence[Puzzle]) -> list[dict]:
-    """ASR and ACP by size and over all, with Wilson intervals over puzzles; a dash where some are missing."""
+    """ASR and ACP by size and over all, with Wilson intervals over puzzles; a dash where some are missing.
+
+    The last columns are over all sizes; s.e. is that of the ASR over trials, of players with more than one.
+    """
     out = []
     wanted = collections.Counter(p.n for p in puzzles)
     for (backend, mode), group in group_by(rows, ("backend", "mode")).items():
@@ -4152,6 +4175,10 @@ def score_rows(rows: list[dict], puzzles: Sequence[Puzzle]) -> list[dict]:
         row["ACP/E"] = (
             f"{sum(r['correct'] for r in group) / empty:.3f}" if mode != "single_shot" and empty else ""
         )
+        if any(r["trial"] for r in rows):
+            runs = [100 * np.mean([r["solved"] for r in g]) for g in group_by(group, ("trial",)).values()]
+            spread = np.std(runs, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else None
+            row["s.e. of trials"] = "" if spread is None else f"{spread:.2f}"
         row["calls"] = float(np.mean([r["calls"] for r in group]))
         row["tokens"] = float(np.mean([r["tokens"] for r in group]))
         out.append(row)
@@ -4491,14 +4518,15 @@ def transcript(p: Puzzle, row: dict, anchor: str) -> str:
 
 def find_puzzle(text: str, cfg: Config) -> Puzzle:
     """A puzzle from an id of the data, a link, a file or a line of the suite's format."""
-    if "://" in text or re.match(r"(scl|ctc|fpuz)", text):
+    bare = re.match(r"scl|ctc|fpuz", text) or re.fullmatch(r"[A-Za-z0-9+/=%\\]{40,}", text)
+    if "://" in text or (bare and not os.path.exists(text)):
         return import_link(text, cfg.fetch, cfg.infer)
     if text.count("|") == 4:
         try:
             return Puzzle.from_line(text)
         except ValueError as e:
             raise UserError(str(e)) from None
-    if Path(text).is_file():
+    if os.path.isfile(text):
         where, row = read_rows(Path(text))[0]
         return read_row(row, where)
     known = load_puzzles(cfg)
@@ -4514,9 +4542,7 @@ def show(cfg: Config, run: Run) -> None:
     if cfg.link:
         path, failed, found, error = Path(cfg.link), 0, [], None
         texts = (
-            [x for x in path.read_text().split("\n") if x.strip()]
-            if len(cfg.link) < 256 and path.is_file()
-            else [cfg.link]
+            [x for x in path.read_text().split("\n") if x.strip()] if os.path.isfile(cfg.link) else [cfg.link]
         )
         for text in texts:
             try:
@@ -4730,12 +4756,15 @@ def benchmark(cfg: Config, run: Run) -> tuple[dict[str, float], list[dict]]:
             speed[f"{spec.split(':')[0]}_tokens_per_s"] = backend.tokens / backend.seconds
     if not rows:
         raise UserError(f"no puzzle has more than --empty {cfg.empty} empty cells")
-    scores = score_rows(rows, puzzles)
+    playable = [p for p in puzzles if hints(p, cfg.empty, cfg.seed) is not None]
+    scores = score_rows(rows, playable)
     run.table(
         scores, f"{cfg.data or 'mini_48'}: % solved (ASR, Wilson 95 %) and correct placements (ACP) by size"
     )
+    if "neural" in cfg.backend and not cfg.data:
+        run.print("neural: mini_48 is not held out from the solutions of its training puzzles, part B is")
     if not cfg.data:
-        bounds(cfg, run, puzzles, rows)
+        bounds(cfg, run, playable, rows)
     breakdown(run, rows)
     if run.is_main:
         if cfg.judge:
@@ -4891,7 +4920,7 @@ def draw_study(figure, run: Run, rows: list[dict]) -> None:
 def dry_run(cfg: Config, run: Run) -> None:
     """Sizes, calls and steps of this config; loads nothing but a local file of puzzles."""
     net = sum(p.numel() for p in net_of(cfg).parameters())
-    if not cfg.data or Path(cfg.data).exists():
+    if not cfg.data or os.path.exists(cfg.data):
         puzzles = load_puzzles(cfg)
         empty = sum(p.givens.count(".") for p in puzzles)
         run.print(

@@ -1262,7 +1262,13 @@ def test_two_ranks_give_what_one_gives(run_script, tmp_path):
 @pytest.mark.parametrize(
     "words, line",
     [
-        (("--backend", "nope"), "nope"), (("--families", "nope"), "nope"), (("--generate", "5x5:3"),
+        (("--backend", "nope"), "nope"), (("--families", "nope"), "nope"),
+        (("--families", "pair"), "pair:equal"),
+        (("--families", "neg:evil"), "neg:white"), (("--families", "norowcol"), "norowcol is none"),
+        (("--families", "white:x"), "number"), (("--families", "killer:5"), "no value"),
+        (("--show", "x" * 300), "link .*lz"), (("--solve", "x-" * 300), "neither"),
+        (("--show", "/" + "y/-" * 200), "neither"), (("--data", "z" * 300, "--no_study"), "neither a file"),
+        (("--show", "1"), "neither"), (("--generate", "5x5:3"),
             "4x4:COUNT"), (("--mode", "x"), "--mode"),
         (("--no_study", "--backend", "hf"), "hf:NAME"), (("--no_study", "--backend", "neural"), "--study"),
             (("--show", "nope"), "neither"), (("--link", "abc"), "short id"),
@@ -1471,3 +1477,41 @@ def test_unknown_first_steps_have_a_row_of_their_own(capsys, tmp_path):
     with common.Run(sb.Config(out=str(tmp_path)), look=True) as run:
         sb.breakdown(run, [row | {"families": []}])
     assert "l0 unknown" in capsys.readouterr().out
+
+
+def test_bare_link_data_and_long_ids_are_told_apart(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    p = sb.mini_48()[6]
+    data = sb.payload_of(sb.links(p)["f-puzzles"])[1]
+    assert len(data) > 255 and sb.find_puzzle(data, sb.Config()).clues == p.clues
+    (tmp_path / "sclfile.jsonl").write_text(json.dumps(p.to_json()))
+    assert sb.find_puzzle("sclfile.jsonl", sb.Config()).clues == p.clues
+
+
+def score(puzzle, trial, solved):
+    row = {"backend": "b", "mode": "multi_step", "puzzle": puzzle, "trial": trial, "solved": solved}
+    return row | {"correct": 1, "E": 2, "calls": 1, "tokens": 0}
+
+
+def test_scores_show_the_spread_of_trials():
+    p, q = sb.replace(P4, id="p"), sb.replace(P4, id="q")
+    rows = [score(x, t, s) for x, t, s in (("p", 0, 1), ("q", 0, 1), ("p", 1, 1), ("q", 1, 0))]
+    assert sb.score_rows(rows, [p, q])[0]["s.e. of trials"] == "25.00"  # of 100 % and 50 %
+    assert "s.e. of trials" not in sb.score_rows(rows[:2], [p, q])[0]
+    assert (
+        sb.score_rows(rows[:1], [p, q])[0]["ASR 4"] == "-" and sb.score_rows(rows, [p])[0]["ASR all"] != "-"
+    )
+
+
+def test_puzzles_without_enough_empty_cells_are_not_missing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("--no_study", "--backend", "random", "--trials", "1", "--sizes", "9", "--mode", "multi_step")
+    sb.main([*words, "--empty", "60"])
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.split()[:2] == ["random", "multi_step"])
+    assert "-" not in line.split()
+
+
+def test_draws_of_many_completions_come_from_more_than_one_branch():
+    grids_ = sb.plain_completions(puzzle("", 6).to_line(), "." * 36)
+    assert len(grids_) == 300 and len(set(grids_)) > 250 and len({g[:6] for g in grids_}) > 100
+    assert set(sb.plain_completions(puzzle().to_line(), BLANK)) == set(GRIDS)
