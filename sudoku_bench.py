@@ -119,7 +119,7 @@ class Config(common.Config):
     selftest: bool = False  # prove mini_48 again and time solver and generator
     # part B, the neural solver
     study: bool = True  # train it and test on seen, recombined and novel rules
-    train_puzzles: int = 12000  # generated
+    train_puzzles: int = 12000  # generated; 4 : 2 : 1 of 4x4, 6x6, 9x9
     train_sizes: tuple[int, ...] = (4,)  # their grid sizes
     test_puzzles: int = 200  # of each split
     hidden: int = 64  # width (d)
@@ -161,11 +161,16 @@ class Config(common.Config):
             "max_tokens": 1,
             "gate_rank": 0,
         }
-        least["train_puzzles"] = SHARDS * max(1, len(self.train_sizes))
         if bad := [name for name, low in least.items() if getattr(self, name) < low]:
             raise ValueError(f"--{bad[0]} must be {least[bad[0]]} or more")
-        if not self.train_sizes or set(self.train_sizes) - {4, 6, 9}:
-            raise ValueError("--train_sizes are of 4, 6, 9")
+        if not self.train_sizes or not set(self.train_sizes) <= {4, 6, 9}:
+            raise ValueError("--train_sizes are some of 4, 6, 9")
+        if len(set(self.train_sizes)) < len(self.train_sizes):
+            raise ValueError("--train_sizes has a size twice")
+        if min(shard_size(self, n) for n in self.train_sizes) < 4:
+            raise ValueError(
+                f"--train_puzzles {self.train_puzzles}: too few for four in each shard of a size"
+            )
         if self.heads < 1 or self.hidden % self.heads or min(self.concurrency, self.retries, self.seeds) < 1:
             raise ValueError("--heads divides --hidden, and --concurrency, --retries, --seeds are 1 or more")
 
@@ -3506,19 +3511,59 @@ def completions(p: Puzzle, limit: int = 300) -> int:
     return len(Solver(p, ()).solve(limit=limit, nodes=20 * limit).solutions)
 
 
+PARTS = {4: 4, 6: 2, 9: 1}  # of the training puzzles; a 9x9 takes forty times as long to generate as a 4x4
+
+
+def shards(cfg: Config) -> int:
+    """Shards of each size: four, more where there is much to generate, so that many workers share it."""
+    return max(4, cfg.train_puzzles // 3000)
+
+
+def shard_size(cfg: Config, n: int) -> int:
+    return cfg.train_puzzles * PARTS[n] // sum(PARTS[k] for k in cfg.train_sizes) // shards(cfg)
+
+
 def data_job(name: str, run: Run) -> dict:
-    """Generate one shard of training puzzles as lines: data-SIZE-SHARD."""
+    """Generate one shard of training puzzles, data-SIZE-SHARD, as lines and encoded."""
     _, n, shard = name.split("-")
-    cfg, n, shard = run.cfg, int(n), int(shard)
-    count = cfg.train_puzzles // len(cfg.train_sizes) // SHARDS
+    cfg, n, count = run.cfg, int(n), shard_size(run.cfg, int(n))
     rng, begin = random.Random(run.stream("puzzles")), time.perf_counter()
-    lines = [draw_puzzle("train", n, rng, f"t{n}-{shard}-{k}").to_line() for k in range(count)]
+    puzzles = [draw_puzzle("train", n, rng, f"t{n}-{shard}-{k}") for k in range(count)]
     seconds = time.perf_counter() - begin
-    common.write_atomic(run.folder / "puzzles.txt", "\n".join(lines).encode())
+    text = "\n".join(p.to_line() for p in puzzles)
+    common.write_atomic(run.folder / "puzzles.txt", text.encode())
+    write_shard(
+        run.folder / "puzzles.npz", puzzles, random.Random(run.stream("relabel")) if cfg.relabel else None
+    )
     return {"count": count, "seconds": seconds}
 
 
-SHARDS = 4
+def write_shard(file: Path, puzzles: Iterable[Puzzle], relabel: random.Random | None = None) -> None:
+    """Encoded puzzles of one size, with the edge types that this file's numbers mean: (types, 10 + 1)."""
+    edges, coded = Edges(), []
+    for p in puzzles:
+        perm = None
+        if relabel and not factors(p):
+            names = BITS[p.digits]
+            new = relabel.sample(names, len(names))
+            perm = [dict(zip(names, new, strict=True)).get(d, d) for d in range(10)]
+        coded.append(encode(p, edges, perm))
+    arrays = {k: v.numpy() for k, v in stack(coded).items()}
+    types = np.array([[*table, flags] for table, flags in edges.index], np.int16)
+    common.write_atomic(file, lambda f: np.savez_compressed(f, types=types, **arrays))
+
+
+def read_shards(files: Iterable[Path], edges: Edges) -> dict[str, Tensor]:
+    """Shards of one size as tensors; their edge types get numbers in `edges`."""
+    rows = []
+    for file in files:
+        with np.load(file) as arrays:
+            part = dict(arrays)
+        types = part.pop("types").tolist()
+        number = np.array([edges.number((tuple(key[:10]), key[10])) for key in types], np.int32)
+        part["edge"] = number[part["edge"]]
+        rows += [{k: v[i] for k, v in part.items()} for i in range(len(part["given"]))]
+    return stack(rows)
 
 
 def tests_job(name: str, run: Run) -> dict:
@@ -3563,19 +3608,10 @@ def net_of(cfg: Config) -> EdgeNet:
     return EdgeNet(cfg.hidden, cfg.heads, cfg.gate, cfg.gate_rank)
 
 
-def train_net(run: Run, lines: dict[int, list[str]]) -> tuple[EdgeNet, dict[str, float]]:
-    """Train one net on puzzles of each size; the same batches on any number of ranks, each takes its part."""
-    cfg, edges, data = run.cfg, Edges(), {}
-    for n, rows in lines.items():
-        rng, coded = random.Random(f"relabel {cfg.seed} {n}"), []
-        for p in map(Puzzle.from_line, rows):
-            perm = None
-            if cfg.relabel and not factors(p):
-                names = BITS[p.digits]
-                new = rng.sample(names, len(names))
-                perm = [dict(zip(names, new, strict=True)).get(d, d) for d in range(10)]
-            coded.append(encode(p, edges, perm))
-        data[n] = {k: v.to(run.device) for k, v in stack(coded).items()}
+def train_net(run: Run, files: dict[int, list[Path]]) -> tuple[EdgeNet, dict[str, float]]:
+    """Train one net on shards of each size; the same batches on any number of ranks, each takes its part."""
+    cfg, edges = run.cfg, Edges()
+    data = {n: {k: v.to(run.device) for k, v in read_shards(x, edges).items()} for n, x in files.items()}
     features = edges.features().to(run.device)
     torch.manual_seed(run.stream("weights"))
     net = net_of(cfg).to(run.device).train()
@@ -3666,16 +3702,8 @@ def solve_rate(net: EdgeNet, puzzles: Sequence[Puzzle], iterations: int, device)
 def net_job(name: str, run: Run) -> dict:
     """Train and test one seed: net-SEED. It leaves model.pt, and right or wrong for every test puzzle."""
     cfg, root = run.cfg, run.folder.parent
-    lines = {
-        n: [
-            x
-            for k in range(SHARDS)
-            for x in (root / f"data-{n}-{k}" / "puzzles.txt").read_text().split("\n")
-            if x
-        ]
-        for n in cfg.train_sizes
-    }
-    net, speed = train_net(run, lines)
+    files = {n: [root / f"data-{n}-{k}" / "puzzles.npz" for k in range(shards(cfg))] for n in cfg.train_sizes}
+    net, speed = train_net(run, files)
     if run.is_main:
         common.write_atomic(run.folder / "model.pt", lambda f: torch.save(net.state_dict(), f))
     result = {"speed": speed, "sizes": {}}
@@ -4658,8 +4686,9 @@ def selftest(cfg: Config, run: Run) -> None:
 def study(cfg: Config, run: Run) -> dict[str, float]:
     """Part B: train the neural solver; test it on rules seen, in new pairs, never seen. Returns speeds."""
     part = run.stage("study")
-    shards = [f"data-{n}-{k}" for n in cfg.train_sizes for k in range(SHARDS)]
-    made = part.jobs([*(f"tests-{n}" for n in cfg.train_sizes), *shards], generate_job)
+    sizes = sorted(cfg.train_sizes, reverse=True)  # what takes longest comes first
+    data = [f"data-{n}-{k}" for n in sizes for k in range(shards(cfg))]
+    made = part.jobs([*(f"tests-{n}" for n in sizes), *data], generate_job)
     if cfg.config == "full" or (run.world_size > 1 and cfg.seeds == 1):  # one net, data parallel
         nets = {"net-0": shared_net(part)}
     else:
@@ -4668,8 +4697,8 @@ def study(cfg: Config, run: Run) -> dict[str, float]:
         k: float(np.mean([r["speed"][k] for r in nets.values()]))
         for k in ("net_steps_per_s", "net_puzzles_per_s", "steps")
     }
-    made_seconds = sum(made[s]["seconds"] for s in shards)
-    speed["puzzles_generated_per_s"] = sum(made[s]["count"] for s in shards) / max(made_seconds, 1e-9)
+    made_seconds = sum(made[s]["seconds"] for s in data)
+    speed["puzzles_generated_per_s"] = sum(made[s]["count"] for s in data) / max(made_seconds, 1e-9)
     for n in cfg.train_sizes:
         study_report(
             run,
@@ -4951,7 +4980,7 @@ CONFIGS = {
         steps=15, seconds=0.0, seeds=1, hidden=16, heads=2, iterations=2, batch_size=8, max_tokens=8,
             log_every=5),
     "demo": DEMO,
-    "gpu": replace(DEMO, workers=8, train_puzzles=300_000, train_sizes=(4, 6, 9), hidden=256, heads=8,
+    "gpu": replace(DEMO, workers=8, train_puzzles=84_000, train_sizes=(4, 6, 9), hidden=256, heads=8,
         iterations=16, gate_rank=8,
         batch_size=512, steps=20_000, seconds=360.0, seeds=1, lr=1e-3),
     "full": replace(DEMO, data="SakanaAI/Sudoku-Bench:challenge_100", backend=("hf:Qwen/QwQ-32B",),

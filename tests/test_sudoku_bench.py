@@ -1372,7 +1372,17 @@ def test_spaces_and_markdown_in_placements(text):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("heads", 0), ("train_sizes", ()), ("train_sizes", (5,)), ("test_puzzles", 0), ("batch_size", 0)],
+    [
+        ("heads", 0),
+        ("train_sizes", ()),
+        ("train_sizes", (5,)),
+        ("test_puzzles", 0),
+        ("batch_size", 0),
+        ("train_puzzles", 15),
+        ("train_sizes", (4, 4)),
+        ("gate_rank", -1),
+        ("max_tokens", 0),
+    ],
 )
 def test_sizes_of_the_study_are_checked(name, value):
     with pytest.raises(ValueError, match=name):
@@ -1515,3 +1525,23 @@ def test_draws_of_many_completions_come_from_more_than_one_branch():
     grids_ = sb.plain_completions(puzzle("", 6).to_line(), "." * 36)
     assert len(grids_) == 300 and len(set(grids_)) > 250 and len({g[:6] for g in grids_}) > 100
     assert set(sb.plain_completions(puzzle().to_line(), BLANK)) == set(GRIDS)
+
+
+def test_shards_are_what_one_process_encodes(tmp_path):
+    rng = random.Random(0)
+    puzzles = [sb.draw_puzzle("train", 4, rng, str(k)) for k in range(12)]
+    for k in range(3):
+        sb.write_shard(tmp_path / f"{k}.npz", puzzles[4 * k : 4 * k + 4])
+    one, many = sb.Edges(), sb.Edges()
+    want = sb.stack([sb.encode(p, one) for p in puzzles])
+    found = sb.read_shards([tmp_path / f"{k}.npz" for k in range(3)], many)
+    assert one.index == many.index and set(found) == set(want)
+    assert all(torch.equal(found[k], want[k]) for k in want)
+
+
+def test_large_configs_have_shards_for_many_workers_and_fewer_large_puzzles():
+    cfg = sb.CONFIGS["gpu"]
+    counts = [sb.shards(cfg) * sb.shard_size(cfg, n) for n in cfg.train_sizes]
+    assert sb.shards(cfg) >= cfg.workers and np.allclose(counts, (48_000, 24_000, 12_000), rtol=0.01)
+    seconds = np.dot(counts, (0.0017, 0.007, 0.065)) / cfg.workers  # as measured on one core
+    assert seconds < 180
