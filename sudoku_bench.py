@@ -19,8 +19,9 @@ How to run
   python sudoku_bench.py                                 both parts, on two CPU cores
   python sudoku_bench.py --no_study --backend hf:FOLDER --trials 1
                                                          a language model plays (hub id, folder, .gguf)
-  python sudoku_bench.py --no_study --backend http:URL --model NAME --trials 1
-                                                         an OpenAI-compatible endpoint; key in OPENAI_API_KEY
+  python sudoku_bench.py --no_study --backend http:URL#MODEL --trials 1
+                                                         an OpenAI-compatible endpoint; key in OPENAI_API_KEY;
+                                                         two of them, with a comma between, are compared
   torchrun --nproc_per_node=8 sudoku_bench.py --config full --data challenge_100.jsonl
                                                          the paper's puzzles; a model's copy on each rank
   --generate 4x4:100, --show ID, --solve ID|LINK, --link LINK, --selftest
@@ -37,7 +38,7 @@ Where this file departs from the paper and its code
   does, bit for bit. solved_ref is the code's verdict on the same replies while the boards are the same.
 - Where the parsed constraints prove one solution, they decide what solves a puzzle, not the stored string.
 - Wilson intervals, the random and the rule-ignoring player, McNemar's test and the neural solver are ours.
-  Failures are sorted into the paper's classes by keywords; --judge asks an endpoint.
+  Failures are sorted into the paper's classes by keywords; --judge URL#MODEL asks an endpoint.
 - Grids up to 9x9 with digits 0 to 9. A negative rule (neg) spares an edge with any of the marks it names.
 - The net sees pairwise rules, killer cages and little killers; other n-ary clues are invisible to it.
 - Not here: the human traces, pictures of boards for vision models, an environment with pencil marks.
@@ -1392,9 +1393,11 @@ class Solver:
                 cand[i] &= 1 << int(c)
         return cand if all(cand) and self.propagate(cand, list(range(len(cand)))) else None
 
-    def search(self, givens: str, rng: random.Random | None = None) -> Iterator[list[int] | None]:
-        """Yield a full grid for each solution, None for each other node: depth first, smallest cell first."""
-        cand = self.root(givens)
+    def search(self, cand: list[int] | None, rng: random.Random | None = None) -> Iterator[list[int] | None]:
+        """Yield a full grid for each solution, None for each other node: depth first, smallest cell first.
+
+        It begins at what `root` returns, which it leaves as it is.
+        """
         stack = [] if cand is None else [(cand, -1, 0)]
         if cand is None:
             yield None
@@ -1429,7 +1432,8 @@ class Solver:
         """Up to `limit` solutions. Out of nodes or time, or stopped by a limit of 1: undecided."""
         begin, givens = time.perf_counter(), self.p.givens if givens is None else givens
         found, count, complete = [], 0, True
-        for grid in self.search(givens, rng):
+        root = self.root(givens)
+        for grid in self.search(root, rng):
             count += 1
             if grid is not None:
                 found.append("".join(map(str, grid)))
@@ -1443,8 +1447,7 @@ class Solver:
         status = (
             "multiple" if len(found) > 1 else "undecided" if not complete else "unique" if found else "none"
         )
-        root = self.root(givens) or []
-        fixed = sum(not m & (m - 1) for m in root) - sum(c != "." for c in givens)
+        fixed = sum(not m & (m - 1) for m in root or ()) - sum(c != "." for c in givens)
         return Result(status, found, count, 1000 * (time.perf_counter() - begin), max(0, fixed))
 
 
@@ -1799,7 +1802,8 @@ def generate(n: int, families: Sequence[str], rng: random.Random, name: str = "g
         None,
         jigsaw(n, rng) if irregular else None,
     )
-    grid = next((g for g in itertools.islice(Solver(p).search(p.givens, rng), 3000) if g), None)
+    solver = Solver(p)
+    grid = next((g for g in itertools.islice(solver.search(solver.root(p.givens), rng), 3000) if g), None)
     if grid is None:
         return None
     p.solution = "".join(map(str, grid))
@@ -2254,12 +2258,6 @@ def fetch_short(link: str, name: str) -> str:
     raise LinkError(link, "url", f"no answer for the short id ({printable(why)[:60]})")
 
 
-def square(text) -> int:
-    if not (m := re.fullmatch(r"[rR]([0-9]{1,2})[cC]([0-9]{1,2})", str(text))):
-        raise ValueError(f"{str(text)[:20]!r} is no cell")
-    return (int(m[1]), int(m[2]))
-
-
 FPUZZLES = {"thermometer": "thermo", "palindrome": "palindrome", "renban": "renban", "whispers": "whispers",
     "regionsumline": "regionsum", "modularline": "modular", "betweenline": "between", "arrow": "arrow",
     "killercage": "killer", "extraregion": "extra", "difference": "white", "ratio": "black", "xv": "xv",
@@ -2356,13 +2354,13 @@ def from_fpuzzles(data: dict) -> Puzzle:
 
 
 def clue_of_ours(row: dict) -> list[Clue]:
-    return [Clue(row["type"], tuple(map(square, row.get("cells", ()))), str(row.get("value", "")))]
+    return [Clue(row["type"], tuple(map(cell_of, row.get("cells", ()))), str(row.get("value", "")))]
 
 
 def clues_of_item(kind: str, item: dict) -> list[Clue]:
     """Clues of one item of f-puzzles. A total of 0 or nothing is none, but for a sandwich's 0."""
     value = "" if item.get("value") is None else str(item["value"]).strip()
-    read = lambda names: tuple(map(square, names))  # noqa: E731
+    read = lambda names: tuple(map(cell_of, names))  # noqa: E731
     if kind in LENGTHS and kind != "arrow":
         return [Clue(kind, read(line)) for line in item.get("lines") or ()]
     if kind == "arrow":
@@ -2385,7 +2383,7 @@ def clues_of_item(kind: str, item: dict) -> list[Clue]:
         return [Clue(kind, read([item["cell"]]))]
     if not value:
         return []
-    r, c = square(item["cell"])
+    r, c = cell_of(item["cell"])
     if kind == "littlekiller":
         dr, dc = DIRECTIONS[item["direction"]]
         return [Clue(kind, ((r, c), (r + dr, c + dc)), value)]
@@ -2395,9 +2393,9 @@ def clues_of_item(kind: str, item: dict) -> list[Clue]:
 def drawing_of_item(key: str, item: dict) -> list[dict]:
     """Visual elements of a line, circle, rectangle, text or cage of f-puzzles, which are no rules there."""
     if key == "line":
-        lines = [tuple(map(square, line)) for line in item.get("lines") or ()]
+        lines = [tuple(map(cell_of, line)) for line in item.get("lines") or ()]
         return [stroke(line, color_name(item.get("outlineC"))) for line in lines]
-    cells, text = tuple(map(square, item["cells"])), printable(str(item.get("value") or ""))[:40]
+    cells, text = tuple(map(cell_of, item["cells"])), printable(str(item.get("value") or ""))[:40]
     if key == "cage":
         return [{"type": "cage", "style": "cosmetic", "value": text, "cells": [name_of(x) for x in cells]}]
     shape = {"circle": "circle", "rectangle": "square"}.get(key, "")
@@ -3738,6 +3736,10 @@ class Turn:
     call: int  # calls before this one
 
 
+def turn_of(e: Episode, key: str) -> Turn:
+    return Turn(e.turn(), e.p, e.board, e.mode, e.start, key, e.calls)
+
+
 def answer(text: str, tokens: int = 0) -> Reply:
     return Reply(f"<ANSWER>\n{text}\n</ANSWER>", tokens)
 
@@ -4054,9 +4056,8 @@ def make_backend(spec: str, cfg: Config, run: Run) -> object:
 KEY = ("sha", "puzzle", "backend", "mode", "N", "k", "seed", "trial", "prompts", "extract")
 
 
-def suite_hash(puzzles: Sequence[Puzzle]) -> str:
-    lines = "\n".join(p.to_line() + p.rules for p in puzzles)
-    return hashlib.sha256(lines.encode("utf-8", "replace")).hexdigest()[:12]
+def puzzle_hash(p: Puzzle) -> str:
+    return hashlib.sha256((p.to_line() + p.rules).encode("utf-8", "replace")).hexdigest()[:12]
 
 
 def finished(folder: Path) -> dict[tuple, dict]:
@@ -4074,6 +4075,12 @@ def finished(folder: Path) -> dict[tuple, dict]:
     return {k: r for k, r in found.items() if r["stop"] != "api_error"}
 
 
+def episode_key(cfg: Config, p: Puzzle, backend: str, mode: str, trial: int, prompts: str) -> dict:
+    """What an episode is of, in the order of KEY."""
+    return dict(sha=puzzle_hash(p), puzzle=p.id, backend=backend, mode=mode, N=cfg.history, k=cfg.empty,
+        seed=cfg.seed, trial=trial, prompts=prompts, extract=cfg.extract)  # fmt: skip
+
+
 def run_eval(cfg: Config, run: Run, puzzles: Sequence[Puzzle], backend, trials: int) -> list[dict]:
     """Play every puzzle in every mode; a rank takes puzzles i % world == rank; its episodes tick together.
 
@@ -4086,24 +4093,7 @@ def run_eval(cfg: Config, run: Run, puzzles: Sequence[Puzzle], backend, trials: 
             continue
         for mode in cfg.mode:
             for trial in range(trials):
-                key = dict(
-                    zip(
-                        KEY,
-                        (
-                            suite_hash([p]),
-                            p.id,
-                            backend.name,
-                            mode,
-                            cfg.history,
-                            cfg.empty,
-                            cfg.seed,
-                            trial,
-                            digest,
-                            cfg.extract,
-                        ),
-                        strict=True,
-                    )
-                )
+                key = episode_key(cfg, p, backend.name, mode, trial, digest)
                 board = hints(p, cfg.empty, cfg.seed)
                 if tuple(key.values()) in done:
                     rows.append(done[tuple(key.values())])
@@ -4116,20 +4106,8 @@ def run_eval(cfg: Config, run: Run, puzzles: Sequence[Puzzle], backend, trials: 
             while live:
                 if run.signals:
                     break
-                turns = [
-                    Turn(
-                        e.turn(),
-                        e.p,
-                        e.board,
-                        e.mode,
-                        e.start,
-                        f"{key['seed']} {e.p.id} {e.mode} {e.trial}",
-                        e.calls,
-                    )
-                    for key, e in live
-                    if not e.stop
-                ]
                 playing = [pair for pair in live if not pair[1].stop]
+                turns = [turn_of(e, f"{key['seed']} {e.p.id} {e.mode} {e.trial}") for key, e in playing]
                 for (_, e), reply in zip(playing, backend.respond(turns) if turns else [], strict=True):
                     e.take(reply)
                 for key, e in live:

@@ -1545,3 +1545,32 @@ def test_large_configs_have_shards_for_many_workers_and_fewer_large_puzzles():
     assert sb.shards(cfg) >= cfg.workers and np.allclose(counts, (48_000, 24_000, 12_000), rtol=0.01)
     seconds = np.dot(counts, (0.0017, 0.007, 0.065)) / cfg.workers  # as measured on one core
     assert seconds < 180
+
+
+class Thinker(sb.BytesTokenizer):
+    """Its template opens a thought, as those of QwQ and R1 do; whatever is generated reads `says`."""
+
+    chat_template, says = "yes", ""
+
+    def apply_chat_template(self, messages, **more):
+        return messages[-1]["content"][:20] + "<|assistant|><think>\n"
+
+    def decode(self, ids, skip_special_tokens=True):
+        return self.says
+
+
+@pytest.mark.parametrize(
+    "says, stop",
+    [
+        ("like <ANSWER>r1c2: 4</ANSWER></think>" + block("r1c2: 3"), ""),
+        ("the format is <ANSWER>r1c2: 3</ANSWER>, so", "truncated"),
+    ],
+)
+def test_a_thought_that_the_template_opened_is_cut(says, stop):
+    backend = sb.HFBackend("tiny", sb.Config(max_tokens=3), torch.device("cpu"))
+    backend.tok = Thinker()
+    backend.tok.says = says
+    e = Episode(P4, "multi_step", P4.givens, 5, "robust", sb.load_prompts("")[0])
+    (reply,) = backend.respond([sb.Turn(e.turn(), P4, e.board, e.mode, e.start, "k", 0)])
+    e.take(reply)
+    assert (e.stop, e.correct) == (stop, int(not stop)) and reply.text.startswith("<think>")
