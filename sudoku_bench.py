@@ -125,7 +125,7 @@ class Config(common.Config):
     test_puzzles: int = 200  # of each split
     hidden: int = 64  # width (d)
     heads: int = 4  # attention heads
-    iterations: int = 6  # of the shared block in training (T); twice as many are tried at test time
+    iterations: int = 6  # of the shared block in training (T); validation picks T, 2 T or 3 T for the tests
     gate_rank: int = 0  # basis gates (K); 0: a gate for each pair of cells
     steps: int = 900  # updates, at most
     seconds: float = 110.0  # of training, at most; 0: no limit
@@ -1530,8 +1530,7 @@ SHARE = {
 SHARE |= {"littlekiller": 0.4, "clone": 0.15, "extra": 0.1, "minimum": 0.3, "maximum": 0.3}
 LENGTHS = {  # fewest and most cells of a line, for each size
     "thermo": (3, 5), "slow": (3, 5), "whispers": (3, 5), "palindrome": (3, 5), "renban": (3, 5),
-        "between": (3, 5),
-    "regionsum": (3, 6), "modular": (3, 5), "arrow": (3, 4),
+    "between": (3, 5), "regionsum": (3, 6), "modular": (3, 5), "arrow": (3, 4),
 }  # fmt: skip
 SAMPLERS: dict[str, Callable] = {}
 
@@ -1848,11 +1847,10 @@ def without_a_family(p: Puzzle) -> Iterator[list[Clue]]:
 
 
 SUITE_FAMILIES = {  # family: sizes it is used at in mini_48
-    **dict.fromkeys(("killer", "thermo", "arrow", "white", "black", "neg:white+black", "xv", "renban",
-        "whispers",
-        "palindrome", "antiknight", "between", "quad", "sandwich", "littlekiller", "skyscraper",
-            "regionsum", "even",
-        "odd", "less", "extra"), (4, 6, 9)),
+    **dict.fromkeys(
+        ("killer", "thermo", "arrow", "white", "black", "neg:white+black", "xv", "renban", "whispers",
+         "palindrome", "antiknight", "between", "quad", "sandwich", "littlekiller", "skyscraper", "regionsum",
+         "even", "odd", "less", "extra"), (4, 6, 9)),
     **dict.fromkeys(("clone", "nonconsecutive", "antiking", "xsum", "modular", "minimum"), (6, 9)),
     "neg:xv": (6, 9), "diag+": (4, 9), "diag-": (6, 9), "windoku": (9,), "disjoint": (6, 9), "slow": (6, 9),
 }  # fmt: skip
@@ -2067,9 +2065,9 @@ def lz_decompress(code: str) -> str:
 SHORT = {
     "c": "color", "ca": "cages", "ct": "center", "c1": "borderColor", "c2": "backgroundColor", "ce": "cells",
     "cs": "cellSize", "a": "arrows", "o": "overlays", "u": "underlays", "w": "width", "h": "height",
-        "v": "value",
-    "vd": "videos", "l": "lines", "r": "rounded", "re": "regions", "fs": "fontSize", "th": "thickness",
-    "hl": "headLength", "wp": "wayPoints", "t": "title", "te": "text", "d": "duration", "d2": "d",
+    "v": "value", "vd": "videos", "l": "lines", "r": "rounded", "re": "regions", "fs": "fontSize",
+    "th": "thickness", "hl": "headLength", "wp": "wayPoints", "t": "title", "te": "text", "d": "duration",
+    "d2": "d",
 }  # fmt: skip
 
 
@@ -2246,7 +2244,7 @@ def fetch_short(link: str, name: str) -> str:
     places = (f"https://sudokupad.app/api/puzzle/{quoted}",
         f"https://sudokupad.svencodes.com/ctclegacy/{quoted}",
         f"https://firebasestorage.googleapis.com/v0/b/sudoku-sandbox.appspot.com/o/{quoted}?alt=media",
-    )  # fmt: skip
+        )  # fmt: skip
     why = ""
     for place in places:
         try:
@@ -2470,11 +2468,11 @@ def links(p: Puzzle) -> dict[str, str]:
 COLORS = {  # CSS4 names that puzzles use
     "black": 0x000000, "white": 0xFFFFFF, "gray": 0x808080, "lightgray": 0xD3D3D3, "darkgray": 0xA9A9A9,
     "silver": 0xC0C0C0, "red": 0xFF0000, "green": 0x008000, "lime": 0x00FF00, "limegreen": 0x32CD32,
-        "blue": 0x0000FF,
-    "lightblue": 0xADD8E6, "lightskyblue": 0x87CEFA, "steelblue": 0x4682B4, "lightsteelblue": 0xB0C4DE,
-    "purple": 0x800080, "violet": 0xEE82EE, "plum": 0xDDA0DD, "thistle": 0xD8BFD8, "orange": 0xFFA500,
-    "yellow": 0xFFFF00, "khaki": 0xF0E68C, "pink": 0xFFC0CB, "lightgreen": 0x90EE90, "turquoise": 0x40E0D0,
-    "brown": 0xA52A2A, "gold": 0xFFD700, "salmon": 0xFA8072, "gainsboro": 0xDCDCDC, "whitesmoke": 0xF5F5F5,
+    "blue": 0x0000FF, "lightblue": 0xADD8E6, "lightskyblue": 0x87CEFA, "steelblue": 0x4682B4,
+    "lightsteelblue": 0xB0C4DE, "purple": 0x800080, "violet": 0xEE82EE, "plum": 0xDDA0DD, "thistle": 0xD8BFD8,
+    "orange": 0xFFA500, "yellow": 0xFFFF00, "khaki": 0xF0E68C, "pink": 0xFFC0CB, "lightgreen": 0x90EE90,
+    "turquoise": 0x40E0D0, "brown": 0xA52A2A, "gold": 0xFFD700, "salmon": 0xFA8072, "gainsboro": 0xDCDCDC,
+    "whitesmoke": 0xF5F5F5,
 }  # fmt: skip
 
 
@@ -2488,6 +2486,22 @@ def color_name(code) -> str:
     rgb = [int(h[k : k + 2], 16) for k in (0, 2, 4)]
     far = lambda v: sum((x - (v >> s & 255)) ** 2 for x, s in zip(rgb, (16, 8, 0), strict=True))  # noqa: E731
     return min(COLORS, key=lambda name: far(COLORS[name]))
+
+
+def read_cages(cages: Iterable[dict], n: int) -> tuple[list[Clue], list[dict]]:
+    """Killer clues and drawings of cages; hidden ones and one around the whole grid say nothing."""
+    clues, elements = [], []
+    for item in cages:
+        where = tuple((int(r) + 1, int(c) + 1) for r, c in item["cells"])
+        total, style = str(item.get("value") or item.get("sum") or ""), str(item.get("style") or "killer")
+        if item.get("hidden") or len(where) == n * n:
+            continue
+        names = [name_of(x) for x in where]
+        elements.append({"type": "cage", "style": style, "value": printable(total), "cells": names})
+        summed = re.fullmatch(r"[0-9]{0,3}", total, re.A) and len(where) < 10
+        if style == "killer" and item.get("unique", True) and summed:
+            clues.append(Clue("killer", where, total))
+    return clues, elements
 
 
 def from_scl(data: dict) -> Puzzle:
@@ -2506,43 +2520,15 @@ def from_scl(data: dict) -> Puzzle:
         elif cage_.get("cells"):
             cages.append(cage_)
     inside = lambda x: len(x) == 2 and 0 <= x[0] < n and 0 <= x[1] < n  # noqa: E731
-    regions = tuple(
-        tuple(int(r) * n + int(c) for r, c in g)
-        for g in data.get("regions") or ()
-        if g and all(map(inside, g))
-    )
-    regions = (
-        None
-        if n in (4, 6, 9) and {frozenset(g) for g in regions} == {frozenset(b) for b in boxes(n)}
-        else regions
-    )
-    clues, elements = [], []
-    for cage_ in cages:
-        where = tuple((int(r) + 1, int(c) + 1) for r, c in cage_["cells"])
-        total, style = str(cage_.get("value") or cage_.get("sum") or ""), str(cage_.get("style") or "killer")
-        if cage_.get("hidden") or len(where) == n * n:
-            continue
-        elements.append(
-            {"type": "cage", "style": style, "value": printable(total), "cells": [name_of(x) for x in where]}
-        )
-        if (
-            style == "killer"
-            and cage_.get("unique", True)
-            and re.fullmatch(r"[0-9]{0,3}", total, re.A)
-            and len(where) < 10
-        ):
-            clues.append(Clue("killer", where, total))
-    for flag, kind in (("antiknight", "antiknight"), ("antiking", "antiking"), ("norowcol", "norowcol")):
-        if meta.get(flag):
+    regions = [g for g in data.get("regions") or () if g and all(map(inside, g))]
+    regions = tuple(tuple(int(r) * n + int(c) for r, c in g) for g in regions)
+    if n in (4, 6, 9) and {frozenset(g) for g in regions} == {frozenset(b) for b in boxes(n)}:
+        regions = None
+    clues, elements = read_cages(cages, n)
+    for kind in ("antiknight", "antiking", "norowcol"):
+        if meta.get(kind):
             clues.append(Clue(kind))
-            elements.append(
-                {
-                    "type": "global",
-                    "text": {"norowcol": "digits may repeat in rows and columns"}.get(
-                        kind, kind.replace("anti", "anti-")
-                    ),
-                }
-            )
+            elements += RULES[kind].elements(n, clues[-1])
     for key in ("lines", "arrows"):
         elements += [e for item in data.get(key) or () if (e := read_stroke(item, key))]
     for key in ("underlays", "overlays"):
@@ -2553,13 +2539,12 @@ def from_scl(data: dict) -> Puzzle:
     rules = "\n".join(map(str, rules)) if isinstance(rules, list) else str(rules)
     known = {"cells", "regions", "cages", "metadata", "id", "cellSize"}
     drawn = {"lines", "arrows", "underlays", "overlays"}
-    features = {"features_known": [k for k in data if k in known], "features_cosmetic": [k for k in data
-        if k in drawn],
+    features = {"features_known": [k for k in data if k in known],
+        "features_cosmetic": [k for k in data if k in drawn],
         "features_unknown": [printable(k)[:40] for k in data if k not in known | drawn]}  # fmt: skip
     return Puzzle(str(data.get("id") or "scl"), n, givens, tuple(dict.fromkeys(clues)),
-        solution_text(meta.get("solution"), n), regions,
-        str(meta.get("title") or ""), str(meta.get("author") or ""), "import", defused(rules), elements,
-            tags=features)  # fmt: skip
+        solution_text(meta.get("solution"), n), regions, str(meta.get("title") or ""),
+        str(meta.get("author") or ""), "import", defused(rules), elements, tags=features)  # fmt: skip
 
 
 def read_stroke(item: dict, kind: str) -> dict | None:
@@ -2624,79 +2609,59 @@ def read_shape(item: dict, kind: str) -> dict | None:
     place = {(True, True): "corner", (True, False): "horizontal edge", (False, True): "vertical edge"}
     shape = "circle" if item.get("rounded") else "diamond" if item.get("angle") == 45 else "square"
     fill, border = item.get("backgroundColor"), item.get("borderColor")
-    return {"type": kind, "coords": [name_of((a, b)) for a in rows for b in cols], "loc": place.get((edge_r,
-        edge_c), "cell"),
-        "shape": shape if fill or border else "", "color_name": color_name(fill) if fill else "",
-        "border_color_name": color_name(border) if border else "", "text": printable(str(item.get("text")
-            or ""))[:40],
-        "width": item.get("width", 0)}  # fmt: skip
+    return {"type": kind, "coords": [name_of((a, b)) for a in rows for b in cols],
+        "loc": place.get((edge_r, edge_c), "cell"), "shape": shape if fill or border else "",
+        "color_name": color_name(fill) if fill else "",
+        "border_color_name": color_name(border) if border else "",
+        "text": printable(str(item.get("text") or ""))[:40], "width": item.get("width", 0)}  # fmt: skip
 
 
 SIGNS = {"<": (0, -1), ">": (0, 1), "^": (-1, 0), "v": (1, 0)}
 
 
+def scl_element(e: dict) -> tuple[str, dict] | None:
+    """(list it belongs to, item) of a visual element in SudokuPad's JSON; None for what it cannot draw."""
+    cells, get = coords(e), lambda k: str(e.get(k) or "")
+    kind = get("type") if cells else ""
+    shade_ = lambda name: f"#{COLORS[name]:06X}" if name in COLORS else name  # noqa: E731
+    r, c = (sum(x[k] - 0.5 for x in cells) / max(1, len(cells)) for k in (0, 1))  # the centre
+    if kind == "cage" and get("style") != "box":
+        where, style = [[i - 1, j - 1] for i, j in cells], get("style") or "cosmetic"
+        return "cages", {"cells": where, "value": get("value"), "unique": True, "style": style}
+    if kind in ("lines", "arrows"):
+        points = [[i - 0.5, j - 0.5] for i, j in cells]
+        return kind, {"wayPoints": points, "color": shade_(get("color_name")), "thickness": 8}
+    if kind in ("underlays", "overlays"):
+        size = 0.75 if len(cells) == 1 else 0.3
+        item = {"center": [r, c], "width": size, "height": size, "rounded": get("shape") == "circle"}
+        named = {"text": get("text"), "backgroundColor": shade_(get("color_name"))}
+        named["borderColor"] = shade_(get("border_color_name"))
+        return kind, item | {k: v for k, v in named.items() if v}
+    thin = {"color": "#000000", "thickness": 3}
+    if kind == "inequality" and get("direction") in SIGNS:
+        d, (up, side) = 0.12, SIGNS[get("direction")]
+        ends = [[r - d * up + s * d * side, c - d * side + s * d * up] for s in (-1, 1)]
+        return "lines", {"wayPoints": [ends[0], [r + 0.4 * d * up, c + 0.4 * d * side], ends[1]]} | thin
+    if kind.endswith(" arrow"):
+        words = get("direction")
+        dr = 0.3 * (("lower" in words or "down" in words) - ("upper" in words or words == "up"))
+        dc = 0.3 * (("right" in words) - ("left" in words))
+        return "arrows", {"wayPoints": [[r, c], [r + dr, c + dc]], "headLength": 0.2} | thin
+    return None
+
+
 def to_scl(p: Puzzle) -> dict:
     """SudokuPad JSON: givens, regions and drawings; cages and flags are its only rules, the rest is prose."""
-
-    def center(cells: Sequence[Cell]) -> list[float]:
-        return [sum(x[k] - 0.5 for x in cells) / len(cells) for k in (0, 1)]
-
-    def shade_(name: str) -> str:
-        return f"#{COLORS[name]:06X}" if name in COLORS else name
-
     rows = [p.givens[k : k + p.n] for k in range(0, p.n**2, p.n)]
-    meta = {
-        "title": p.title or p.id,
-        "author": p.author,
-        "rules": p.rules_text(),
-        "solution": p.solution or "",
-    }
+    meta: dict = {"title": p.title or p.id, "author": p.author, "rules": p.rules_text()}
+    meta |= {"solution": p.solution or ""}
     meta |= {c.type: True for c in p.clues if c.type in ("antiknight", "antiking", "norowcol")}
-    out: dict = {
-        "id": p.id,
-        "cellSize": 64,
-        "cells": [[{} if c == "." else {"value": int(c)} for c in row] for row in rows],
-    }
+    out: dict = {"id": p.id, "cellSize": 64, "metadata": meta}
+    out["cells"] = [[{} if c == "." else {"value": int(c)} for c in row] for row in rows]
     out["regions"] = [[[i // p.n, i % p.n] for i in g] for g in p.groups]
-    out |= {"metadata": meta, "cages": [], "lines": [], "arrows": [], "underlays": [], "overlays": []}
-    for e in p.visual():
-        cells, get = coords(e), lambda k, e=e: str(e.get(k) or "")
-        kind = get("type") if cells else ""
-        if kind == "cage" and get("style") != "box":
-            where, style = [[r - 1, c - 1] for r, c in cells], get("style") or "cosmetic"
-            out["cages"].append({"cells": where, "value": get("value"), "unique": True, "style": style})
-        elif kind in ("lines", "arrows"):
-            points = [[r - 0.5, c - 0.5] for r, c in cells]
-            out[kind].append({"wayPoints": points, "color": shade_(get("color_name")), "thickness": 8})
-        elif kind in ("underlays", "overlays"):
-            size = 0.75 if len(cells) == 1 else 0.3
-            item = {
-                "center": center(cells),
-                "width": size,
-                "height": size,
-                "rounded": get("shape") == "circle",
-            }
-            item |= {"text": get("text")} if get("text") else {}
-            item |= {"backgroundColor": shade_(get("color_name"))} if get("color_name") else {}
-            item |= {"borderColor": shade_(get("border_color_name"))} if get("border_color_name") else {}
-            out[kind].append(item)
-        elif kind == "inequality" and get("direction") in SIGNS:
-            (r, c), d, way = center(cells), 0.12, SIGNS[get("direction")]
-            ends = [[r - d * way[0] + s * d * way[1], c - d * way[1] + s * d * way[0]] for s in (-1, 1)]
-            tip = [r + d * way[0] * 0.4, c + d * way[1] * 0.4]
-            out["lines"].append({"wayPoints": [ends[0], tip, ends[1]], "color": "#000000", "thickness": 3})
-        elif kind.endswith(" arrow"):
-            (r, c), words = center(cells), get("direction")
-            dr = 0.3 * (("lower" in words or "down" in words) - ("upper" in words or words == "up"))
-            dc = 0.3 * (("right" in words) - ("left" in words))
-            out["arrows"].append(
-                {
-                    "wayPoints": [[r, c], [r + dr, c + dc]],
-                    "color": "#000000",
-                    "thickness": 3,
-                    "headLength": 0.2,
-                }
-            )
+    out |= {k: [] for k in ("cages", "lines", "arrows", "underlays", "overlays")}
+    for key, item in filter(None, map(scl_element, p.visual())):
+        out[key].append(item)
     return out
 
 
@@ -2791,9 +2756,8 @@ def from_official(row: dict, where: str) -> Puzzle:
         solution = solution_text(row.get("solution"), n)
         regions = None if n in (4, 6, 9) else ()
         p = Puzzle(str(row["puzzle_id"]), n, str(row["initial_board"]).replace("?", "."), (), solution,
-            regions, str(row.get("title") or ""),
-            str(row.get("author") or ""), "official", defused(rules) or " ", elements,
-                str(row.get("sudokupad_url") or "") or None)  # fmt: skip
+            regions, str(row.get("title") or ""), str(row.get("author") or ""), "official",
+            defused(rules) or " ", elements, str(row.get("sudokupad_url") or "") or None)  # fmt: skip
     except (KeyError, ValueError, TypeError) as e:
         raise UserError(f"{where}: {type(e).__name__} {printable(str(e))[:100]}") from None
     p.tags["sufficient"] = p.plain and prove(replace(p, tags={})).solutions == [p.solution]
@@ -3017,9 +2981,8 @@ def prompt(p: Puzzle, mode: str, board: str, templates: dict[str, str]) -> str:
     values = {"rows": p.n, "cols": p.n, "rows * cols": p.n**2, "rules": p.rules_text().strip(),
         "current_board": spaced(board, p.n),
         "pretty_visual_elements": "\n".join(f"- {x}" for x in drawn) or "none",
-            "count": "one or more" if several else "exactly one",
-        "s": "s" if several else "", "more": "\nr1c2: 6" if several else "", "whole": fill(WHOLE,
-            {"rows * cols": p.n**2})}  # fmt: skip
+        "count": "one or more" if several else "exactly one", "s": "s" if several else "",
+        "more": "\nr1c2: 6" if several else "", "whole": fill(WHOLE, {"rows * cols": p.n**2})}  # fmt: skip
     return fill(templates[f"{mode}_{'standard' if p.plain else 'variant'}"], values).strip()
 
 
@@ -3165,7 +3128,7 @@ class Episode:
         self.correct = self.calls = self.tokens = 0
         self.reasoning = ""  # of the last reply, where the backend keeps it apart
         self.stop = "solved" if mode != "single_shot" and "." not in board else ""
-        self.solved, self.verdict, self.final = not bool("." in board) and bool(self.stop), None, board
+        self.solved, self.verdict, self.final = bool(self.stop), None, board
         self.shadow: Episode | None = None  # the same replies under the paper's reading
         self.shadow_known = True
         if extract == "robust":
@@ -3217,7 +3180,7 @@ class Episode:
         for r, c, digit in read_placements(text, self.extract, self.mode == "single_step"):
             if len(digit) != 1 or digit not in "0123456789":
                 raise Stop("invalid_action_parsing")
-            if max(len(r), len(c)) > 4000:  # more digits than Python reads
+            if max(len(r), len(c)) > 4300:  # more digits than int() reads
                 raise Stop("invalid_action_parsing")
             r, c = int(r), int(c)
             if not (1 <= r <= n and 1 <= c <= n):
@@ -3250,12 +3213,11 @@ class Episode:
             f"{kind} {' '.join(cells)}" for kind, cells in (self.verdict.violations if self.verdict else [])
         ]
         return {"n": self.p.n, "E": self.start.count("."), "families": self.p.tags.get("families", []),
-            "l0": self.p.tags.get("l0"),
-            "solved": int(self.solved), "solved_ref": None if ref is None else int(ref),
-                "correct": self.correct, "stop": self.stop,
+            "l0": self.p.tags.get("l0"), "solved": int(self.solved),
+            "solved_ref": None if ref is None else int(ref), "correct": self.correct, "stop": self.stop,
             "calls": self.calls, "tokens": self.tokens, "initial_board": self.start,
-                "final_board": self.final[-MOST_READ:],
-            "violations": broken, "reasoning": self.reasoning, "messages": self.messages}  # fmt: skip
+            "final_board": self.final[-MOST_READ:], "violations": broken, "reasoning": self.reasoning,
+            "messages": self.messages}  # fmt: skip
 
 
 # --- the neural solver: an edge-conditioned recurrent transformer ---
@@ -3302,11 +3264,11 @@ def encode(p: Puzzle, edges: Edges, permute: Sequence[int] | None = None) -> dic
     given (L,), sums (L,), edge (L, L) types of row i seen by column j, solution (n^2,), allowed (10,).
     `permute` renames the digits d -> permute[d]; only for puzzles without sums.
     """
-    n, size, tables = p.n, p.n**2, Solver(p).tables
+    n, size, solver = p.n, p.n**2, Solver(p)
     name = (lambda d: d) if permute is None else (lambda d: permute[d])
     sums = factors(p)
     length = size + len(sums)
-    start = Solver(p).start
+    tables, start = solver.tables, solver.start
     edge, given, target = (
         np.zeros((length, length), np.int32),
         np.zeros(length, np.int64),
@@ -3427,10 +3389,9 @@ class EdgeNet(nn.Module):
 
 def solver_loss(logits: list[Tensor], given: Tensor, solution: Tensor) -> Tensor:
     """Cross-entropy of the cells that are not given, mean over them and over all iterations."""
-    blank = given[:, : solution.shape[1]] == 0  # (B, n^2)
-    return torch.stack(
-        [nn.functional.cross_entropy(x[blank].float(), solution[blank]) for x in logits]
-    ).mean()
+    target = solution.masked_fill(given[:, : solution.shape[1]] > 0, -100).flatten()  # no sync for a mask
+    losses = [nn.functional.cross_entropy(x.flatten(0, 1).float(), target) for x in logits]
+    return torch.stack(losses).mean()
 
 
 def reveal(given: Tensor, solution: Tensor, generator: torch.Generator) -> Tensor:
@@ -3446,8 +3407,8 @@ def reveal(given: Tensor, solution: Tensor, generator: torch.Generator) -> Tenso
 
 SEEN = ("white", "black", "xv:5", "less", "pair:equal", "pair:parity", "killer")
 NOVEL = ("whispers:2", "pair:sum>5", "xv:7", "pair:sum<5", "pair:oddsum", "pair:product>5")
-APART = (("white", "black"), ("xv:5", "less"), ("pair:equal", "killer"), ("pair:parity", "white"), ("black",
-    "less"),
+APART = (("white", "black"), ("xv:5", "less"), ("pair:equal", "killer"), ("pair:parity", "white"),
+    ("black", "less"),
     ("xv:5", "killer"))  # pairs of seen families that are never together in training  # fmt: skip
 SPLITS = ("seen", "recombined", "novel", "plain")
 
@@ -3617,7 +3578,8 @@ def train_net(run: Run, files: dict[int, list[Path]]) -> tuple[EdgeNet, dict[str
     opt = torch.optim.AdamW(
         net.parameters(), cfg.lr, (0.9, 0.98), weight_decay=cfg.weight_decay, fused=run.device.type == "cuda"
     )
-    generator, clock = run.generator("batches"), {"seconds": 0.0, "steps": 0, "total": cfg.steps}
+    generator, clock = run.generator("batches"), {"seconds": 0.0, "steps": 0, "total": cfg.steps, "warm": 0.0}
+    drain = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
     for step in run.steps(cfg.steps, model=net, opt=opt, clock=clock):
         begin = time.perf_counter()
         n = list(data)[step % len(data)]
@@ -3640,13 +3602,18 @@ def train_net(run: Run, files: dict[int, list[Path]]) -> tuple[EdgeNet, dict[str
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         opt.step()
         run.log(step, loss=run.mean(loss.detach() * scale) if run.world_size > 1 else loss)
+        if step in (9, 29):  # the first ten are slower: kernels, compilation
+            drain()
         clock["seconds"] += time.perf_counter() - begin
         clock["steps"] = step + 1
-        if cfg.seconds and step == 29:  # the schedule ends when the time does
-            fits = int(run.mean(cfg.seconds / (clock["seconds"] / 30)))  # ranks must stop together
+        if step == 9:
+            clock["warm"] = clock["seconds"]
+        if cfg.seconds and step == 29:  # the schedule ends when the time does; ranks must stop together
+            fits = int(run.mean(20 * (cfg.seconds - clock["warm"]) / (clock["seconds"] - clock["warm"])))
             clock["total"] = min(cfg.steps, max(60, fits))
         if step + 1 >= clock["total"] and step + 1 < cfg.steps:
             run.last = step
+    drain()
     speed = {"net_steps_per_s": clock["steps"] / max(clock["seconds"], 1e-9)}
     return net.eval(), speed | {
         "steps": clock["steps"],
@@ -3765,11 +3732,12 @@ class SolverBackend:
         return Solver(p), found[0] if found else "1" * p.n**2
 
     def one(self, t: Turn) -> Reply:
-        if t.p.tags.get("sufficient") is False:
-            return placements(t.board, t.p.solution, t.p.n, 81)  # rules in prose: nothing to solve from
-        solver, grid = self.solution(t.p.to_line())
+        prose = t.p.tags.get("sufficient") is False  # rules in words: only the stored solution is left
+        solver, grid = (None, t.p.solution) if prose else self.solution(t.p.to_line())
         if t.mode == "single_shot":
             return answer(grid)
+        if prose:
+            return placements(t.board, grid, t.p.n, 1 if t.mode == "single_step" else 81)
         root = solver.root(t.board) or []
         fixed = [i for i, m in enumerate(root) if t.board[i] == "." and not m & (m - 1)]
         i = fixed[0] if fixed else t.board.index(".")
@@ -4331,8 +4299,8 @@ def ascii_grid(p: Puzzle, board: str | None = None, plain: bool = False) -> str:
 
 
 ARROWS = {
-    "lower right": "↘", "lower left": "↙", "upper right": "↗", "upper left": "↖",
-    "left": "←", "right": "→", "up": "↑", "down": "↓",
+    "lower right": "↘", "lower left": "↙", "upper right": "↗", "upper left": "↖", "left": "←", "right": "→",
+    "up": "↑", "down": "↓",
 }  # fmt: skip
 SIDES = ((0, 1), (1, 0), (0, -1), (-1, 0))
 
@@ -4715,7 +4683,7 @@ def study_report(run: Run, n: int, tests: dict[str, list[Puzzle]], nets: list[di
         rows.append({"split": split, "puzzles": per.shape[1],
             "solved": f"{per.mean():.3f} [{low:.3f}, {high:.3f}]",
             "each seed": " ".join(f"{x:.3f}" for x in per.mean(1)),
-                "chance": f"{chance.mean():.3f}"})  # fmt: skip
+            "chance": f"{chance.mean():.3f}"})  # fmt: skip
         solved[split + " chance"] = chance
     chosen = ", ".join(f"{x['iterations']}" for x in nets)
     run.table(
@@ -4723,23 +4691,15 @@ def study_report(run: Run, n: int, tests: dict[str, list[Puzzle]], nets: list[di
         f"neural solver on {n}x{n}; iterations picked on validation: {chosen}; 95 % intervals over puzzles",
     )
     add = f" ({n}x{n})"
+    sayings = (
+        ("seen rules: the net beats ignoring them", "seen", "seen", " chance"),
+        ("rules never seen (theirs) are harder than seen ones", "seen", "novel", ""),
+        ("... but the net still beats ignoring them", "novel", "novel", " chance"),
+    )
     for more in ("", " +2"):
         tag_ = (" with 2 more givens" if more else "") + add
-        run.claim(
-            f"seen rules: the net beats ignoring them{tag_}",
-            solved["seen" + more],
-            solved["seen" + more + " chance"],
-        )
-        run.claim(
-            f"rules never seen (theirs) are harder than seen ones{tag_}",
-            solved["seen" + more],
-            solved["novel" + more],
-        )
-        run.claim(
-            f"... but the net still beats ignoring them{tag_}",
-            solved["novel" + more],
-            solved["novel" + more + " chance"],
-        )
+        for text, ours, theirs, chance in sayings:
+            run.claim(text + tag_, solved[ours + more], solved[theirs + more + chance])
     run.results.setdefault("splits", {})[str(n)] = [r | {"more": "+2" in r["split"]} for r in rows]
 
 
@@ -4792,51 +4752,25 @@ def benchmark(cfg: Config, run: Run) -> tuple[dict[str, float], list[dict]]:
 
 def bounds(cfg: Config, run: Run, puzzles: list[Puzzle], rows: list[dict]) -> None:
     """The solver's, the random and the rule-ignoring player's exact expectations, as claims."""
-    groups, boards = (
-        group_by(rows, ("backend", "mode")),
-        {p.id: hints(p, cfg.empty, cfg.seed) for p in puzzles},
-    )
-    of = {p.id: p for p in puzzles}
-    for (backend, mode), group in groups.items():
-        solved, correct = per_puzzle(group, "solved"), per_puzzle(group, "correct")
-        ids = list(solved)
-        if backend == "solver":
-            run.claim(
-                f"the solver solves all, {mode}", [solved[k] for k in ids], [1.0] * len(ids), "same", 1e-9
-            )
-            if mode != "single_shot":
-                run.claim(
-                    "... and its ACP is the number of empty cells",
-                    [correct[k] for k in ids],
-                    [boards[k].count(".") for k in ids],
-                    "same",
-                    1e-9,
-                )
-        if backend == "random" and mode != "single_shot":
-            run.claim(
-                f"random play has its expected ACP, {mode}",
-                [correct[k] for k in ids],
-                [expected_random(of[k], boards[k]) for k in ids],
-                "same",
-                0.05,
-            )
-        if backend == "vanilla":
-            want = {k: expected_vanilla(of[k], boards[k]) for k in ids}
-            run.claim(
-                f"ignoring the rules solves as often as expected, {mode}",
-                [solved[k] for k in ids],
-                [want[k][0] for k in ids],
-                "same",
-                0.05,
-            )
-            if mode == "multi_step":
-                run.claim(
-                    "... and has its expected ACP",
-                    [correct[k] for k in ids],
-                    [want[k][1] for k in ids],
-                    "same",
-                    1.0,
-                )
+    boards, of = {p.id: hints(p, cfg.empty, cfg.seed) for p in puzzles}, {p.id: p for p in puzzles}
+    stepwise = [m for m in cfg.mode if m != "single_shot"]
+    vanilla = functools.cache(lambda k: expected_vanilla(of[k], boards[k]))
+    kinds = (  # player, modes, sentence, what is measured, what is expected of a puzzle, margin
+        ("solver", cfg.mode, "the solver solves all", "solved", lambda k: 1.0, 1e-9),
+        ("solver", stepwise, "... and its ACP is the number of empty cells", "correct",
+            lambda k: boards[k].count("."), 1e-9),
+        ("random", stepwise, "random play has its expected ACP", "correct",
+            lambda k: expected_random(of[k], boards[k]), 0.05),
+        ("vanilla", cfg.mode, "ignoring the rules solves as often as expected", "solved",
+            lambda k: vanilla(k)[0], 0.05),
+        ("vanilla", stepwise, "... and has its expected ACP", "correct", lambda k: vanilla(k)[1], 1.0),
+    )  # fmt: skip
+    groups = group_by(rows, ("backend", "mode"))
+    for player, modes, text, value, expected, margin in kinds:
+        for mode in modes:
+            if found := per_puzzle(groups.get((player, mode), ()), value):
+                want = [expected(k) for k in found]
+                run.claim(f"{text}, {mode}", list(found.values()), want, "same", margin)
 
 
 def breakdown(run: Run, rows: list[dict]) -> None:
@@ -4950,22 +4884,19 @@ def dry_run(cfg: Config, run: Run) -> None:
 
 
 # fmt: off
-DEMO = Config(backend=("solver", "random", "vanilla", "neural"), workers=2, trials=60, log_every=50,
-    save_every=200)
+DEMO = Config(
+    backend=("solver", "random", "vanilla", "neural"), workers=2, trials=60, log_every=50, save_every=200)
 CONFIGS = {
     "smoke": replace(DEMO, workers=1, backend=(*DEMO.backend, "hf:tiny"), sizes=(4,), limit=6, trials=2,
-        train_puzzles=64, test_puzzles=8,
-        steps=15, seconds=0.0, seeds=1, hidden=16, heads=2, iterations=2, batch_size=8, max_tokens=8,
-            log_every=5),
+        train_puzzles=64, test_puzzles=8, steps=15, seconds=0.0, seeds=1, hidden=16, heads=2, iterations=2,
+        batch_size=8, max_tokens=8, log_every=5),
     "demo": DEMO,
     "gpu": replace(DEMO, workers=8, train_puzzles=84_000, train_sizes=(4, 6, 9), hidden=256, heads=8,
-        iterations=16, gate_rank=8,
-        batch_size=512, steps=20_000, seconds=360.0, seeds=1, lr=1e-3),
-    "full": replace(DEMO, data="SakanaAI/Sudoku-Bench:challenge_100", backend=("hf:Qwen/QwQ-32B",),
-        trials=1, temperature=0.6,
-        max_tokens=20_000, workers=8, train_puzzles=2_000_000, train_sizes=(4, 6, 9), hidden=384, heads=8,
-            iterations=24, gate_rank=8,
-        batch_size=512, steps=100_000, seconds=0.0, seeds=1, lr=5e-4, study=False),
+        iterations=16, gate_rank=8, batch_size=512, steps=20_000, seconds=360.0, seeds=1, lr=1e-3),
+    "full": replace(DEMO, data="SakanaAI/Sudoku-Bench:challenge_100", backend=("hf:Qwen/QwQ-32B",), trials=1,
+        temperature=0.6, max_tokens=20_000, workers=8, study=False,  # --study trains this net, too:
+        train_puzzles=2_000_000, train_sizes=(4, 6, 9), hidden=384, heads=8, iterations=24, gate_rank=8,
+        batch_size=512, steps=100_000, seconds=0.0, seeds=1, lr=5e-4),
 }
 # fmt: on
 
