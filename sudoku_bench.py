@@ -404,7 +404,7 @@ class Puzzle:
 
 @dataclass(frozen=True)
 class Rule:
-    """A family. check(p, clue, grid) is exact on a full grid and shares nothing with the propagation.
+    """A family. check(p, clue, grid) is exact on a full grid and knows nothing of tables and propagators.
 
     compile(solver, clue) adds tables, groups or propagators; text(n, clue) is its sentence, one for each
     `key`; elements(n, clue) are dicts in SudokuPad's habits. `outside`: 1 if the first cell is outside.
