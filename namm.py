@@ -1,0 +1,1967 @@
+"""@DOC@"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import string
+import time
+import typing
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+import common
+from common import Run, UserError
+
+BASELINES = ("full", "h2o", "snap", "recency", "streaming", "random", "l2")
+
+
+@dataclass
+class Config(common.Config):
+    """Every setting of the memory, of its evolution and of what it is measured on."""
+
+    # the memory
+    window: int = 32  # attention rows in a frame of the spectrogram, w
+    hop: int = 16  # attention rows between two frames, s
+    decay: float = 0.99  # of the moving average over frames, gamma, a token
+    features: typing.Literal["all", "no_recency", "dc"] = (
+        "all"  # ablation: without ages, or the mean row only
+    )
+    scorer: typing.Literal["bam", "mlp", "linear"] = "bam"  # network that scores tokens
+    hidden: int = 32  # its width
+    evict: typing.Literal["ref", "strict"] = "ref"  # strict: a token with a negative score always goes
+    update: int = 32  # tokens between two evictions, U
+    cap: int | None = 48  # most tokens that a head keeps at an eviction; none: the scores alone decide
+    block: int = 128  # queries whose attention is held at a time
+    # evolution
+    population: int = 16  # members of a generation, lambda
+    sigma: float = 0.065  # first step size of CMA-ES
+    covariance: typing.Literal["full", "diag", "none"] = "diag"  # what CMA-ES adapts of its covariance
+    stages: tuple[int, ...] = (14, 22)  # generations of each stage; stage i has the first i tasks
+    prompts: int = 6  # prompts of each task in a generation, the same for all members
+    validation: int = 32  # prompts of each task that choose the generation to keep
+    validate_every: int = 7  # generations between two validations of the mean
+    norm_prompts: int = 16  # prompts of the first task that the features are normalised on
+    members: int = 0  # members in one forward pass; 0: all that a rank has
+    ablation: bool = True  # also evolve the network that scores each token alone (mlp)
+    # the built-in tasks and models
+    length: int = 384  # tokens of a ledger
+    lm: tuple[int, ...] = (64, 2, 4, 4)  # width, layers, heads, key-value heads of the language model
+    ledger: tuple[int, ...] = (8, 8, 16)  # keys, values, filler tokens
+    lm_steps: int = 550  # its updates, on ledgers of a quarter of the length
+    other: tuple[int, ...] = (96, 3, 6, 6)  # another language model, for transfer
+    other_ledger: tuple[int, ...] = (12, 6, 24)  # its ledger
+    other_steps: int = 400  # its updates
+    other_cap: int = 64  # cap where the ledger has more keys
+    corridor: int = 128  # steps of an episode of the decision transformer
+    dt_steps: int = 800  # its updates
+    learning_rate: float = 3e-3  # of all three
+    test: int = 64  # held-out sequences of each kind
+    sweep: tuple[int, ...] = (24, 32, 64, 96)  # other caps, for the figure
+    longer: tuple[int, ...] = (2, 4)  # multiples of the length that are also tested
+    # a language model of your own
+    model: str = ""  # hub id, folder or .gguf; empty: the built-in study
+    tasks: tuple[str, ...] = ()  # lb/NAME, choubun/NAME, inf/NAME or needles:FILE, in order of the stages
+    test_tasks: tuple[str, ...] = ()  # evaluated at the end; empty: the same
+    data: str = ""  # folder (or LongBench's data.zip) with NAME.jsonl; empty: from the hub
+    templates: str = ""  # JSON of task names and prompts, such as LongBench's dataset2prompt.json
+    stretch: float = 1.0  # the context grows that many times by NTK scaling of the rotary base
+    context: int = 32768  # longest prompt with its answer; a longer one loses its middle
+    policies: tuple[str, ...] = ("full", "h2o", "l2", "recency")  # what the memory is compared with
+    test_prompts: int | None = None  # prompts of each task in the final evaluation; none: all
+    namm: str = ""  # an evolved memory, namm.pt or the reference's checkpoint, that evolution starts from
+    chat: bool = False  # wrap the prompts in the model's chat template
+
+    may_change: typing.ClassVar[set[str]] = {"members", "block"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.window % 2 or self.window != 2 * self.hop:
+            raise ValueError(f"--window {self.window} must be even and twice --hop {self.hop}")
+        if self.update < 1 or self.update % self.hop:
+            raise ValueError(f"--update {self.update} must be a multiple of --hop {self.hop}")
+        if self.cap is not None and self.cap < 2:
+            raise ValueError(f"--cap {self.cap} must be 2 or more, or none")
+        if self.population < 4 or self.block < 1 or min((0, *self.stages)) < 0:
+            raise ValueError("--population is 4 or more, --block 1 or more, --stages 0 or more each")
+        if not 0 < self.decay < 1 or self.sigma <= 0 or self.hidden < 1:
+            raise ValueError("--decay lies between 0 and 1, --sigma and --hidden are positive")
+        if self.prompts < 1 or self.validation < 2 or self.test < 2 or self.validate_every < 1:
+            raise ValueError(
+                "--prompts and --validate_every are 1 or more, --validation and --test 2 or more"
+            )
+        if len(self.lm) != 4 or len(self.other) != 4 or len(self.ledger) != 3 or len(self.other_ledger) != 3:
+            raise ValueError("--lm and --other have four numbers, --ledger and --other_ledger three")
+        if unknown := [p for p in self.policies if p not in BASELINES]:
+            raise ValueError(f"--policies {unknown[0]}: choose from {', '.join(BASELINES)}")
+        if self.model and not self.tasks:
+            raise ValueError("--model needs --tasks, such as lb/qasper or needles:FILE")
+        if self.model and len(self.stages) > len(self.tasks):
+            raise ValueError(f"{len(self.stages)} --stages need as many --tasks, there are {len(self.tasks)}")
+
+
+# --- features: eqs. (1) to (3) ---
+
+
+def spectral_frame(frames: Tensor) -> Tensor:
+    """Magnitudes of the windowed Fourier transform, eq. (1): (..., w) rows of attention -> (..., w/2 + 1).
+
+    The window is a periodic Hann; no centring, no scaling by w.
+    """
+    basis = fourier(frames.shape[-1], frames.device)
+    real, imaginary = (frames @ basis).chunk(2, -1)
+    return torch.hypot(real, imaginary)
+
+
+def fourier(window: int, device) -> Tensor:
+    """hann[k] cos and hann[k] sin of 2 pi f k / w: (w, 2 (w/2 + 1))."""
+    k, f = torch.arange(window, device=device), torch.arange(window // 2 + 1, device=device)
+    phase = 2 * math.pi * (k[:, None] * f % window) / window
+    hann = torch.hann_window(window, periodic=True, device=device)
+    return hann[:, None] * torch.cat([phase.cos(), -phase.sin()], 1)
+
+
+def moving_average(omega: Tensor, frames: Tensor, decay: float, hop: int) -> Tensor:
+    """omega <- g omega + (1 - g) x for each frame x in order, g = decay^hop, eq. (2): (..., F), (..., m, F)."""
+    g, m = decay**hop, frames.shape[-2]
+    discount = g ** torch.arange(m - 1, -1, -1, device=frames.device, dtype=frames.dtype)
+    return g**m * omega + (1 - g) * torch.einsum("...mf,m->...f", frames, discount)
+
+
+def recency(age: Tensor, size: int = 8, base: float = 50000.0) -> Tensor:
+    """sin and cos of the age in tokens at size / 2 frequencies, eq. (3): (...) -> (..., size)."""
+    frequency = base ** (-torch.arange(size // 2, device=age.device, dtype=torch.float64) * 2 / size)
+    angle = age.double()[..., None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], -1).float()
+
+
+class Norm:
+    """Mean and biased variance of each frequency over every token ever added, by Chan's formula."""
+
+    def __init__(self, bins: int):
+        self.count, self.mean = 0.0, torch.zeros(bins, dtype=torch.float64)
+        self.var, self.learning = torch.zeros(bins, dtype=torch.float64), False
+
+    def add(self, omega: Tensor) -> None:
+        """Include the rows of (tokens, bins)."""
+        x = omega.double()
+        self.merge(float(len(x)), x.mean(0).cpu(), x.var(0, correction=0).cpu())
+
+    def merge(self, count: float, mean: Tensor, var: Tensor) -> None:
+        """Include `count` tokens of which only the moments are known."""
+        total = self.count + count
+        delta, share = mean - self.mean, count / total
+        self.var = (1 - share) * self.var + share * var + delta.square() * share * (1 - share)
+        self.mean, self.count = self.mean + delta * share, total
+
+    def __call__(self, omega: Tensor) -> Tensor:
+        """z = (omega - mean) / max(sd, 1e-7): (..., bins) -> (..., bins)."""
+        mean, sd = self.mean.to(omega).float(), self.var.sqrt().clamp(min=1e-7).to(omega).float()
+        return (omega - mean) / sd
+
+    def state_dict(self) -> dict:
+        return {"count": self.count, "mean": self.mean, "var": self.var}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.count, self.mean, self.var = state["count"], state["mean"].double(), state["var"].double()
+
+
+# --- scorers: eq. (4) ---
+
+
+def shapes(scorer: str, inputs: int = 25, hidden: int = 32) -> list[tuple[int, ...]]:
+    """Shapes of a scorer's parameters in the order of its flat vector."""
+    if scorer == "bam":
+        return [(inputs, 3 * hidden), (3 * hidden,), (hidden, 2 * inputs), (2 * inputs,), (inputs,), (1,)]
+    return [(inputs, hidden), (hidden,), (hidden,), (1,)] if scorer == "mlp" else [(inputs,), (1,)]
+
+
+def parameters(scorer: str, inputs: int = 25, hidden: int = 32) -> int:
+    """Number of parameters: 4172 for the paper's backward attention memory."""
+    return sum(math.prod(s) for s in shapes(scorer, inputs, hidden))
+
+
+def unpack(theta: Tensor, scorer: str, inputs: int, hidden: int) -> list[Tensor]:
+    """(P, parameters) -> the P versions of each parameter, (P, *shape)."""
+    sizes = shapes(scorer, inputs, hidden)
+    parts = theta.split([math.prod(s) for s in sizes], 1)
+    return [part.view(-1, *size) for part, size in zip(parts, sizes, strict=True)]
+
+
+def backward_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Attention of each token to itself and to newer ones: (P, M, n, h) each, valid (P, M, n) -> (P, M, n, h).
+
+    Reversed in time this is causal attention, so that no n x n mask is made; an invalid key is pushed away
+    by one more feature, which is 1 in the queries and very negative in that key.
+    """
+    scale = q.shape[-1] ** -0.5
+    if valid is not None:
+        far = torch.zeros_like(q[..., :1]).masked_fill(~valid[..., None], -1e4)
+        q, k = torch.cat([q, torch.ones_like(far)], -1), torch.cat([k, far], -1)
+        v = torch.cat([v, torch.zeros_like(far)], -1)
+    q, k, v = (x.flip(-2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).flip(-2)
+    return out if valid is None else out[..., :-1]
+
+
+def score_tokens(theta: Tensor, u: Tensor, valid: Tensor | None, scorer: str, hidden: int) -> Tensor:
+    """Scores of tokens, eq. (4): theta (P, parameters), u (P, M, n, D), valid (P, M, n) or None -> (P, M, n).
+
+    Member p scores the M sequences u[p]. `bam` sees newer tokens, `mlp` and `linear` each token alone.
+    """
+    members, many, n, inputs = u.shape
+    parts, flat = unpack(theta, scorer, inputs, hidden), u.reshape(members, many * n, inputs)
+    if scorer == "linear":
+        weight, bias = parts
+        return (flat @ weight[..., None] + bias[:, None]).view(members, many, n)
+    if scorer == "mlp":
+        weight, bias, weight2, bias2 = parts
+        h = torch.baddbmm(bias[:, None], flat, weight).relu()
+        return (h @ weight2[..., None] + bias2[:, None]).view(members, many, n)
+    weight1, bias1, weight2, bias2, weight3, bias3 = parts
+    qkv = torch.baddbmm(bias1[:, None], flat, weight1).view(members, many, n, 3 * hidden)
+    seen = backward_attention(*qkv.split(hidden, -1), valid)
+    out = torch.baddbmm(bias2[:, None], seen.reshape(members, many * n, hidden), weight2)
+    residual, multiplier = out.chunk(2, -1)
+    y = flat * (1 + multiplier) + residual
+    return (y @ weight3[..., None] + bias3[:, None]).view(members, many, n)
+
+
+# --- selection: eq. (5) ---
+
+
+def select(score: Tensor, valid: Tensor | None, rule: str, cap: int | None):
+    """Which tokens each head keeps, eq. (5): score (N, H, n) -> index (N, H, k) in old order, kept (N, H, k).
+
+    The newest token stays. "ref" keeps as many in every head of a sequence as its most generous head has
+    scores >= 0, at most `cap`; "strict" then drops those with a negative score; "budget" keeps `cap`.
+    `kept` marks the real entries where rows differ, None if all are; index is None if nothing goes.
+    """
+    n = score.shape[-1]
+    score = score.clone() if valid is None else score.masked_fill(~valid, -math.inf)
+    score[..., -1] = math.inf
+    if rule == "budget":
+        count = torch.full_like(score[:, 0, 0], n).long() if valid is None else valid.sum(-1).amax(1)
+    else:
+        count = (score >= 0).sum(-1).amax(1)  # (N,)
+    count = count if cap is None else count.clamp(max=cap)
+    fewest, k = torch.stack([count.min(), count.max()]).tolist()  # the one wait for the device
+    if fewest == n and (rule != "strict"):
+        return None, None
+    values, index = score.topk(k, -1)
+    kept = (torch.arange(k, device=score.device) < count[:, None, None]).expand(index.shape)
+    if rule == "strict":
+        kept = kept & (values >= 0)
+    if fewest == k and rule != "strict":
+        return index.sort(-1).values, None
+    index = index.masked_fill(~kept, n).sort(-1).values
+    return index.clamp(max=n - 1), index < n
+
+
+# --- policies ---
+
+
+@dataclass
+class Policy:
+    """Who decides what a layer keeps: `kind` is namm or a baseline; theta holds one row for each member."""
+
+    kind: str = "full"
+    update: int = 512  # tokens between two evictions
+    budget: int | Sequence[int] | None = None  # tokens a head may keep, one number or one a layer
+    theta: Tensor | None = None  # (P, parameters)
+    norm: Norm | None = None
+    scorer: str = "bam"
+    hidden: int = 32
+    evict: str = "ref"
+    window: int = 32
+    hop: int = 16
+    decay: float = 0.99
+    features: str = "all"
+    generator: torch.Generator | None = None  # of the random policy
+
+    def __post_init__(self):
+        if self.kind not in ("full", "namm") and self.budget is None:
+            raise ValueError(f"the policy {self.kind} needs a budget")
+        if self.kind == "namm" and (self.theta is None or self.norm is None):
+            raise ValueError("the policy namm needs theta and the statistics of its features")
+
+    @property
+    def members(self) -> int:
+        return 1 if self.theta is None else len(self.theta)
+
+    @property
+    def needs(self) -> set[str]:
+        """Statistics of the attention that a layer must gather for this policy."""
+        return {"namm": {"tail", "omega"}, "h2o": {"mass"}, "snap": {"tail"}}.get(self.kind, set())
+
+    def budget_of(self, layer: int) -> int | None:
+        return self.budget[layer] if isinstance(self.budget, (list, tuple)) else self.budget
+
+
+def namm_policy(cfg: Config, theta: Tensor, norm: Norm, **more) -> Policy:
+    """The policy of (P, parameters) with the settings of `cfg`."""
+    fields = {k: getattr(cfg, k) for k in ("update", "scorer", "hidden", "evict", "window", "hop", "decay")}
+    return Policy(
+        "namm", theta=theta, norm=norm, **{**fields, "budget": cfg.cap, "features": cfg.features} | more
+    )
+
+
+def namm_score(layer: LayerMemory) -> Tensor:
+    """The evolved network on ages and normalised spectrograms, eqs. (3) and (4)."""
+    policy, omega = layer.policy, layer["omega"]
+    if policy.norm.learning:
+        policy.norm.add(omega[layer["valid"]] if layer.padded else omega.flatten(0, 2))
+    z, age = policy.norm(omega), layer.seen - 1 - layer["pos"]
+    if policy.features == "dc":
+        z = z * (torch.arange(z.shape[-1], device=z.device) == 0)
+    r = recency(age) * (policy.features != "no_recency")
+    u, members = torch.cat([r, z], -1), policy.members  # (N, H, n, 25), ages first
+    valid = layer["valid"].reshape(members, -1, layer.size) if layer.padded else None
+    u = u.view(members, -1, *u.shape[2:])
+    theta = policy.theta.to(u)
+    return score_tokens(theta, u, valid, policy.scorer, policy.hidden).view(age.shape)
+
+
+def h2o_score(layer: LayerMemory) -> Tensor:
+    """Attention received so far; half the budget belongs to the newest tokens (Zhang et al. 2023)."""
+    score, newest = layer["mass"].clone(), layer.policy.budget_of(layer.index) // 2
+    score[..., max(0, layer.size - newest) :] = math.inf
+    return score
+
+
+def snap_score(layer: LayerMemory, observed: int = 8) -> Tensor:
+    """Attention of the last 8 queries, which also stay (SnapKV without pooling, Li et al. 2024)."""
+    score = layer["tail"][..., layer.policy.hop - observed : layer.policy.hop].sum(-1)
+    score[..., -observed:] = math.inf
+    return score
+
+
+def l2_score(layer: LayerMemory) -> Tensor:
+    """Keys of small norm stay (Devoto et al. 2024)."""
+    return -layer["k"].float().norm(dim=-1)
+
+
+def recency_score(layer: LayerMemory) -> Tensor:
+    return layer["pos"].float()
+
+
+def streaming_score(layer: LayerMemory, sinks: int = 4) -> Tensor:
+    """The newest tokens and the first four (StreamingLLM, Xiao et al. 2024)."""
+    return layer["pos"].float().masked_fill(layer["pos"] < sinks, math.inf)
+
+
+def random_score(layer: LayerMemory) -> Tensor:
+    pos = layer["pos"]
+    return torch.rand(pos.shape, generator=layer.policy.generator).to(pos.device)
+
+
+SCORES: dict[str, Callable] = {
+    "namm": namm_score,
+    "h2o": h2o_score,
+    "snap": snap_score,
+    "l2": l2_score,
+    "recency": recency_score,
+    "streaming": streaming_score,
+    "random": random_score,
+}
+
+
+# --- the memory: a transformers cache that scores and forgets ---
+
+
+class LayerMemory(CacheLayerMixin):
+    """What one layer holds of N sequences: keys, values, positions and the statistics of its policy.
+
+    Everything lies in `store`, (N, H, capacity, ...), with `size` entries in use, in order of position.
+    Rows are members times prompts, members first. After an eviction rows may differ in size: `valid` tells.
+    """
+
+    is_sliding = False
+
+    def __init__(self, policy: Policy, index: int, block: int = 128, record: bool = False):
+        super().__init__()
+        self.policy, self.index, self.block, self.record = policy, index, block, record
+        self.seen = self.size = 0  # tokens seen, entries held
+        self.padded, self.store = False, {}
+        self.lengths: list[Tensor | float] = []  # mean entries a head held right after each eviction
+        self.positive: list[Tensor] = []  # ... and those with a score >= 0
+        self.log: list[tuple[int, Tensor, Tensor]] = []  # with `record`: tokens seen, positions, valid
+        self.bad: Tensor | None = None  # (N,) rows with a score that is not finite
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The entries in use of keys `k`, values `v`, positions `pos`, `omega`, `tail`, `mass` or `valid`."""
+        return self.store[name][:, :, : self.size]
+
+    # what transformers asks of a cache layer
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Hand the new keys on with a mark, by which `namm_attention` finds this layer."""
+        self.is_initialized = True
+        key_states.memory = self
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.__init__(self.policy, self.index, self.block, self.record)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.store = {k: v.index_select(0, beam_idx.to(v.device)) for k, v in self.store.items()}
+
+    # attention
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Attention over what is held and, causally, the new tokens; then learn from it and forget.
+
+        q (N, heads, c, d), k and v (N, H, c, d) -> (N, heads, c, d). The call is cut at multiples of the
+        update interval and after `block` queries; the result does not depend on how tokens come in calls.
+        """
+        out, begin, interval, forgets = [], 0, self.policy.update, self.policy.kind != "full"
+        while begin < q.shape[2]:
+            end = min(q.shape[2], begin + self.block)
+            end = min(end, begin + interval - self.seen % interval) if forgets else end
+            part = slice(begin, end)
+            self.append(k[:, :, part], v[:, :, part])
+            out.append(self.attention(q[:, :, part], scale))
+            if forgets and self.seen % interval == 0:
+                self.forget()
+            begin = end
+        return torch.cat(out, 2) if len(out) > 1 else out[0]
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Write new tokens behind those held, with empty statistics."""
+        rows, heads, c, d = k.shape
+        if not self.store or self.size + c > self.store["k"].shape[2]:
+            self.reserve(rows, heads, self.size + c, k, v)
+        new = slice(self.size, self.size + c)
+        self.store["k"][:, :, new], self.store["v"][:, :, new] = k, v
+        self.store["pos"][:, :, new] = torch.arange(self.seen, self.seen + c, device=k.device)
+        self.store["valid"][:, :, new] = True
+        self.size, self.seen = self.size + c, self.seen + c
+
+    def reserve(self, rows: int, heads: int, entries: int, k: Tensor, v: Tensor) -> None:
+        """Make room for `entries` tokens and those that come before the next eviction."""
+        capacity = max(entries, self.size + max(self.policy.update, self.size // 4))
+        self.store = {
+            name: self.enlarged(name, old[:, :, : self.size], capacity) for name, old in self.store.items()
+        } or self.empty(rows, heads, capacity, k, v)
+
+    def empty(self, rows: int, heads: int, capacity: int, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        """Zeros for all that the policy needs."""
+        window, needs = self.policy.window, self.policy.needs
+        make = lambda dtype, *width: torch.zeros(  # noqa: E731
+            rows, heads, capacity, *width, dtype=dtype, device=k.device
+        )
+        store = {"k": make(k.dtype, k.shape[-1]), "v": make(v.dtype, v.shape[-1])}
+        store |= {"pos": make(torch.int32), "valid": make(torch.bool)}
+        widths = {"omega": (window // 2 + 1,), "tail": (window,), "mass": ()}
+        return store | {name: make(torch.float32, *widths[name]) for name in sorted(needs)}
+
+    def enlarged(self, name: str, used: Tensor, capacity: int) -> Tensor:
+        fresh = used.new_zeros(*used.shape[:2], capacity, *used.shape[3:])
+        fresh[:, :, : used.shape[2]] = used
+        return fresh
+
+    def attention(self, q: Tensor, scale: float) -> Tensor:
+        """Softmax attention of the newest c tokens (N, heads, c, d); feeds the statistics, eq. (1)."""
+        keys, values, n = self["k"], self["v"], self.size
+        (rows, heads, c, d), groups = q.shape, keys.shape[1]
+        mask = None
+        if c > 1:  # every held token, and new ones up to itself
+            place = torch.arange(n, device=q.device)
+            mask = place <= place[n - c :, None]  # (c, n)
+        if self.padded:
+            mask = self["valid"][:, :, None] if mask is None else self["valid"][:, :, None] & mask
+        if not self.policy.needs and not self.padded:
+            mask = mask if mask is None else mask.expand(rows, 1, c, n)
+            return F.scaled_dot_product_attention(
+                q, keys, values, attn_mask=mask, scale=scale, enable_gqa=heads > groups
+            )
+        logits = (q.reshape(rows, groups, -1, d) @ keys.mT).view(rows, groups, -1, c, n).float() * scale
+        if mask is not None:
+            logits = logits.masked_fill(~(mask[:, :, None] if self.padded else mask), -math.inf)
+        attention = logits.softmax(-1).to(q.dtype)
+        self.learn(attention.float().mean(2))  # over the query heads of a key-value head
+        return (attention.flatten(2, 3) @ values).view(rows, heads, c, -1)
+
+    def learn(self, rows: Tensor) -> None:
+        """Fold rows of attention (N, H, c, n) into the statistics, eqs. (1) and (2), and drop them."""
+        if "mass" in self.store:
+            self["mass"].add_(rows.sum(2))
+        if "tail" not in self.store:
+            return
+        hop, c, tail = self.policy.hop, rows.shape[2], self["tail"]
+        waiting = (self.seen - c) % hop  # rows since the last frame
+        if waiting + c < hop:
+            tail[..., hop + waiting : hop + waiting + c] = rows.mT
+            return
+        # the last complete hop, the rows that waited, the new rows: (N, H, n, hop + waiting + c)
+        columns = torch.cat([tail[..., : hop + waiting], rows.mT], -1)
+        complete = (waiting + c) // hop * hop
+        if "omega" in self.store:
+            frames = spectral_frame(columns[..., : hop + complete].unfold(-1, 2 * hop, hop))
+            self["omega"].copy_(moving_average(self["omega"], frames, self.policy.decay, hop))
+        rest = columns[..., complete:]
+        tail[..., : rest.shape[-1]] = rest
+
+    def forget(self) -> None:
+        """Score every token, choose and keep, eqs. (4) to (6): everything held moves by one index."""
+        policy, valid = self.policy, self["valid"] if self.padded else None
+        score = SCORES[policy.kind](self)
+        if policy.kind == "namm":
+            wrong = ~score.isfinite() if valid is None else ~score.isfinite() & valid
+            bad = wrong.flatten(1).any(1)
+            self.bad = bad if self.bad is None else self.bad | bad
+            score = score.nan_to_num()
+            chosen = score >= 0 if valid is None else (score >= 0) & valid
+            self.positive.append(chosen.sum(-1).float().mean())
+        rule = policy.evict if policy.kind == "namm" else "budget"
+        index, kept = select(score, valid, rule, policy.budget_of(self.index))
+        if index is not None:
+            self.take(index, kept)
+        length = self["valid"].sum(-1).float().mean() if self.padded else float(self.size)
+        self.lengths.append(length)
+        if self.record:
+            self.log.append((self.seen, self["pos"].clone(), self["valid"].clone()))
+
+    def take(self, index: Tensor, kept: Tensor | None) -> None:
+        """Keep the entries `index` (N, H, k) of everything, with room for the tokens until the next eviction."""
+        n, k = self.size, index.shape[2]
+        for name, old in self.store.items():
+            where = index.view(*index.shape, *[1] * (old.dim() - 3)).expand(*index.shape, *old.shape[3:])
+            self.store[name] = self.enlarged(name, old[:, :, :n].gather(2, where), k + self.policy.update)
+        self.size, self.padded = k, kept is not None
+        if kept is not None:
+            self.store["valid"][:, :, :k] = kept
+
+    def nbytes(self, names: Sequence[str] = ("k", "v")) -> int:
+        """Bytes of the entries in use; allocated are up to one update interval more."""
+        return sum(self[name].numel() * self[name].element_size() for name in names if name in self.store)
+
+
+class Memory(Cache):
+    """A transformers cache with one `LayerMemory` for each layer: model(ids, cache=Memory(policy, layers))."""
+
+    def __init__(self, policy: Policy, layers: int, block: int = 128, record: bool = False):
+        super().__init__(layers=[LayerMemory(policy, i, block, record) for i in range(layers)])
+        self.policy = policy
+
+    def lengths(self) -> list[float]:
+        """For each layer the largest mean number of tokens that a head held right after an eviction."""
+        return [max((float(x) for x in layer.lengths), default=float(layer.size)) for layer in self.layers]
+
+    def summary(self) -> dict:
+        """Sizes and ages after a run: tokens seen and held, bytes of keys and values, of the statistics."""
+        ages = [
+            (layer.seen - 1 - layer["pos"].float())[layer["valid"]].mean().item() for layer in self.layers
+        ]
+        positive = [float(x) for layer in self.layers for x in layer.positive]
+        return {
+            "seen": self.layers[0].seen,
+            "held after updates": float(np.mean(self.lengths())),
+            "held at the end": float(np.mean([layer.size for layer in self.layers])),
+            "scores >= 0": float(np.mean(positive)) if positive else None,
+            "mean age": float(np.mean(ages)),
+            "KV bytes": sum(layer.nbytes() for layer in self.layers),
+            "statistics bytes": sum(layer.nbytes(("pos", "omega", "tail", "mass")) for layer in self.layers),
+        }
+
+    def bad(self) -> Tensor | None:
+        """(P,) members with a score that was not finite, None if the policy has no members."""
+        flags = [layer.bad for layer in self.layers if layer.bad is not None]
+        return torch.stack(flags).any(0).view(self.policy.members, -1).any(1) if flags else None
+
+    def bad_layer(self) -> int:
+        """The first layer with a score that was not finite."""
+        return next(layer.index for layer in self.layers if layer.bad is not None and bool(layer.bad.any()))
+
+
+def namm_attention(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
+    """transformers' attention interface: (N, heads, c, d) -> (N, c, heads, d), None."""
+    layer = getattr(key, "memory", None)
+    if layer is None:
+        raise UserError(f"{type(module).__name__}: namm attention needs cache=Memory(policy, layers)")
+    if attention_mask is not None:
+        raise UserError(f"{type(module).__name__} makes its own attention mask, which a memory cannot follow")
+    if unknown := [
+        k for k in ("softcap", "sliding_window", "s_aux", "position_bias") if kwargs.get(k) is not None
+    ]:
+        raise UserError(f"{type(module).__name__}: a memory does not know attention with {unknown[0]}")
+    out = layer.attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("namm", namm_attention)
+
+
+def attach(model: nn.Module) -> nn.Module:
+    """Make a transformers model attend through its `Memory`; UserError where a layer is not full attention."""
+    config = model.config.get_text_config()
+    kinds = {k for k in getattr(config, "layer_types", None) or () if k != "full_attention"}
+    kinds |= {"sliding window"} if getattr(config, "use_sliding_window", False) else set()
+    kinds |= {"latent attention"} if getattr(config, "kv_lora_rank", None) else set()
+    if kinds:
+        raise UserError(
+            f"{type(model).__name__} has layers of {', '.join(sorted(kinds))}; a memory needs full attention"
+        )
+    model.set_attn_implementation("namm")
+
+    def refuse_padding(module, args, kwargs):
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and not bool((mask != 0).all()):
+            raise UserError("a memory takes prompts without padding: one length a batch, no attention_mask")
+
+    if not getattr(model, "takes_memory", False):
+        model.register_forward_pre_hook(refuse_padding, with_kwargs=True)
+        model.takes_memory = True
+    return model
+
+
+def layers_of(model: nn.Module) -> int:
+    return model.config.get_text_config().num_hidden_layers
+
+
+@torch.inference_mode()
+def greedy(
+    model, ids: Tensor, memory: Memory, max_new: int, stops: Sequence[int] = (), chunk: int = 512
+) -> Tensor:
+    """Greedy continuation (N, up to max_new) of prompts (N, T) of one length, through `memory`.
+
+    The prompt is read `chunk` tokens at a time. A row that wrote one of `stops` goes on and is cut by the
+    caller; all rows having done so is asked every eighth token.
+    """
+    logits, out = None, []
+    for part in ids.split(chunk, 1):
+        logits = model(part, cache=memory, use_cache=True, logits_to_keep=1).logits[:, -1]
+    done, stop = (
+        torch.zeros(len(ids), dtype=torch.bool, device=ids.device),
+        torch.tensor(stops, device=ids.device),
+    )
+    for t in range(max_new):
+        token = logits.argmax(-1)
+        out.append(token)
+        done |= torch.isin(token, stop)
+        if t + 1 == max_new or (t % 8 == 7 and bool(done.all())):
+            break
+        logits = model(token[:, None], cache=memory, use_cache=True).logits[:, -1]
+    return torch.stack(out, 1)
+
+
+def stretch_rope(model, times: float) -> None:
+    """NTK-aware scaling of a Llama's rotary base for a context `times` as long: base (2 t - 1)^(d / (d - 2))."""
+    if times == 1:
+        return
+    rotary, config = getattr(model.base_model, "rotary_emb", None), model.config.get_text_config()
+    if rotary is None or rotary.rope_type != "default":
+        raise UserError(f"--stretch {times}: {type(model).__name__} has no plain rotary embedding")
+    d = 2 * len(rotary.inv_freq)
+    base = config.rope_parameters["rope_theta"] * (2 * times - 1) ** (d / (d - 2))
+    frequency = 1 / base ** (torch.arange(0, d, 2, dtype=torch.float) / d)
+    rotary.inv_freq.copy_(frequency)
+    rotary.original_inv_freq.copy_(frequency)
+    config.rope_parameters["rope_theta"] = base
+
+
+# --- CMA-ES: eq. (6) ---
+
+
+class CMAES:
+    """CMA-ES with active covariance update (Hansen 2016), maximising: ask, tell, and the mean is the answer.
+
+    covariance "full" adapts all of C, "diag" its diagonal at (n + 2) / 3 times the rates, "none" only the step
+    size. The eigenvectors of C are renewed every 1 / (10 n (c1 + cmu)) generations, or every `lazy`.
+    """
+
+    def __init__(self, n: int, population: int, sigma: float, covariance: str = "full", lazy: int = 0):
+        self.n, self.population, self.covariance = n, population, covariance
+        raw = math.log((population + 1) / 2) - torch.arange(1, population + 1, dtype=torch.float64).log()
+        mu = population // 2
+        self.mueff = float(raw[:mu].sum() ** 2 / raw[:mu].square().sum())
+        negative = float(raw[mu:].sum() ** 2 / raw[mu:].square().sum())
+        self.c1 = 2 / ((n + 1.3) ** 2 + self.mueff)
+        self.cmu = min(1 - self.c1, 2 * (self.mueff - 2 + 1 / self.mueff) / ((n + 2) ** 2 + self.mueff))
+        if covariance == "diag":
+            self.c1 = min(1.0, self.c1 * (n + 2) / 3)
+            self.cmu = min(1 - self.c1, self.cmu * (n + 2) / 3)
+        self.cs = (self.mueff + 2) / (n + self.mueff + 5)
+        self.ds = 1 + 2 * max(0.0, math.sqrt((self.mueff - 1) / (n + 1)) - 1) + self.cs
+        self.cc = (4 + self.mueff / n) / (n + 4 + 2 * self.mueff / n)
+        self.chi = math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n * n))
+        alpha = min(
+            1 + self.c1 / self.cmu,
+            1 + 2 * negative / (negative + 2),
+            (1 - self.c1 - self.cmu) / (n * self.cmu),
+        )
+        self.weights = torch.where(raw > 0, raw / raw[raw > 0].sum(), alpha * raw / -raw[raw < 0].sum())
+        self.lazy = lazy or max(1, int(1 / (10 * n * (self.c1 + self.cmu))))
+        zeros = lambda: torch.zeros(n, dtype=torch.float64)  # noqa: E731
+        self.mean, self.path_sigma, self.path_c, self.sigma, self.generation = (
+            zeros(),
+            zeros(),
+            zeros(),
+            sigma,
+            0,
+        )
+        full = covariance == "full"
+        self.C = torch.eye(n, dtype=torch.float64) if full else zeros() + 1
+        self.B, self.D = (self.C.clone() if full else None), zeros() + 1
+
+    def ask(self, generator: torch.Generator) -> Tensor:
+        """A generation (population, n): mean + sigma B D z."""
+        if self.covariance == "full" and self.generation and self.generation % self.lazy == 0:
+            values, self.B = torch.linalg.eigh((self.C + self.C.mT) / 2)
+            self.D = values.clamp(min=1e-20).sqrt()
+        z = torch.randn(self.population, self.n, dtype=torch.float64, generator=generator)
+        y = z * self.D
+        return self.mean + self.sigma * (y if self.B is None else y @ self.B.mT)
+
+    def whiten(self, y: Tensor) -> Tensor:
+        """C^(-1/2) y for the rows of (..., n)."""
+        return y / self.D if self.B is None else (y @ self.B / self.D) @ self.B.mT
+
+    def tell(self, x: Tensor, fitness: Tensor) -> None:
+        """Move towards the better half of x (population, n), larger fitness being better, eq. (6)."""
+        order = torch.argsort(fitness.double(), descending=True, stable=True)
+        y = (x[order] - self.mean) / self.sigma
+        w, n, g = self.weights, self.n, self.generation
+        best = w.clamp(min=0) @ y
+        self.mean = self.mean + self.sigma * best
+        white = self.whiten(y)
+        self.path_sigma = (1 - self.cs) * self.path_sigma + math.sqrt(
+            self.cs * (2 - self.cs) * self.mueff
+        ) * (w.clamp(min=0) @ white)
+        length = float(self.path_sigma.norm())
+        h = length / math.sqrt(1 - (1 - self.cs) ** (2 * (g + 1))) / self.chi < 1.4 + 2 / (n + 1)
+        self.path_c = (1 - self.cc) * self.path_c + h * math.sqrt(self.cc * (2 - self.cc) * self.mueff) * best
+        if self.covariance != "none":
+            scaled = torch.where(w < 0, w * n / white.square().sum(1).clamp(min=1e-20), w)
+            decay = 1 + self.c1 * (1 - h) * self.cc * (2 - self.cc) - self.c1 - self.cmu * float(w.sum())
+            if self.covariance == "full":
+                update = self.c1 * torch.outer(self.path_c, self.path_c) + self.cmu * (y.mT * scaled) @ y
+                self.C = decay * self.C + update
+            else:
+                update = self.c1 * self.path_c.square() + self.cmu * scaled @ y.square()
+                self.C = (decay * self.C + update).clamp(min=1e-20)
+                self.D = self.C.sqrt()
+        self.sigma *= math.exp(self.cs / self.ds * (length / self.chi - 1))
+        self.generation += 1
+
+    FIELDS = ("mean", "sigma", "C", "B", "D", "path_sigma", "path_c", "generation")
+
+    def state_dict(self) -> dict:
+        return {k: v.clone() if isinstance(v := getattr(self, k), Tensor) else v for k in self.FIELDS}
+
+    def load_state_dict(self, state: dict) -> None:
+        for k in self.FIELDS:
+            setattr(self, k, v.clone() if isinstance(v := state[k], Tensor) else v)
+
+
+# --- the built-in tasks: a ledger read by language models, a corridor walked by a decision transformer ---
+
+KINDS = {"dense": (0.12, 0.15), "sparse": (0.03, 0.08)}  # how often a token sets, and how often it asks
+
+
+class Ledger(typing.NamedTuple):
+    """Ids of the tokens: begin, set key k to value v, ask for key k, fillers that mean nothing."""
+
+    keys: int
+    values: int
+    fillers: int
+
+    @property
+    def vocabulary(self) -> int:
+        return 1 + self.keys * self.values + self.keys + self.fillers
+
+
+def ledger(
+    count: int, length: int, kind: str, size: Ledger, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Ledgers of a kind: ids (count, length), and the latest value of the key where it is asked, else -100.
+
+    After the first token every key is set once, in random order; then each token sets, asks or fills.
+    """
+    sets, asks = KINDS[kind]
+    draw = lambda high: torch.randint(high, (count, length), generator=generator)  # noqa: E731
+    u, key, value, filler = torch.rand(count, length, generator=generator), *map(draw, size)
+    first = torch.arange(length) <= size.keys
+    key[:, 1 : 1 + size.keys] = torch.rand(count, size.keys, generator=generator).argsort(1)[:, : length - 1]
+    is_set = (u < sets) | first
+    is_set[:, 0], is_get = False, (u >= sets) & (u < sets + asks) & ~first
+    begin = 1 + size.keys * size.values
+    ids = torch.where(is_set, 1 + key * size.values + value, begin + size.keys + filler)
+    ids = torch.where(is_get, begin + key, ids)
+    ids[:, 0] = 0
+    written = is_set[..., None] & (key[..., None] == torch.arange(size.keys))  # (count, length, keys)
+    when = torch.where(written, torch.arange(length)[:, None], -1).cummax(1).values
+    latest = value.gather(1, when.gather(2, key[..., None])[..., 0].clamp(min=0))
+    return ids, torch.where(is_get, latest, -100)
+
+
+def ledger_lm(shape: Sequence[int], size: Ledger, context: int):
+    """A small Llama; the first `values` logits answer."""
+    width, layers, heads, kv = shape
+    lm = common.tiny_lm(size.vocabulary, width, layers, heads, context, mlp=2 * width, num_key_value_heads=kv)
+    nn.init.normal_(lm.model.embed_tokens.weight, std=0.5)
+    return lm
+
+
+def stretched(count: int, length: int, longest: float, generator: torch.Generator) -> Tensor:
+    """Positions with random gaps, whose mean is uniform in [1, longest] for each row: (count, length)."""
+    mean = 1 + (longest - 1) * torch.rand(count, 1, generator=generator)
+    gaps = 1 + ((2 * mean - 1) * torch.rand(count, length, generator=generator)).floor().long()
+    return gaps.cumsum(1) - gaps[:, :1]
+
+
+def optimise(cfg: Config, run: Run, model: nn.Module, steps: int, loss_of: Callable) -> None:
+    """AdamW with warm-up and cosine on loss_of(generator), a draw of fresh data each step."""
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, (0.9, 0.98), weight_decay=0.01)
+    generator, model = run.generator("data"), model.to(run.device).train()
+    for step in run.steps(steps, model=model, optimizer=optimizer):
+        optimizer.param_groups[0]["lr"] = common.learning_rate(step, steps, cfg.learning_rate, 0.1)
+        with run.autocast():
+            loss = loss_of(generator)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        run.log(step, loss=loss.detach())
+    model.eval()
+
+
+def train_lm(cfg: Config, run: Run, shape: Sequence[int], size: Ledger, steps: int) -> nn.Module:
+    """A language model of ledgers a quarter as long as those it is tested on, at stretched positions."""
+    length, model = cfg.length // 4, ledger_lm(shape, size, 4 * cfg.length)
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        halves = [ledger(16, length, kind, size, generator) for kind in KINDS]
+        ids, labels = (torch.cat(x).to(run.device) for x in zip(*halves, strict=True))
+        place = stretched(len(ids), length, 4.0, generator).to(run.device)
+        hidden = model.model(ids, position_ids=place, use_cache=False).last_hidden_state
+        asked = labels >= 0
+        return F.cross_entropy(model.lm_head(hidden[asked])[:, : size.values].float(), labels[asked])
+
+    optimise(cfg, run, model, steps, loss_of)
+    return model
+
+
+IDS, STATE = 6, 17  # signals of the corridor; numbers of its state
+
+
+def corridor(count: int, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Corridors: states (count, steps, 17), right actions (count, steps), junctions (count, steps).
+
+    A signal says into which direction (0 or 1) junctions of its id turn from now on. Each id is signalled
+    once at the start; then a step is a signal (.2), a junction (.3) or nothing. A state is the signal's id
+    and the junction's id, one-hot, whether it is either, the signal's direction as +-1, and two of noise.
+    """
+    u = torch.rand(count, steps, generator=generator)
+    ident, direction = (torch.randint(k, (count, steps), generator=generator) for k in (IDS, 2))
+    first = torch.arange(steps) < IDS
+    ident[:, :IDS] = torch.rand(count, IDS, generator=generator).argsort(1)[:, :steps]
+    signal, junction = (u < 0.2) | first, (u >= 0.2) & (u < 0.5) & ~first
+    one_hot = F.one_hot(ident, IDS)
+    flags = torch.stack([signal, junction, signal * (2 * direction - 1)], -1)
+    noise = torch.randn(count, steps, 2, generator=generator)
+    state = torch.cat([one_hot * signal[..., None], one_hot * junction[..., None], flags, noise], -1)
+    written = signal[..., None] & (ident[..., None] == torch.arange(IDS))
+    when = torch.where(written, torch.arange(steps)[:, None], -1).cummax(1).values
+    right = direction.gather(1, when.gather(2, ident[..., None])[..., 0].clamp(min=0))
+    return state.float(), right, junction
+
+
+class DecisionTransformer(nn.Module):
+    """A GPT-2 over (return-to-go, state, action) with a learned embedding of time (Chen et al. 2021)."""
+
+    def __init__(self, steps: int, width: int = 48, layers: int = 2, heads: int = 4):
+        super().__init__()
+        from transformers import GPT2Config, GPT2Model
+
+        size = dict(n_embd=width, n_layer=layers, n_head=heads, n_positions=steps, vocab_size=1)
+        size |= dict(bos_token_id=None, eos_token_id=None)
+        self.backbone = GPT2Model(GPT2Config(**size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+        place = recency(torch.arange(steps), width, 1000.0)  # near in time is near in the embedding
+        self.backbone.wpe.weight.data.copy_(0.3 * place)
+        self.to_return, self.to_state = nn.Linear(1, width), nn.Linear(STATE, width)
+        self.to_action, self.head = nn.Embedding(3, width), nn.Linear(width, 2)
+
+    def forward(self, tokens: Tensor, time: Tensor, memory: Memory | None = None) -> Tensor:
+        """Embedded tokens (B, T, width) at steps `time` (B, T) -> logits of the two actions (B, T, 2)."""
+        hidden = self.backbone(
+            inputs_embeds=tokens, position_ids=time, cache=memory, use_cache=memory is not None
+        )
+        return self.head(hidden.last_hidden_state)
+
+    def interleave(self, to_go: Tensor, state: Tensor, action: Tensor) -> Tensor:
+        """(B, T), (B, T, 17), (B, T) -> (B, 3 T, width)."""
+        parts = [self.to_return(to_go[..., None]), self.to_state(state), self.to_action(action)]
+        return torch.stack(parts, 2).flatten(1, 2)
+
+
+def train_dt(cfg: Config, run: Run) -> nn.Module:
+    """Behaviour cloning, conditioned on the return, of an expert that errs at a rate of its own an episode.
+
+    Windows are a quarter of an episode and start at a random time. Only turns at junctions are learnt; the
+    action elsewhere is "none".
+    """
+    window, model = cfg.corridor // 4, DecisionTransformer(cfg.corridor)
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        state, right, junction = corridor(32, window, generator)
+        wrong = torch.rand(right.shape, generator=generator) < 0.3 * torch.rand(32, 1, generator=generator)
+        turn, start = (
+            right ^ wrong.long(),
+            torch.randint(cfg.corridor - window + 1, (32, 1), generator=generator),
+        )
+        reward = (junction & ~wrong).float()
+        to_go = (reward.flip(1).cumsum(1).flip(1) / (0.3 * window)).to(run.device)
+        action = torch.where(junction, turn, 2).to(run.device)
+        time = (start + torch.arange(window)).repeat_interleave(3, 1).to(run.device)
+        logits = model(model.interleave(to_go, state.to(run.device), action), time)[:, 1::3]
+        here = junction.to(run.device)
+        return F.cross_entropy(logits[here].float(), turn.to(run.device)[here])
+
+    optimise(cfg, run, model, cfg.dt_steps, loss_of)
+    return model
+
+
+@torch.inference_mode()
+def rollout(model: DecisionTransformer, policy: Policy, corridors: tuple, device, record: bool = False):
+    """Walk corridors with the model's own actions: returns (B,) as a share of the junctions, and the memory.
+
+    Return-to-go starts at what an expert without errors gets and is decremented; a step is three tokens.
+    """
+    state, right, junction = (x.to(device) for x in corridors)
+    count, steps = right.shape
+    memory = Memory(policy, layers_of(model.backbone), record=record)
+    scale = junction.sum(1).float().clamp(min=1)  # (B,)
+    got, previous = torch.zeros(count, device=device), None
+    for t in range(steps):
+        time = torch.full((count, 1), t, device=device)
+        parts = [model.to_return((1 - got / scale)[:, None, None]), model.to_state(state[:, t : t + 1])]
+        tokens = torch.cat([previous, *parts] if t else parts, 1)  # the action before goes with them
+        times = torch.cat([time - 1, time, time] if t else [time, time], 1)
+        turn = model(tokens, times, memory)[:, -1].argmax(-1)
+        got += (junction[:, t] & (turn == right[:, t])).float()
+        previous = model.to_action(torch.where(junction[:, t], turn, 2))[:, None]
+    return got / scale, memory
+
+
+class LedgerTask:
+    """Ledgers of one kind and length for one language model; the score is the share of right answers."""
+
+    def __init__(self, cfg: Config, model: nn.Module, kind: str, size: Ledger, length: int, device):
+        self.cfg, self.model, self.name, self.size = cfg, attach(model), kind, size
+        self.length, self.device = length, device
+
+    def draw(self, count: int, generator: torch.Generator) -> list:
+        """Fresh ledgers, in one piece: all have one length."""
+        return [ledger(count, self.length, self.name, self.size, generator)]
+
+    def cost(self, piece) -> float:
+        return piece[0].numel()
+
+    @torch.inference_mode()
+    def run(self, policy: Policy, piece, record: bool = False) -> tuple[Tensor, Memory]:
+        """Accuracy (P, B) of each member on the questions after the first quarter, and the memory."""
+        ids, labels = (x.to(self.device) for x in piece)
+        members = policy.members
+        memory = Memory(policy, layers_of(self.model), self.cfg.block, record)
+        hidden = self.model.model(ids.repeat(members, 1), cache=memory, use_cache=True).last_hidden_state
+        answer = self.model.lm_head(hidden)[..., : self.size.values].argmax(-1).view(members, *ids.shape)
+        asked = (labels >= 0) & (torch.arange(self.length, device=ids.device) >= self.length // 4)
+        right = ((answer == labels) & asked).sum(-1).float()
+        return right / asked.sum(-1).clamp(min=1), memory
+
+    def base(self, run: Run, pieces: list) -> np.ndarray:
+        """Scores of the model with its full cache (1, B)."""
+        return np.concatenate([self.run(Policy("full"), piece)[0].cpu().numpy() for piece in pieces], 1)
+
+
+# --- evolution ---
+
+
+def scores_of(
+    run: Run, theta: Tensor, tasks: Sequence, draws: Sequence[list], policy_of: Callable, members: int
+):
+    """Scores of every member on every prompt: one (P, prompts) array a task, members that failed (P,), units.
+
+    A unit of work is some members on one piece of a task's prompts; ranks take units in turn, dear ones first,
+    and all gather all results. Out of memory, a unit is done again with half its members at a time.
+    """
+    many = members or math.ceil(len(theta) / run.world_size)
+    groups = [range(i, min(i + many, len(theta))) for i in range(0, len(theta), many)]
+    units = [
+        (t, i, g) for t, pieces in enumerate(draws) for i in range(len(pieces)) for g in range(len(groups))
+    ]
+    units.sort(key=lambda u: -tasks[u[0]].cost(draws[u[0]][u[1]]))
+    mine, error = {}, None
+    try:
+        for t, i, g in units[run.rank :: run.world_size]:
+            mine[t, i, g] = halve_if_too_large(tasks[t], policy_of, theta[list(groups[g])], draws[t][i])
+    except UserError as e:
+        error = str(e)
+    run.agree(error)
+    done = {k: v for part in run.gather(mine) for k, v in part.items()}
+    bad = np.zeros(len(theta), bool)
+    for (_, _, g), unit in done.items():
+        bad[list(groups[g])] |= unit["failed"]
+        if bad.all():
+            raise UserError(f"layer {unit['layer']}: the scores or attention of every member are not finite")
+    column = lambda t, i: np.concatenate([done[t, i, g]["scores"] for g in range(len(groups))])  # noqa: E731
+    scores = [np.concatenate([column(t, i) for i in range(len(pieces))], 1) for t, pieces in enumerate(draws)]
+    return scores, bad, done
+
+
+def halve_if_too_large(task, policy_of: Callable, theta: Tensor, piece) -> dict:
+    """Scores (P, B), members that failed (P,), and the memory's sizes; in halves where memory is short."""
+    try:
+        scores, memory = task.run(policy_of(theta), piece)
+    except torch.OutOfMemoryError:
+        size = f"{task.name}: one member on {task.cost(piece):.0f} tokens"
+        if len(theta) == 1:
+            raise UserError(f"{size} does not fit; lower --block or --context") from None
+        torch.cuda.empty_cache()
+        halves = [halve_if_too_large(task, policy_of, part, piece) for part in theta.chunk(2)]
+        joined = {k: np.concatenate([h[k] for h in halves]) for k in ("scores", "failed")}
+        return halves[0] | joined | {"layer": max(h["layer"] for h in halves)}
+    bad = memory.bad()
+    failed = np.zeros(len(theta), bool) if bad is None else bad.cpu().numpy()
+    unit = {"scores": scores.cpu().numpy(), "failed": failed, "lengths": memory.lengths()}
+    return unit | {"layer": memory.bad_layer() if failed.any() else -1, "memory": memory.summary()}
+
+
+def ratio(scores: Sequence[np.ndarray], base: Sequence[np.ndarray]) -> tuple[np.ndarray, list[int]]:
+    """Fitness: mean over tasks of mean score / mean full-cache score on the same prompts; (P,).
+
+    Tasks whose full-cache mean is 0 say nothing and are left out; their places come second.
+    """
+    empty = [t for t, b in enumerate(base) if b.mean() == 0]
+    parts = [
+        s.mean(1) / (b.mean() + 1e-9)
+        for t, (s, b) in enumerate(zip(scores, base, strict=True))
+        if t not in empty
+    ]
+    return np.mean(parts, 0) if parts else np.ones(len(scores[0])), empty
+
+
+def normalise(cfg: Config, run: Run, task, norm: Norm, generator: torch.Generator, scorer: str) -> None:
+    """The first pass: mean parameters 0, nothing forgotten, statistics of the first task's features."""
+    theta = torch.zeros(1, parameters(scorer, 9 + cfg.window // 2, cfg.hidden))
+    local = Norm(len(norm.mean))
+    local.learning = True
+    pieces = sorted(task.draw(cfg.norm_prompts, generator), key=task.cost, reverse=True)
+    for piece in pieces[run.rank :: run.world_size]:
+        task.run(namm_policy(cfg, theta, local, scorer=scorer, budget=None), piece)
+    for state in run.gather(local.state_dict()):
+        if state["count"]:
+            norm.merge(state["count"], state["mean"], state["var"])
+    if not norm.count:
+        raise UserError(
+            f"{task.name}: no prompt reaches --update {cfg.update} tokens, there is nothing to evolve on"
+        )
+
+
+def evolve(cfg: Config, run: Run, tasks: Sequence, scorer: str, start: dict | None = None) -> dict:
+    """Evolve a memory in stages, eq. (6): {theta, mean, var, history}; stage i has the first i tasks.
+
+    The mean of the search is validated; a stage begins with the whole state of the search that the stage
+    before had at its best validation. All ranks hold the same state; they share the evaluations.
+    """
+    n = parameters(scorer, 9 + cfg.window // 2, cfg.hidden)
+    es, norm = CMAES(n, cfg.population, cfg.sigma, cfg.covariance), Norm(cfg.window // 2 + 1)
+    if start:
+        es.mean = start["theta"].double()
+        norm.load_state_dict({"count": 1.0} | {k: start[k] for k in ("mean", "var")})
+    progress: dict = {"best": es.state_dict(), "best_score": -math.inf, "history": []}
+    ends = np.cumsum(cfg.stages).tolist()
+    generator = run.generator("evolution")
+    policy_of = lambda theta: namm_policy(cfg, theta, norm, scorer=scorer)  # noqa: E731
+    for g in run.steps(int(sum(cfg.stages)), save_every=1, es=es, norm=norm, progress=progress):
+        begin = time.perf_counter()
+        if not norm.count:
+            normalise(cfg, run, tasks[0], norm, generator, scorer)
+        stage = next(i for i, end in enumerate(ends) if g < end)
+        if g in ends:
+            es.load_state_dict(progress["best"])
+            progress["best_score"] = -math.inf
+        now = tasks[: stage + 1]
+        theta, draws = es.ask(generator), [task.draw(cfg.prompts, generator) for task in now]
+        fitness, bad, empty = fitness_of(cfg, run, theta.float(), now, draws, policy_of)
+        es.tell(theta, torch.from_numpy(np.where(bad, -np.inf, fitness)))
+        run.agree(
+            None if len(set(run.gather(float(es.mean.sum())))) == 1 else f"generation {g}: the ranks differ"
+        )
+        numbers = {"fitness": float(fitness.mean()), "best": float(fitness.max()), "failed": int(bad.sum())}
+        numbers |= {"left_out_tasks": len(empty), "sigma": es.sigma}
+        if (g + 1) % cfg.validate_every == 0 or g + 1 in ends:
+            score = validate(cfg, run, es.mean.float()[None], now, policy_of)
+            progress["history"].append([g + 1, stage, score])
+            numbers["validation"] = score
+            if score > progress["best_score"]:
+                progress["best_score"], progress["best"] = score, es.state_dict()
+        run.log(g, **numbers, seconds=time.perf_counter() - begin)
+    theta = progress["best"]["mean"].float()
+    result = {"theta": theta, "mean": norm.mean, "var": norm.var, "count": norm.count, "scorer": scorer}
+    result |= {k: getattr(cfg, k) for k in ("hidden", "window", "hop", "decay", "features", "update")}
+    if run.is_main:
+        common.write_atomic(run.folder / "namm.pt", lambda f: torch.save(result, f))
+    return result | {"history": progress["history"]}
+
+
+def fitness_of(
+    cfg: Config, run: Run, theta: Tensor, tasks: Sequence, draws: Sequence[list], policy_of: Callable
+):
+    """Fitness (P,), members that failed (P,), tasks left out."""
+    base = [task.base(run, pieces) for task, pieces in zip(tasks, draws, strict=True)]
+    scores, bad, _ = scores_of(run, theta, tasks, draws, policy_of, cfg.members)
+    fitness, empty = ratio(scores, base)
+    return fitness, bad, empty
+
+
+def validate(cfg: Config, run: Run, mean: Tensor, tasks: Sequence, policy_of: Callable) -> float:
+    """Fitness of the mean on the validation prompts, the same at every call."""
+    seed = torch.Generator().manual_seed(run.stream("validation"))
+    draws = [task.draw(cfg.validation, seed) for task in tasks]
+    return float(fitness_of(cfg, run, mean, tasks, draws, policy_of)[0][0])
+
+
+def load_memory(path: str, cfg: Config) -> dict:
+    """An evolved memory: {theta, mean, var}; UserError for other dimensions or without statistics.
+
+    Reads namm.pt and the reference's checkpoints (`evolution_state.mean`, buffers `...output_mean`, `_var`).
+    """
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as e:
+        raise UserError(f"{path}: no memory ({str(e).splitlines()[0][:80]})") from None
+    flat = dict(common.flat_tensors(data))
+    found = {"theta": None, "mean": None, "var": None}
+    for name, value in flat.items():
+        for key, ends in {
+            "theta": ("theta", "evolution_state.mean"),
+            "mean": ("output_mean", "mean"),
+            "var": ("output_var", "var"),
+        }.items():
+            if name in ends or (name.endswith(ends[0]) and "output" in ends[0]):
+                found[key] = value
+    scorer = data.get("scorer", "bam") if isinstance(data, dict) else "bam"
+    expected, bins = parameters(scorer, 9 + cfg.window // 2, cfg.hidden), cfg.window // 2 + 1
+    if found["theta"] is None or found["theta"].numel() != expected:
+        size = 0 if found["theta"] is None else found["theta"].numel()
+        inputs = 9 + cfg.window // 2
+        raise UserError(
+            f"{path}: expected {expected} parameters (= {scorer} {inputs}/{cfg.hidden}), got {size}"
+        )
+    if found["mean"] is None or found["var"] is None or found["mean"].numel() != bins:
+        raise UserError(
+            f"{path}: no statistics of {bins} frequencies; without them the features mean nothing"
+        )
+    return {"scorer": scorer} | {k: v.double().flatten() for k, v in found.items()}
+
+
+# --- language-model tasks: LongBench, ChouBun, InfiniteBench, needles in a text of your own ---
+
+TEMPLATES = {  # of the three tasks that the paper evolves on; --templates reads those of the others
+    "passage_retrieval_en": "Here are 30 paragraphs from Wikipedia, along with an abstract. Please determine "
+    "which paragraph the abstract is from.\n\n{context}\n\nThe following is an abstract.\n\n{input}\n\nPlease "
+    "enter the number of the paragraph that the abstract is from. The answer format must be like "
+    '"Paragraph 1", "Paragraph 2", etc.\n\nThe answer is: ',
+    "dureader": "请基于给定的文章回答下述问题。\n\n文章：{context}\n\n请基于上述文章回答下面的问题。\n\n"  # noqa: RUF001
+    "问题：{input}\n回答：",  # noqa: RUF001
+    "narrativeqa": "You are given a story, which can be either a novel or a movie script, and a question. "
+    "Answer the question as concisely as you can, using a single phrase if possible. Do not provide any "
+    "explanation.\n\nStory: {context}\n\nNow, answer the question based on the story as concisely as you can, "
+    "using a single phrase if possible. Do not provide any explanation.\n\nQuestion: {input}\n\nAnswer:",
+}
+
+
+def words_of(text: str, language: str) -> list[str]:
+    """Words of a text: by spaces, by jieba (zh) or by MeCab through fugashi (ja)."""
+    if language == "en":
+        return text.split()
+    try:
+        if language == "zh":
+            import jieba
+
+            jieba.setLogLevel(60)
+            return list(jieba.cut(text, cut_all=False))
+        from fugashi import GenericTagger
+
+        return mecab(GenericTagger).parse(text).split()
+    except (ImportError, RuntimeError) as e:
+        need = "jieba" if language == "zh" else "fugashi unidic-lite"
+        raise UserError(
+            f"scoring {language} text needs: pip install {need} ({str(e).splitlines()[0]})"
+        ) from None
+
+
+def mecab(tagger: type):
+    """MeCab with a dictionary that comes as a package, made once."""
+    if not hasattr(mecab, "tagger"):
+        import unidic_lite
+
+        mecab.tagger = tagger(f"-Owakati -r {unidic_lite.DICDIR}/mecabrc -d {unidic_lite.DICDIR}")
+    return mecab.tagger
+
+
+def plain(text: str, language: str) -> str:
+    """Lower case without punctuation and, in English, articles."""
+    marks = string.punctuation + ("" if language == "en" else ASIAN_MARKS)
+    text = "".join(c for c in text.lower() if c not in set(marks))
+    return (
+        " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split()) if language == "en" else "".join(text.split())
+    )
+
+
+ASIAN_MARKS = (  # the marks that LongBench drops from Chinese words
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."  # noqa: RUF001
+)
+
+
+def f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
+    """Harmonic mean of precision and recall of the words, as multisets."""
+    same = sum((Counter(prediction) & Counter(answer)).values())
+    return 2 * same / (len(prediction) + len(answer)) if same else 0.0
+
+
+def qa_f1(prediction: str, answer: str, classes, language: str = "en") -> float:
+    """LongBench's question-answering F1; "char" takes each Chinese character for a word (InfiniteBench)."""
+    if language == "en":
+        return f1(plain(prediction, "en").split(), plain(answer, "en").split())
+    if language == "char":
+        return f1(list(plain(prediction, "zh")), list(plain(answer, "zh")))
+    cleaned = [[plain(w, language) for w in words_of(text, language)] for text in (prediction, answer)]
+    return f1(*([w for w in words if w] for words in cleaned))
+
+
+def common_subsequence(a: Sequence[str], b: Sequence[str]) -> list[str]:
+    """One longest common subsequence; of several the one that the `rouge` package walks back to."""
+    table = np.zeros((len(a) + 1, len(b) + 1), np.int32)
+    for i, x in enumerate(a, 1):
+        row, before = table[i], table[i - 1]
+        for j, y in enumerate(b, 1):
+            row[j] = before[j - 1] + 1 if x == y else max(before[j], row[j - 1])
+    found, i, j = [], len(a), len(b)
+    while i and j:
+        if a[i - 1] == b[j - 1]:
+            found.append(a[i - 1])
+            i, j = i - 1, j - 1
+        elif table[i - 1, j] > table[i, j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return found[::-1]
+
+
+def rouge_l(prediction: str, answer: str, classes, language: str = "en") -> float:
+    """ROUGE-L F of the `rouge` package, which LongBench uses.
+
+    The union, over pairs of sentences, of the words in their longest common subsequences, each distinct word
+    counting once.
+    """
+    if language != "en":
+        prediction, answer = (" ".join(words_of(text, language)) for text in (prediction, answer))
+    said, right = ([s.split() for s in text.split(".") if s] for text in (prediction, answer))
+    union = {w for r in right for s in said for w in common_subsequence(r, s)}
+    m, n = (len({w for sentence in text for w in sentence}) for text in (right, said))
+    recall, precision = len(union) / m if m else 0.0, len(union) / n if n else 0.0
+    return 2 * precision * recall / (precision + recall + 1e-8)
+
+
+def right_numbers(prediction: str, answer: str, classes) -> float:
+    """Share of the numbers in the prediction that are the number in the answer."""
+    numbers, right = re.findall(r"\d+", prediction), re.findall(r"\d+", answer)
+    return numbers.count(right[0]) / len(numbers) if numbers and right else 0.0
+
+
+def classification(prediction: str, answer: str, classes) -> float:
+    """1 / number of classes that the prediction names, if the right one is among them, else 0.
+
+    A class whose name is part of the right one's does not count.
+    """
+    named = [c for c in classes or () if c in prediction]
+    for c in named:  # the official scorer shortens the list while it walks it, and skips the next one
+        if c in answer and c != answer:
+            named.remove(c)  # noqa: B909
+    return 1 / len(named) if answer in named else 0.0
+
+
+def code_similarity(prediction: str, answer: str, classes) -> float:
+    """Similarity of the first line that is no comment to the right one, in whole percents."""
+    lines = prediction.lstrip("\n").split("\n")
+    first = next((x for x in lines if not any(mark in x for mark in ("`", "#", "//"))), "")
+    return (
+        round(100 * difflib.SequenceMatcher(None, first, answer).ratio()) / 100 if first and answer else 0.0
+    )
+
+
+def prefix(prediction: str, answer: str, classes) -> float:
+    """Share of the answer's characters that the prediction gets right before its first mistake."""
+    said = prediction.strip()
+    same = next((i for i, c in enumerate(answer) if said[i : i + 1] != c), len(answer))
+    return same / len(answer)
+
+
+def first_number(prediction: str, answer: str, classes) -> float:
+    """Whether the first number is the answer (InfiniteBench: passkey, number_string, math_find)."""
+    found = re.search(r"\d+\.\d+|\d+" if "." in answer else r"\d+", prediction)
+    return float(bool(found) and (found[0] == answer or ("." in answer and float(found[0]) == float(answer))))
+
+
+def last_number(prediction: str, answer: str, classes) -> float:
+    """Whether the last word is the answer (InfiniteBench: code_run)."""
+    said = re.sub(r"[\n.`'\":]", " ", prediction).split()
+    return float(bool(said) and re.fullmatch(r"-?\d+", said[-1]) is not None and int(said[-1]) == int(answer))
+
+
+def names(prediction: str, answer: str, classes) -> float:
+    """Whether a word of the prediction is the answer (InfiniteBench: kv_retrieval, longdialogue)."""
+    said = re.sub(r"[\n:\"'.,?!{}]", " ", prediction).split()
+    return float(answer in said or answer in [w.upper() for w in said])
+
+
+def choice(prediction: str, answer: str, classes) -> float:
+    """Whether the letter that is chosen is the answer (InfiniteBench: multiple choice)."""
+    if prediction[:1] in ("A", "B", "C", "D"):
+        return float(prediction[0] == answer)
+    said = " ".join(re.sub(r"[\n\"'.,?!{}]", " ", prediction).split())
+    for mark in ("answer is:", "answer:", "answer is", "option is"):
+        if mark in said:
+            return float(said.split(mark, 1)[1].strip()[:1] == answer)
+    letter = next((w for w in said.split() if w in ("A", "B", "C", "D")), "")
+    return float(letter == answer)
+
+
+def leading_numbers(prediction: str, answer: str, classes) -> float:
+    """Share of a list of numbers that is right before the first mistake (InfiniteBench: math_calc)."""
+    said, right = (re.findall(r"\d+", text) for text in (prediction, answer))
+    same = next((i for i, x in enumerate(right) if i >= len(said) or said[i] != x), len(right))
+    return same / len(right) if right else 0.0
+
+
+def in_language(metric: Callable, language: str) -> Callable:
+    return lambda prediction, answer, classes: metric(prediction, answer, classes, language)
+
+
+METRICS: dict[str, tuple[Callable, int]] = {  # metric and longest answer in tokens
+    **{f"lb/{n}": (qa_f1, k) for n, k in (("narrativeqa", 128), ("qasper", 128), ("multifieldqa_en", 64))},
+    **{f"lb/{n}": (qa_f1, 32) for n in ("hotpotqa", "2wikimqa", "musique", "triviaqa")},
+    "lb/multifieldqa_zh": (in_language(qa_f1, "zh"), 64),
+    "lb/dureader": (in_language(rouge_l, "zh"), 128),
+    "lb/vcsum": (in_language(rouge_l, "zh"), 512),
+    **{f"lb/{n}": (rouge_l, 512) for n in ("gov_report", "qmsum", "multi_news")},
+    "lb/samsum": (rouge_l, 128),
+    **{f"lb/{n}": (classification, 64) for n in ("trec", "lsht")},
+    **{
+        f"lb/{n}": (right_numbers, 32)
+        for n in ("passage_retrieval_en", "passage_retrieval_zh", "passage_count")
+    },
+    **{f"lb/{n}": (code_similarity, 64) for n in ("lcc", "repobench-p")},
+    **{f"choubun/{n}": (in_language(qa_f1, "ja"), 64) for n in ("wiki_qa", "edinet_qa", "corp_sec_qa")},
+    "choubun/corp_sec_sum": (in_language(rouge_l, "ja"), 128),
+    **{f"inf/{n}": (first_number, 32) for n in ("passkey", "number_string", "math_find")},
+    **{f"inf/{n}": (names, 50) for n in ("kv_retrieval", "longdialogue_qa_eng")},
+    **{f"inf/{n}": (choice, 40) for n in ("longbook_choice_eng", "code_debug")},
+    "inf/longbook_qa_eng": (qa_f1, 40),
+    "inf/longbook_qa_chn": (in_language(qa_f1, "char"), 40),
+    "inf/longbook_sum_eng": (rouge_l, 1200),
+    "inf/math_calc": (leading_numbers, 512),
+    "inf/code_run": (last_number, 64),
+}
+HUBS = {"lb": "THUDM/LongBench", "choubun": "SakanaAI/ChouBun", "inf": "xinrongzhang2022/InfiniteBench"}
+FIRST_LINE = ("lb/trec", "lb/triviaqa", "lb/samsum", "lb/lsht")  # tasks of which the first line is scored
+
+
+def read_rows(cfg: Config, task: str) -> list[dict]:
+    """The problems of a task: from --data (folder, or a zip as on the hub), else from the hub."""
+    bench, _, name = task.partition("/")
+    if task not in METRICS:
+        near = difflib.get_close_matches(task, METRICS, 1, 0.0)[0]
+        raise UserError(
+            f"--tasks {task}: the nearest is {near}; needles:FILE makes one of a text of your own"
+        )
+    source = Path(cfg.data) if cfg.data else None
+    if source and source.is_dir():
+        found = [p for p in (source / f"{name}.jsonl", source / "data" / f"{name}.jsonl") if p.exists()]
+        if not found:
+            raise UserError(f"--data {source}: no {name}.jsonl")
+        return common.read_jsonl(found[0], ["context"])
+    if bench == "choubun" and not source:
+        return [dict(row) for row in common.load_hub(HUBS[bench], "test", name)]
+    if not source:
+        source = Path(download(HUBS[bench], "data.zip" if bench == "lb" else f"{name}.jsonl"))
+    if source.suffix == ".jsonl":
+        return common.read_jsonl(source, ["context"])
+    try:
+        with zipfile.ZipFile(source) as archive:
+            member = next((n for n in archive.namelist() if Path(n).name == f"{name}.jsonl"), None)
+            if member is None:
+                raise UserError(f"{source}: no {name}.jsonl inside")
+            lines = archive.read(member).decode().splitlines()
+            return [json.loads(line) for line in lines if line.strip()]
+    except (OSError, zipfile.BadZipFile, ValueError) as e:
+        raise UserError(f"{source}: neither a folder nor a zip of .jsonl files ({e})") from None
+
+
+def download(repository: str, file: str) -> str:
+    """Path of a dataset's file from the hub's cache."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(repository, file, repo_type="dataset")
+    except Exception as e:  # the library raises a dozen kinds
+        why = (str(e).splitlines() or [type(e).__name__])[0][:100]
+        raise UserError(
+            f"{repository}: {file} is not on the hub ({why}); give a folder with --data"
+        ) from None
+
+
+def template_of(cfg: Config, task: str) -> str:
+    """The prompt's template: from --templates, else of the three tasks of evolution."""
+    name = task.partition("/")[2]
+    given = {}
+    if cfg.templates:
+        try:
+            given = json.loads(Path(cfg.templates).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise UserError(f"--templates {cfg.templates}: {e}") from None
+    found = given.get(task) or given.get(name) or TEMPLATES.get(name)
+    if not isinstance(found, str):
+        raise UserError(
+            f"{task}: no template; --templates takes the benchmark's JSON of task names and prompts"
+        )
+    return found
+
+
+def fill(template: str, row: dict, task: str) -> str:
+    """The template with the fields of a row; InfiniteBench's templates name some that are made here."""
+    options = dict(
+        zip(("OPTION_A", "OPTION_B", "OPTION_C", "OPTION_D"), row.get("options") or (), strict=False)
+    )
+    call = re.search(r"[a-zA-Z_]\w*\(.*?\)", str(row.get("input", "")))
+    made = {"question": row.get("input", ""), "prompt": row.get("input", ""), **options}
+    made |= {"func_call": call[0], "func": call[0].split("(")[0]} if call else {}
+    fields = made | row
+
+    def value(found: re.Match) -> str:
+        if found[1] not in fields:
+            raise UserError(f"{task}: a row has no field {found[1]!r}, which the template names")
+        return str(fields[found[1]])
+
+    return re.sub(r"\{(\w+)\}", value, template)
+
+
+def answers_of(row: dict, task: str) -> list[str]:
+    """The right answers as text; of a choice, the letter."""
+    answers = row.get("answers", row.get("answer"))
+    if answers is None or answers == []:
+        raise UserError(f"{task}: a row has neither answers nor answer")
+    if task == "inf/math_calc":
+        return [" ".join(map(str, answers))]
+    answers = answers if isinstance(answers, list) else [answers]
+    if METRICS[task][0] is choice and row.get("options"):
+        letters = [chr(65 + i) for i, option in enumerate(row["options"]) if option in answers]
+        return letters or [str(a) for a in answers]
+    return [str(a) for a in answers]
+
+
+def needles(
+    path: str, tokenizer, tokens: int, count: int, part: str, seed: int
+) -> list[tuple[str, list[str]]]:
+    """Prompts of about `tokens` tokens of a real text with codes hidden in it, and the code that is asked.
+
+    Evolution takes its pieces from the first half of the text, the test from the second.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"needles:{path}: {e}") from None
+    half = text[: len(text) // 2] if part == "evolve" else text[len(text) // 2 :]
+    sentences = re.split(r"(?<=[.!?])\s+", half)
+    lengths = [len(ids) for ids in tokenizer(sentences, add_special_tokens=False)["input_ids"]]
+    if sum(lengths) < tokens:
+        raise UserError(
+            f"needles:{path}: {2 * tokens} tokens are needed, half of them for the test; it has fewer"
+        )
+    rng, out = np.random.default_rng(seed), []
+    latest = next(i for i in range(len(lengths) - 1, -1, -1) if sum(lengths[i:]) >= tokens)
+    for _ in range(count):
+        begin = int(rng.integers(latest + 1))
+        end = begin + int(np.searchsorted(np.cumsum(lengths[begin:]), tokens)) + 1
+        piece = sentences[begin:end]
+        towns = rng.permutation(TOWNS)[:6]
+        codes = ["".join(map(str, rng.integers(0, 10, 5))) for _ in towns]
+        for place, town, code in zip(sorted(rng.integers(0, len(piece), 6))[::-1], towns, codes, strict=True):
+            piece.insert(int(place), f"The code of the library in {town} is {code}.")
+        asked = int(rng.integers(6))
+        prompt = " ".join(piece) + f"\n\nThe code of the library in {towns[asked]} is"
+        out.append((prompt, [codes[asked]]))
+    return out
+
+
+TOWNS = (
+    "Aarhus",
+    "Bergen",
+    "Cadiz",
+    "Dover",
+    "Evora",
+    "Fargo",
+    "Ghent",
+    "Hobart",
+    "Izmir",
+    "Jena",
+    "Kyoto",
+    "Lagos",
+)
+
+
+class TextTask:
+    """A task of prompts in words for one language model; a score is in [0, 1]."""
+
+    def __init__(self, cfg: Config, name: str, model, tokenizer, run: Run, part: str = "evolve"):
+        self.cfg, self.name, self.model, self.tokenizer, self.device = (
+            cfg,
+            name,
+            attach(model),
+            tokenizer,
+            run.device,
+        )
+        self.file, self.cache = (
+            run.folder / f"full-cache-{part}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}.json",
+            {},
+        )
+        if name.startswith("needles:"):
+            self.metric, self.max_new = prefix, 12
+            count = max(cfg.prompts, cfg.validation, cfg.norm_prompts) if part == "evolve" else cfg.test
+            seed = run.stream(f"{name}/{part}") % 2**32
+            rows = needles(name[8:], tokenizer, cfg.context - 160, count, part, seed)
+            self.rows = [(prompt, answers, None) for prompt, answers in rows]
+        else:
+            data, template = read_rows(cfg, name), template_of(cfg, name)
+            self.metric, self.max_new = METRICS[name]
+            self.rows = [(fill(template, r, name), answers_of(r, name), r.get("all_classes")) for r in data]
+        self.stops = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        newline = tokenizer.encode("\n", add_special_tokens=False)
+        self.stops += newline[-1:] if name == "lb/samsum" else []
+        self.prompts = [self.encode(prompt) for prompt, *_ in self.rows]
+        if cfg.resume and self.file.exists():
+            self.cache = {int(k): v for k, v in json.loads(self.file.read_text()).items()}
+
+    def encode(self, prompt: str) -> list[int]:
+        """Ids with whatever the tokenizer puts around a text; a prompt that is too long loses its middle."""
+        room = self.cfg.context - self.max_new - (32 if self.cfg.chat else 0)
+        ids = self.tokenizer(prompt)["input_ids"]
+        if len(ids) > room:
+            ends = [
+                self.tokenizer.decode(x, skip_special_tokens=True)
+                for x in (ids[: room // 2], ids[-(room // 2) :])
+            ]
+            prompt = "".join(ends)
+            ids = self.tokenizer(prompt)["input_ids"]
+        if self.cfg.chat:
+            if not self.tokenizer.chat_template:
+                raise UserError(f"--chat: the tokenizer of {self.cfg.model} has no chat template")
+            turn = [{"role": "user", "content": prompt}]
+            text = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def draw(self, count: int | None, generator: torch.Generator) -> list[int]:
+        """Places of prompts, without replacement; all of them for None."""
+        order = torch.randperm(len(self.rows), generator=generator).tolist()
+        return sorted(order) if count is None else order[:count]
+
+    def cost(self, place: int) -> float:
+        return float(len(self.prompts[place]))
+
+    @torch.inference_mode()
+    def run(self, policy: Policy, place: int, record: bool = False) -> tuple[Tensor, Memory]:
+        """Scores (P, 1) of the members' greedy answers to one prompt, and the memory."""
+        ids = torch.tensor([self.prompts[place]] * policy.members, device=self.device)
+        memory = Memory(policy, layers_of(self.model), self.cfg.block, record)
+        tokens = greedy(self.model, ids, memory, self.max_new, self.stops).tolist()
+        return torch.tensor([[self.score(row, place)] for row in tokens]), memory
+
+    def score(self, tokens: list[int], place: int) -> float:
+        """The metric of one answer, the best over the right ones."""
+        end = next((i for i, x in enumerate(tokens) if x in self.stops), len(tokens))
+        said = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        if self.name in FIRST_LINE:
+            said = said.lstrip("\n").split("\n")[0]
+        _, answers, classes = self.rows[place]
+        return max(self.metric(said, answer, classes) for answer in answers)
+
+    def base(self, run: Run, places: list[int]) -> np.ndarray:
+        """Scores of the full cache (1, B); each prompt is computed once in a run and kept on disk."""
+        missing = [p for p in places if p not in self.cache]
+        if missing:
+            scores, _, _ = scores_of(run, torch.zeros(1, 1), [self], [missing], lambda _: Policy("full"), 1)
+            self.cache |= dict(zip(missing, scores[0][0].tolist(), strict=True))
+            if run.is_main:
+                common.write_json(self.file, self.cache)
+        return np.array([[self.cache[p] for p in places]])
+
+
+# --- the built-in study ---
+
+
+def tiny_model(cfg: Config, name: str) -> tuple[nn.Module, Ledger | None]:
+    """One of the three models without its weights: `base`, `other` or `dt`."""
+    if name == "dt":
+        return DecisionTransformer(cfg.corridor), None
+    shape, size = (cfg.lm, cfg.ledger) if name == "base" else (cfg.other, cfg.other_ledger)
+    return ledger_lm(shape, Ledger(*size), 4 * cfg.length), Ledger(*size)
+
+
+def train_job(name: str, run: Run) -> dict:
+    """Train one of the three models and leave model.pt."""
+    cfg, begin = run.cfg, time.perf_counter()
+    if name == "dt":
+        model, steps = train_dt(cfg, run), cfg.dt_steps
+    else:
+        shape, size, steps = (cfg.lm, cfg.ledger, cfg.lm_steps)
+        if name == "other":
+            shape, size, steps = cfg.other, cfg.other_ledger, cfg.other_steps
+        model = train_lm(cfg, run, shape, Ledger(*size), steps)
+    common.write_atomic(run.folder / "model.pt", lambda f: torch.save(model.state_dict(), f))
+    count = sum(p.numel() for p in model.parameters())
+    return {"parameters": count, "updates_per_s": steps / (time.perf_counter() - begin)}
+
+
+def trained_model(cfg: Config, root: Path, name: str, device) -> tuple[nn.Module, Ledger | None]:
+    """A model that `train_job` left, ready for a memory."""
+    model, size = tiny_model(cfg, name)
+    model.load_state_dict(torch.load(root / "models" / name / "model.pt", weights_only=True))
+    model = model.to(device).eval()
+    attach(model.backbone if name == "dt" else model)
+    return model, size
+
+
+class CorridorTask:
+    """Rollouts of the decision transformer, behind the same interface as the ledgers."""
+
+    def __init__(self, cfg: Config, model: DecisionTransformer, device):
+        self.cfg, self.model, self.name, self.device = cfg, model, "corridor", device
+
+    def draw(self, count: int, generator: torch.Generator) -> list:
+        return [corridor(count, self.cfg.corridor, generator)]
+
+    def run(self, policy: Policy, piece, record: bool = False) -> tuple[Tensor, Memory]:
+        got, memory = rollout(self.model, policy, piece, self.device, record)
+        return got[None], memory
+
+
+def test_names(cfg: Config) -> list[str]:
+    """Tests as where/length/cap; the first of a place has the controls."""
+    names = [f"{kind}/1/{cfg.cap}" for kind in KINDS] + [f"other/1/{cfg.other_cap}", f"dt/1/{cfg.cap}"]
+    names += [f"dense/{times}/{cfg.cap}" for times in cfg.longer]
+    return names + [f"{kind}/1/{cap}" for cap in cfg.sweep for kind in KINDS]
+
+
+def test_job(name: str, run: Run) -> dict:
+    """Scores of all policies on one set of held-out sequences: {policy: {scores, held, ...}}."""
+    cfg, root = run.cfg, run.folder.parents[1]
+    where, times, cap = name.replace("-", "/").split("/")
+    times, cap = int(times), None if cap == "None" else int(cap)
+    which = where if where in ("other", "dt") else "base"
+    model, size = trained_model(cfg, root, which, run.device)
+    kind = where if where in KINDS else "dense"
+    task = CorridorTask(cfg, model, run.device) if where == "dt" else None
+    task = task or LedgerTask(cfg, model, kind, size, times * cfg.length, run.device)
+    piece = task.draw(
+        cfg.test if times == 1 else max(2, cfg.test // times), run.generator(f"{where}/{times}")
+    )[0]
+    main_test = times == 1 and cap in (cfg.cap, cfg.other_cap)
+    policies = test_policies(cfg, root, cap, main_test and where in KINDS, run)
+    out, budget = {}, None
+    for label, policy in policies.items():
+        if policy.kind not in ("namm", "full"):
+            policy.budget = budget  # what NAMM held in each layer
+        if main_test or policy.kind in ("namm", "full", "h2o", "snap", "recency"):
+            with run.timed(label):
+                scores, memory = task.run(policy, piece, record=where == "dense" and main_test)
+            out[label] = {"scores": scores[0].tolist()} | memory.summary()
+            budget = budget or [round(x) for x in memory.lengths() if label == "NAMM"] or None
+            if where == "dense" and main_test and label in ("NAMM", "h2o", "snap", "recency"):
+                out[label] |= kept_tokens(memory, *piece, size)
+    return {"policies": out, "seconds": run.seconds}
+
+
+def test_policies(cfg: Config, root: Path, cap: int | None, controls: bool, run: Run) -> dict[str, Policy]:
+    """The evolved memory, its controls, and the baselines, whose budget NAMM's own size sets."""
+    found = load_memory(str(root / "evolve-bam" / "namm.pt"), cfg)
+    norm, theta = Norm(cfg.window // 2 + 1), found["theta"].float()[None]
+    norm.load_state_dict({"count": 1.0} | found)
+    make = lambda theta, norm, **more: namm_policy(
+        cfg, theta, norm, **{"scorer": cfg.scorer, "budget": cap} | more
+    )  # noqa: E731
+    out = {"NAMM": make(theta, norm), "full": Policy("full")}
+    if controls:
+        if cfg.ablation and (root / "evolve-mlp" / "namm.pt").exists():
+            other = load_memory(str(root / "evolve-mlp" / "namm.pt"), cfg)
+            mlp_norm = Norm(cfg.window // 2 + 1)
+            mlp_norm.load_state_dict({"count": 1.0} | other)
+            out["NAMM, mlp"] = make(other["theta"].float()[None], mlp_norm, scorer="mlp")
+        out["NAMM, no cap"] = make(theta, norm, budget=None)
+        out["NAMM, strict"] = make(theta, norm, evict="strict")
+        shuffled = theta[:, torch.randperm(theta.shape[1], generator=run.generator("permutation"))]
+        out["NAMM, entries permuted"] = make(shuffled, norm)
+        out["NAMM, not normalised"] = make(theta, unit_norm(cfg))
+    more = {"update": cfg.update, "budget": 2, "generator": run.generator("random"), "window": cfg.window}
+    return out | {kind: Policy(kind, hop=cfg.hop, **more) for kind in BASELINES[1:]}
+
+
+def unit_norm(cfg: Config) -> Norm:
+    """Statistics that change nothing."""
+    norm, bins = Norm(cfg.window // 2 + 1), cfg.window // 2 + 1
+    zeros = torch.zeros(bins, dtype=torch.float64)
+    norm.load_state_dict({"count": 1.0, "mean": zeros, "var": zeros + 1})
+    return norm
+
+
+def kept_tokens(memory: Memory, ids: Tensor, labels: Tensor, size: Ledger) -> dict:
+    """What was held after the last eviction: a map (layers x heads, tokens) of the first ledger, and shares.
+
+    Shares are of the tokens held, by what they are: the latest value of a key, an older one, a question, a filler.
+    """
+    rows = [layer.log[-1] for layer in memory.layers]
+    seen = rows[0][0]
+    held = torch.zeros(len(rows), *rows[0][1].shape[:2], seen + 1)  # (layers, N, H, tokens + 1)
+    for layer, (_, pos, valid) in enumerate(rows):
+        held[layer].scatter_(2, pos.cpu().long().masked_fill(~valid.cpu(), seen), 1.0)
+    held, ids = held[..., :seen], ids[:, :seen]
+    writes = (ids >= 1) & (ids <= size.keys * size.values)
+    key = torch.where(writes, (ids - 1) // size.values, -1)
+    later = torch.stack(
+        [(key == k).flip(1).long().cumsum(1).flip(1) - (key == k).long() for k in range(size.keys)]
+    )
+    newest = writes & (later.gather(0, key.clamp(min=0)[None])[0] == 0)
+    asks = (ids > size.keys * size.values) & (ids <= size.keys * size.values + size.keys)
+    kinds = {"latest value": newest, "older value": writes & ~newest, "question": asks}
+    kinds["filler"] = ~(writes | asks)
+    counts = {k: float((held * m[None, :, None]).sum() / held.sum()) for k, m in kinds.items()}
+    return {
+        "kept": held[:, 0].flatten(0, 1).int().tolist(),
+        "shares": counts,
+        "latest": newest[0].int().tolist(),
+    }
+
+
+def toy_study(cfg: Config, run: Run) -> None:
+    """Train three small models, evolve on one of them in stages, test everything on all of them."""
+    models = run.stage("models").jobs(["base", "other", "dt"], train_job)
+    model, size = trained_model(cfg, run.folder, "base", run.device)
+    tasks = [LedgerTask(cfg, model, kind, size, cfg.length, run.device) for kind in KINDS]
+    histories, seconds = {}, time.perf_counter()
+    for scorer in dict.fromkeys((cfg.scorer, *(["mlp"] if cfg.ablation else []))):
+        child = run.stage("evolve-bam" if scorer == cfg.scorer else f"evolve-{scorer}")
+        with run.timed(f"evolve {scorer}"):
+            histories[scorer] = evolve(cfg, child, tasks[: len(cfg.stages)], scorer)["history"]
+    names = [n.replace("/", "-") for n in test_names(cfg)]
+    tests = run.stage("tests").jobs(names, test_job)
+    report(cfg, run, tests, histories)
+    run.figure("namm", lambda figure: draw(cfg, figure, tests), (11, 6.5))
+    speed = decode_speed(cfg, run, model, run.folder)
+    generations = sum(cfg.stages) * len(histories)
+    evaluated = (
+        cfg.population * cfg.prompts * sum((i + 1) * n for i, n in enumerate(cfg.stages)) * len(histories)
+    )
+    spent = sum(v for k, v in run.seconds.items() if k.startswith("evolve"))
+    speed |= {
+        "generations_per_s": generations / spent,
+        "evolution_tokens_per_s": evaluated * cfg.length / spent,
+    }
+    speed |= {f"{k}_updates_per_s": v["updates_per_s"] for k, v in models.items()}
+    run.finish(**speed)
+
+
+def report(cfg: Config, run: Run, tests: dict, histories: dict) -> None:
+    """Tables and claims."""
+    for name, result in tests.items():
+        rows = []
+        for label, row in result["policies"].items():
+            keys = ("held after updates", "held at the end", "scores >= 0", "mean age", "KV bytes")
+            rows.append({"policy": label, "score": common.mean_se(row["scores"])} | {k: row[k] for k in keys})
+        where, times, cap = name.split("-")
+        length = 3 * cfg.corridor if where == "dt" else int(times) * cfg.length
+        run.table(rows, f"{where}, {length} tokens, cap {cap}")
+    rows = [
+        {"scorer": s, "generation": g, "stage": i, "validation": v}
+        for s, h in histories.items()
+        for g, i, v in h
+    ]
+    run.table(rows, "validation of the mean over the generations (ratio to the full cache)")
+    for label in ("NAMM", "h2o", "snap", "recency"):
+        shares = tests[f"dense-1-{cfg.cap}"]["policies"][label]["shares"]
+        run.results["table"].append({"table": "what was kept", "policy": label} | shares)
+    of = lambda test, label: tests[test]["policies"][label]["scores"]  # noqa: E731
+    places = {kind: f"{kind}-1-{cfg.cap}" for kind in KINDS}
+    places |= {"another LM": f"other-1-{cfg.other_cap}", "decision transformer": f"dt-1-{cfg.cap}"}
+    for place, test in places.items():
+        ours = of(test, "NAMM")
+        run.claim(
+            f"{place}: NAMM keeps the full cache's score within .05", ours, of(test, "full"), "higher", -0.05
+        )
+        for label in ("h2o", "snap", "recency", "streaming", "random", "l2"):
+            run.claim(f"{place}: NAMM beats {label} at the same size", ours, of(test, label))
+    for kind in KINDS:
+        for label in ("NAMM, entries permuted", "NAMM, not normalised"):
+            run.claim(
+                f"{kind}: {label[6:]} (theirs) is worse", of(places[kind], "NAMM"), of(places[kind], label)
+            )
+        if "mlp" in histories:
+            text = f"{kind}: backward attention scores better than token by token (mlp)"
+            run.claim(text, of(places[kind], "NAMM"), of(places[kind], "NAMM, mlp"))
+
+
+COLORS = {"NAMM": "C3", "full": "k", "h2o": "C0", "snap": "C2", "recency": "C1"}
+
+
+def draw(cfg: Config, figure, tests: dict) -> None:
+    """Score against cache size on both kinds of ledger; what was kept, token by token."""
+    top, below = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+    for axes, kind in zip(top.subplots(1, 2, sharey=True), KINDS, strict=True):
+        caps = sorted({cfg.cap, *cfg.sweep})
+        for label, color in COLORS.items():
+            rows = [tests[f"{kind}-1-{cap}"]["policies"][label] for cap in caps]
+            score = [np.mean(r["scores"]) for r in rows]
+            if label == "full":
+                axes.axhline(score[0], color=color, ls="--", label=f"full cache ({rows[0]['seen']} tokens)")
+                continue
+            held = [r["held after updates"] for r in rows]
+            se = [np.std(r["scores"], ddof=1) / len(r["scores"]) ** 0.5 for r in rows]
+            axes.errorbar(held, score, se, color=color, marker="o", ms=4, label=label)
+        row = tests[f"{kind}-1-{cfg.cap}"]["policies"].get("NAMM, no cap")
+        if row:
+            axes.plot(
+                row["held after updates"],
+                np.mean(row["scores"]),
+                "*",
+                color="C3",
+                ms=12,
+                label="NAMM, no cap",
+            )
+        axes.set(title=f"{kind} ledger", xlabel="tokens held after an update", xscale="log")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    top.axes[0].set_ylabel("accuracy")
+    policies = tests[f"dense-1-{cfg.cap}"]["policies"]
+    for axes, label in zip(below.subplots(3, 1, sharex=True), ("NAMM", "snap", "h2o"), strict=True):
+        kept = np.array(policies[label]["kept"])
+        axes.imshow(kept, aspect="auto", cmap="Greys", interpolation="nearest")
+        latest = np.flatnonzero(policies[label]["latest"])
+        axes.plot(latest, np.full(len(latest), -1.0), "v", color="C3", ms=4, clip_on=False)
+        share = policies[label]["shares"]["latest value"]
+        axes.set(ylabel="layer, head", yticks=[])
+        axes.set_title(
+            f"{label}: kept tokens; {share:.0%} of them are the latest value of a key (red)", fontsize=8
+        )
+    axes.set_xlabel("token")
+
+
+@torch.inference_mode()
+def decode_speed(cfg: Config, run: Run, model, root: Path, tokens: int = 64) -> dict:
+    """Tokens a second and bytes with the full cache and with the memory: one prompt of 4 lengths, `tokens` more."""
+    found, norm = load_memory(str(root / "evolve-bam" / "namm.pt"), cfg), Norm(cfg.window // 2 + 1)
+    norm.load_state_dict({"count": 1.0} | found)
+    theta = found["theta"].float()[None]
+    size = 4 * cfg.length
+    ids = torch.randint(model.config.vocab_size, (1, size), generator=run.generator("speed")).to(run.device)
+    rows, out = [], {}
+    for label, policy in {"full": Policy("full"), "NAMM": namm_policy(cfg, theta, norm)}.items():
+        for _ in range(2):  # the first warms up
+            memory = Memory(policy, layers_of(model), cfg.block)
+            times = {}
+            with timed(run, times, "prefill"):
+                model(ids, cache=memory, use_cache=True, logits_to_keep=1)
+            with timed(run, times, "decode"):
+                greedy(model, ids[:, -1:], memory, tokens)
+        summary = memory.summary()
+        speed = {"prefill tokens/s": size / times["prefill"], "decode tokens/s": tokens / times["decode"]}
+        rows.append(
+            {"cache": label, **speed} | {k: summary[k] for k in ("seen", "KV bytes", "statistics bytes")}
+        )
+        rows[-1]["held in each layer"] = " ".join(str(layer.size) for layer in memory.layers)
+        out |= {f"{label}_{k.replace(' ', '_').replace('/s', '_per_s')}": v for k, v in speed.items()}
+    run.table(rows, f"speed and memory, one prompt of {size} tokens")
+    return out
+
+
+class timed:
+    """Seconds of a block into times[name], with the device drained at both ends."""
+
+    def __init__(self, run: Run, times: dict, name: str):
+        self.sync = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
+        self.times, self.name = times, name
+
+    def __enter__(self):
+        self.sync()
+        self.begin = time.perf_counter()
+
+    def __exit__(self, *error):
+        self.sync()
+        self.times[self.name] = time.perf_counter() - self.begin
+
+
+CONFIGS = {
+    "smoke": Config(
+        config="smoke",
+        update=32,
+        cap=16,
+        population=4,
+        stages=(1, 1),
+        prompts=2,
+        validation=2,
+        validate_every=1,
+        norm_prompts=2,
+        length=128,
+        lm=(32, 2, 4, 2),
+        ledger=(4, 4, 8),
+        lm_steps=20,
+        other=(24, 1, 2, 2),
+        other_ledger=(4, 3, 8),
+        other_steps=10,
+        other_cap=16,
+        corridor=32,
+        dt_steps=10,
+        test=4,
+        sweep=(24,),
+        longer=(2,),
+        hidden=8,
+    ),
+    "demo": Config(workers=2),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = common.parse_config(CONFIGS, argv)
+    with Run(cfg) as run:
+        toy_study(cfg, run)
+
+
+if __name__ == "__main__":
+    main()
