@@ -2,30 +2,31 @@
 
 An Evolved Universal Transformer Memory, Cetin, Sun, Zhao, Tang, ICLR 2025, arXiv 2410.13166.
 
-The claim: 4,172 parameters that see nothing but attention values, evolved on a few tasks over a frozen language
-model, keep a fraction of its KV cache at no loss, where hand-made rules (H2O, key norms) trade quality for
-memory; and since attention looks alike everywhere, they work unchanged on other models and in other fields.
+The claim: 4,172 parameters that see nothing but attention values, evolved on a few tasks over a frozen
+language model, keep a fraction of its KV cache at no loss, where hand-made rules (H2O, key norms) trade
+quality for memory; and since attention looks alike everywhere, they work unchanged on other models and in
+other fields.
 
-    x_tj[f] = |sum_k hann[k] a_j[s (t - 1) + k] exp(-2 pi i f k / w)|     (1) token j's attention column, frame t
+    x_tj[f] = |sum_k hann[k] a_j[s (t - 1) + k] exp(-2 pi i f k / w)|   (1) frame t of token j's attention
     omega_j <- g omega_j + (1 - g) x_tj,  g = gamma^s                     (2) one spectrum a token
     u_j     = [sin(nu age_j), cos(nu age_j), (omega_j - mean) / sd]       (3) 8 + 17 features
     q, k, v = u W1 + b1;  r, m = softmax over newer tokens (q k / sqrt h) v W2 + b2
     score_j = (u_j (1 + m_j) + r_j) . w3 + b3                             (4) backward attention memory, BAM
-    keep j  iff score_j is among the best k of its head, k = the most scores >= 0 that a head of the layer has   (5)
-    theta   <- CMA-ES on  mean over tasks of  score with the memory / score with the full cache    (6)
+    keep j iff it is among the best k of its head, k = the most scores >= 0 of a head of the layer     (5)
+    theta <- CMA-ES on the mean over tasks of score with the memory / score with the full cache        (6)
 
 Every U tokens each layer and head scores its tokens and forgets; positions stay, gaps stay. w = 32, s = 16,
 gamma = .99, U = 512; mean and sd are taken once, in the first evaluation, and belong to the memory.
 
-    python namm.py                                  five minutes, two CPU cores: evolves on a small language model,
-                                                    tests on it, on a larger one and on a decision transformer
-    python namm.py --config gpu                     the same at 4,096 tokens, U = 512, no cap (not yet run on a GPU)
+    python namm.py                                  five minutes, two CPU cores: evolves on a small LM,
+                                                    tests on it, another LM and a decision transformer
+    python namm.py --config gpu                     4,096 tokens, U = 512, no cap (not yet run on a GPU)
     python namm.py --config text --model SmolLM2-135M-Instruct.Q4_1.gguf --tasks needles:book.txt
     torchrun --nproc_per_node=8 namm.py --config full --data LongBench --templates dataset2prompt.json
-    python namm.py --config full --stages 0 --namm namm.pt --tasks lb/qasper --test_tasks inf/passkey,lb/qasper
+    python namm.py --config full --stages 0 --namm namm.pt --tasks lb/qasper --test_tasks lb/qasper
 
-Ranks share the evaluations: units of (members x prompt) are dealt out, dear ones first, results are gathered, and
-all ranks make the same step. A run resumes at any generation, on any number of ranks.
+Ranks share the evaluations: units of (members x prompt) are dealt out, dear ones first, results are
+gathered, and all ranks make the same step. A run resumes at any generation, on any number of ranks.
 
 In your own code, for any transformers causal model whose layers all have full attention:
 
@@ -33,30 +34,31 @@ In your own code, for any transformers causal model whose layers all have full a
     model(ids, cache=memory)                        # or model.generate(ids, cache=memory)
 
 Where this file departs from the paper and its code
-- Statistics are streamed: frames are folded into omega as rows of attention arrive. The reference keeps 512 rows of
-  all layers and folds them at the update; the recursion is the same.
+- Statistics are streamed: frames are folded into omega as rows of attention arrive. The reference keeps 512
+  rows of all layers and folds them at the update; the recursion is the same.
 - The mask is built from what is held. The reference's is right only with absolute positions and a 2-D mask.
-- A population runs as one batch on the same prompt (the reference runs batch 1); rows that keep fewer tokens are
-  padded and masked. The first block, alike for all members, is not shared.
+- A population runs as one batch on the same prompt (the reference runs batch 1); rows that keep fewer
+  tokens are padded and masked. The first block, alike for all members, is not shared.
 - Attention, spectra and scores are float32 after a softmax in float32 and a cast to the model's type.
 - BAM's newest token attends to itself, as in the code; the text's "strictly newer" would leave it nothing.
-- `--evict strict` lets every negative score go. The default follows the code: heads with fewer scores >= 0 than
-  another head of their layer keep some negative ones, which are attended to.
-- CMA-ES renews its eigenvectors every 1 / (10 n (c1 + cmu)) generations, not every one; `diag` and `none` are ours,
-  and the demo uses `diag`: at this size and a few dozen generations C stays close to I.
+- `--evict strict` lets every negative score go. The default follows the code: heads with fewer scores >= 0
+  than another head of their layer keep some negative ones, which are attended to.
+- CMA-ES renews its eigenvectors every 1 / (10 n (c1 + cmu)) generations, not every one; `diag` and `none`
+  are ours, and the demo uses `diag`: at this size and a few dozen generations C stays close to I.
 - A task whose full-cache mean is 0 on the drawn prompts is left out of that generation's fitness.
-- The MLP ablation is 25 -> 32 ReLU -> 1 on the same features; the one shipped with the reference is linear and
-  averages scores, not features.
-- `full` runs 300 + 150 + 150 generations and keeps the best validated mean of each stage; the paper stops by eye.
-  As there, fitness and validation use the test prompts of three tasks: read the aggregate without them.
-- SnapKV and StreamingLLM are added as baselines, without pooling and with 4 sinks. A baseline gets the size, layer
-  by layer, that the memory had at its largest update.
-- ROUGE-L, F1 and the ratio of code are LongBench's. InfiniteBench's summary score is that ROUGE-L, and its choices
-  are read by one rule for both tasks. ChouBun is split by MeCab with unidic-lite. Not here: LongVideoBench, MLVU,
-  and the MuJoCo decision transformers; the corridor stands for them.
+- The MLP ablation is 25 -> 32 ReLU -> 1 on the same features; the one shipped with the reference is linear
+  and averages scores, not features.
+- `full` runs 300 + 150 + 150 generations and keeps the best validated mean of each stage; the paper stops
+  by eye. As there, fitness and validation use the test prompts of three tasks: read the aggregate without
+  them.
+- SnapKV and StreamingLLM are added as baselines, without pooling and with 4 sinks. A baseline gets the
+  size, layer by layer, that the memory had at its largest update.
+- ROUGE-L, F1 and the ratio of code are LongBench's. InfiniteBench's summary score is that ROUGE-L, and its
+  choices are read by one rule for both tasks. ChouBun is split by MeCab with unidic-lite. Not here:
+  LongVideoBench, MLVU, and the MuJoCo decision transformers; the corridor stands for them.
 
-Reading order: spectral_frame to select are the equations; Policy and LayerMemory what a layer holds and how it
-forgets; attach the hook into transformers; CMAES and evolve the search; then tasks, studies and main.
+Reading order: spectral_frame to select are the equations; Policy and LayerMemory what a layer holds and how
+it forgets; attach the hook into transformers; CMAES and evolve the search; then tasks, studies and main.
 """
 
 from __future__ import annotations

@@ -304,7 +304,8 @@ def visibility(memory, count, length, heads):
 
 CASES = [
     evolved(), evolved(evict="strict"), evolved(budget=20), evolved(3), evolved(2, budget=24, evict="strict"),
-    evolved(2, 1, scorer="mlp", budget=40), *(namm.Policy(k, 32, 20, generator=rng()) for k in namm.BASELINES[1:]),
+    evolved(2, 1, scorer="mlp", budget=40),
+    *(namm.Policy(k, 32, 20, generator=rng()) for k in namm.BASELINES[1:]),
 ]  # fmt: skip
 
 
