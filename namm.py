@@ -22,8 +22,8 @@ gamma = .99, U = 512; mean and sd are taken once, in the first evaluation, and b
                                                     tests on it, another LM and a decision transformer
     python namm.py --config gpu                     4,096 tokens, U = 512, no cap (not yet run on a GPU)
     python namm.py --config text --model SmolLM2-135M-Instruct.Q4_1.gguf --tasks needles:book.txt
-    torchrun --nproc_per_node=8 namm.py --config full --data LongBench --templates dataset2prompt.json
-    python namm.py --config full --stages 0 --namm namm.pt --tasks lb/qasper --test_tasks lb/qasper
+    torchrun --nproc_per_node=8 namm.py --config full --templates dataset2prompt.json,choubun.json
+    python namm.py --config full --stages 0 --namm namm.pt --tasks lb/qasper --templates P.json
 
 Ranks share the evaluations: units of (members x prompt) are dealt out, dear ones first, results are
 gathered, and all ranks make the same step. A run resumes at any generation, on any number of ranks.
@@ -39,7 +39,8 @@ Where this file departs from the paper and its code
 - The mask is built from what is held. The reference's is right only with absolute positions and a 2-D mask.
 - A population runs as one batch on the same prompt (the reference runs batch 1); rows that keep fewer
   tokens are padded and masked. The first block, alike for all members, is not shared.
-- Attention, spectra and scores are float32 after a softmax in float32 and a cast to the model's type.
+- Attention, spectra and scores are float32 (products in TF32 on a GPU) after a softmax in float32 and a
+  cast to the model's type.
 - BAM's newest token attends to itself, as in the code; the text's "strictly newer" would leave it nothing.
 - `--evict strict` lets every negative score go. The default follows the code: heads with fewer scores >= 0
   than another head of their layer keep some negative ones, which are attended to.
@@ -53,9 +54,10 @@ Where this file departs from the paper and its code
   them.
 - SnapKV and StreamingLLM are added as baselines, without pooling and with 4 sinks. A baseline gets the
   size, layer by layer, that the memory had at its largest update.
-- ROUGE-L, F1 and the ratio of code are LongBench's. InfiniteBench's summary score is that ROUGE-L, and its
-  choices are read by one rule for both tasks. ChouBun is split by MeCab with unidic-lite. Not here:
-  LongVideoBench, MLVU, and the MuJoCo decision transformers; the corridor stands for them.
+- ROUGE-L, F1 and the ratio of code are LongBench's. InfiniteBench's summary score is that ROUGE-L, its
+  choices are read by one rule for both tasks, its prompts are ours unless --templates has them. ChouBun is
+  split by MeCab with unidic-lite. Not here: LongVideoBench, MLVU, and the MuJoCo decision transformers; the
+  corridor stands for them.
 
 Reading order: spectral_frame to select are the equations; Policy and LayerMemory what a layer holds and how
 it forgets; attach the hook into transformers; CMAES and evolve the search; then tasks, studies and main.
@@ -88,6 +90,10 @@ import common
 from common import Run, UserError
 
 BASELINES = ("full", "h2o", "snap", "recency", "streaming", "random", "l2")
+KINDS = {
+    "dense": (0.12, 0.15),
+    "sparse": (0.03, 0.08),
+}  # ledgers: how often a token sets and how often it asks
 
 
 @dataclass
@@ -138,8 +144,10 @@ class Config(common.Config):
     model: str = ""  # hub id, folder or .gguf; empty: the built-in study
     tasks: tuple[str, ...] = ()  # lb/NAME, choubun/NAME, inf/NAME or needles:FILE, in order of the stages
     test_tasks: tuple[str, ...] = ()  # evaluated at the end; empty: the same
-    data: str = ""  # folder (or LongBench's data.zip) with NAME.jsonl; empty: from the hub
-    templates: str = ""  # JSON of task names and prompts, such as LongBench's dataset2prompt.json
+    data: tuple[str, ...] = ()  # folders (or LongBench's data.zip) with NAME.jsonl; empty: from the hub
+    templates: tuple[
+        str, ...
+    ] = ()  # JSON files of task names and prompts: dataset2prompt.json of a benchmark
     stretch: float = 1.0  # the context grows that many times by NTK scaling of the rotary base
     context: int = 32768  # longest prompt with its answer; a longer one loses its middle
     policies: tuple[str, ...] = ("full", "h2o", "l2", "recency")  # what the memory is compared with
@@ -147,7 +155,9 @@ class Config(common.Config):
     namm: str = ""  # an evolved memory, namm.pt or the reference's checkpoint, that evolution starts from
     chat: bool = False  # wrap the prompts in the model's chat template
 
-    may_change: typing.ClassVar[set[str]] = {"members", "block"}
+    may_change: typing.ClassVar[set[str]] = {
+        *("members", "block", "data", "templates", "test_tasks", "policies", "test_prompts")
+    }
 
     def __post_init__(self):
         super().__post_init__()
@@ -155,12 +165,27 @@ class Config(common.Config):
             raise ValueError(f"--window {self.window} must be even and twice --hop {self.hop}")
         if self.update < 1 or self.update % self.hop:
             raise ValueError(f"--update {self.update} must be a multiple of --hop {self.hop}")
-        if self.cap is not None and self.cap < 2:
-            raise ValueError(f"--cap {self.cap} must be 2 or more, or none")
+        if min((2, self.cap or 2, self.other_cap or 2, *self.sweep, *self.longer)) < 2 or 0 in (
+            self.cap,
+            self.other_cap,
+        ):
+            raise ValueError(
+                "--cap and --other_cap are 2 or more, or none; --sweep and --longer 2 or more each"
+            )
         if self.population < 4 or self.block < 1 or min((0, *self.stages)) < 0:
             raise ValueError("--population is 4 or more, --block 1 or more, --stages 0 or more each")
-        if not 0 < self.decay < 1 or self.sigma <= 0 or self.hidden < 1:
-            raise ValueError("--decay lies between 0 and 1, --sigma and --hidden are positive")
+        if (
+            not 0 < self.decay < 1
+            or self.sigma <= 0
+            or self.hidden < 1
+            or self.stretch < 1
+            or self.members < 0
+        ):
+            raise ValueError(
+                "--decay is in (0, 1), --sigma and --hidden positive, --stretch 1, --members 0 or more"
+            )
+        if self.test_prompts is not None and self.test_prompts < 1:
+            raise ValueError("--test_prompts is 1 or more, or none")
         if self.prompts < 1 or self.validation < 2 or self.test < 2 or self.validate_every < 1:
             raise ValueError(
                 "--prompts and --validate_every are 1 or more, --validation and --test 2 or more"
@@ -171,6 +196,10 @@ class Config(common.Config):
             raise ValueError(f"--policies {unknown[0]}: choose from {', '.join(BASELINES)}")
         if self.model and not self.tasks:
             raise ValueError("--model needs --tasks, such as lb/qasper or needles:FILE")
+        if not self.model and (self.tasks or self.namm or self.chat or self.data or self.stretch != 1):
+            raise ValueError("--tasks, --namm, --chat, --data and --stretch need a --model")
+        if not self.model and not (len(self.stages) <= len(KINDS) and sum(self.stages)):
+            raise ValueError("the built-in study has one or two --stages, of 1 generation or more in all")
         if self.model and len(self.stages) > len(self.tasks):
             raise ValueError(f"{len(self.stages)} --stages need as many --tasks, there are {len(self.tasks)}")
 
@@ -218,6 +247,7 @@ class Norm:
     def __init__(self, bins: int):
         self.count, self.mean = 0.0, torch.zeros(bins, dtype=torch.float64)
         self.var, self.learning = torch.zeros(bins, dtype=torch.float64), False
+        self.ready: tuple[Tensor, Tensor] | None = None  # mean and deviation in float32 where they are used
 
     def add(self, omega: Tensor) -> None:
         """Include the rows of (tokens, bins)."""
@@ -229,12 +259,16 @@ class Norm:
         total = self.count + count
         delta, share = mean - self.mean, count / total
         self.var = (1 - share) * self.var + share * var + delta.square() * share * (1 - share)
-        self.mean, self.count = self.mean + delta * share, total
+        self.mean, self.count, self.ready = self.mean + delta * share, total, None
 
     def __call__(self, omega: Tensor) -> Tensor:
         """z = (omega - mean) / max(sd, 1e-7): (..., bins) -> (..., bins)."""
-        mean, sd = self.mean.to(omega).float(), self.var.sqrt().clamp(min=1e-7).to(omega).float()
-        return (omega - mean) / sd
+        if self.ready is None or self.ready[0].device != omega.device:
+            self.ready = (
+                self.mean.float().to(omega.device),
+                self.var.sqrt().clamp(min=1e-7).float().to(omega.device),
+            )
+        return (omega - self.ready[0]) / self.ready[1]
 
     @classmethod
     def frozen(cls, mean: Tensor, var: Tensor) -> Norm:
@@ -248,6 +282,7 @@ class Norm:
 
     def load_state_dict(self, state: dict) -> None:
         self.count, self.mean, self.var = state["count"], state["mean"].double(), state["var"].double()
+        self.ready = None
 
 
 # --- scorers: eq. (4) ---
@@ -279,13 +314,12 @@ def backward_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = N
     by one more feature, which is 1 in the queries and very negative in that key.
     """
     scale = q.shape[-1] ** -0.5
-    if valid is not None:
-        far = torch.zeros_like(q[..., :1]).masked_fill(~valid[..., None], -1e4)
-        q, k = torch.cat([q, torch.ones_like(far)], -1), torch.cat([k, far], -1)
-        v = torch.cat([v, torch.zeros_like(far)], -1)
+    if valid is not None:  # four features, so that a GPU's kernels take the width
+        far = F.pad(torch.zeros_like(q[..., :1]).masked_fill(~valid[..., None], -1e4), (0, 3))
+        q, k, v = F.pad(q, (0, 4), value=1.0), torch.cat([k, far], -1), F.pad(v, (0, 4))
     q, k, v = (x.flip(-2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).flip(-2)
-    return out if valid is None else out[..., :-1]
+    return out if valid is None else out[..., :-4]
 
 
 def score_tokens(theta: Tensor, u: Tensor, valid: Tensor | None, scorer: str, hidden: int) -> Tensor:
@@ -364,6 +398,8 @@ class Policy:
     generator: torch.Generator | None = None  # of the random policy
 
     def __post_init__(self):
+        if self.kind not in ("namm", *BASELINES):
+            raise ValueError(f"there is no policy {self.kind}: choose from namm, {', '.join(BASELINES)}")
         if self.kind not in ("full", "namm") and self.budget is None:
             raise ValueError(f"the policy {self.kind} needs a budget")
         if self.kind == "namm" and (self.theta is None or self.norm is None):
@@ -402,8 +438,8 @@ def namm_score(layer: LayerMemory) -> Tensor:
     u, members = torch.cat([r, z], -1), policy.members  # (N, H, n, 25), ages first
     valid = layer["valid"].reshape(members, -1, layer.size) if layer.padded else None
     u = u.view(members, -1, *u.shape[2:])
-    theta = policy.theta.to(u)
-    return score_tokens(theta, u, valid, policy.scorer, policy.hidden).view(age.shape)
+    policy.theta = policy.theta.to(u)
+    return score_tokens(policy.theta, u, valid, policy.scorer, policy.hidden).view(age.shape)
 
 
 def h2o_score(layer: LayerMemory) -> Tensor:
@@ -413,9 +449,10 @@ def h2o_score(layer: LayerMemory) -> Tensor:
     return score
 
 
-def snap_score(layer: LayerMemory, observed: int = 8) -> Tensor:
+def snap_score(layer: LayerMemory) -> Tensor:
     """Attention of the last 8 queries, which also stay (SnapKV without pooling, Li et al. 2024)."""
-    score = layer["tail"][..., layer.policy.hop - observed : layer.policy.hop].sum(-1)
+    hop, observed = layer.policy.hop, min(8, layer.policy.hop, layer.policy.budget_of(layer.index))
+    score = layer["tail"][..., hop - observed : hop].sum(-1)
     score[..., -observed:] = math.inf
     return score
 
@@ -429,8 +466,9 @@ def recency_score(layer: LayerMemory) -> Tensor:
     return layer["pos"].float()
 
 
-def streaming_score(layer: LayerMemory, sinks: int = 4) -> Tensor:
+def streaming_score(layer: LayerMemory) -> Tensor:
     """The newest tokens and the first four (StreamingLLM, Xiao et al. 2024)."""
+    sinks = min(4, layer.policy.budget_of(layer.index) - 1)
     return layer["pos"].float().masked_fill(layer["pos"] < sinks, math.inf)
 
 
@@ -651,6 +689,7 @@ class Memory(Cache):
         ]
         positive = [float(x) for layer in self.layers for x in layer.positive]
         return {
+            "updates": len(self.layers[0].lengths),
             "seen": self.layers[0].seen,
             "held after updates": float(np.mean(self.lengths())),
             "held at the end": float(np.mean([layer.size for layer in self.layers])),
@@ -701,7 +740,7 @@ def attach(model: nn.Module) -> nn.Module:
     model.set_attn_implementation("namm")
 
     def refuse_padding(module, args, kwargs):
-        mask = kwargs.get("attention_mask")
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if isinstance(mask, Tensor) and not bool((mask != 0).all()):
             raise UserError("a memory takes prompts without padding: one length a batch, no attention_mask")
 
@@ -852,8 +891,6 @@ class CMAES:
 
 # --- the built-in tasks: a ledger read by language models, a corridor walked by a decision transformer ---
 
-KINDS = {"dense": (0.12, 0.15), "sparse": (0.03, 0.08)}  # how often a token sets, and how often it asks
-
 
 class Ledger(typing.NamedTuple):
     """Ids of the tokens: begin, set key k to value v, ask for key k, fillers that mean nothing."""
@@ -907,8 +944,10 @@ def stretched(count: int, length: int, longest: float, generator: torch.Generato
     return gaps.cumsum(1) - gaps[:, :1]
 
 
-def optimise(cfg: Config, run: Run, model: nn.Module, steps: int, loss_of: Callable) -> None:
-    """AdamW with warm-up and cosine on loss_of(generator), a draw of fresh data each step."""
+def optimise(cfg: Config, run: Run, model: nn.Module, hot: nn.Module, steps: int, loss_of: Callable) -> None:
+    """AdamW with warm-up and cosine on loss_of(generator), fresh data each step; --compile compiles `hot`."""
+    if cfg.compile:
+        hot.compile(mode="reduce-overhead" if run.device.type == "cuda" else "default")
     optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, (0.9, 0.98), weight_decay=0.01)
     generator, model = run.generator("data"), model.to(run.device).train()
     for step in run.steps(steps, model=model, optimizer=optimizer):
@@ -937,7 +976,7 @@ def train_lm(cfg: Config, run: Run, shape: Sequence[int], size: Ledger, steps: i
         asked = labels >= 0
         return F.cross_entropy(model.lm_head(hidden[asked])[:, : size.values].float(), labels[asked])
 
-    optimise(cfg, run, model, steps, loss_of)
+    optimise(cfg, run, model, model.model, steps, loss_of)
     return model
 
 
@@ -1020,7 +1059,7 @@ def train_dt(cfg: Config, run: Run) -> nn.Module:
         here = junction.to(run.device)
         return F.cross_entropy(logits[here].float(), turn.to(run.device)[here])
 
-    optimise(cfg, run, model, cfg.dt_steps, loss_of)
+    optimise(cfg, run, model, model.backbone, cfg.dt_steps, loss_of)
     return model
 
 
@@ -1067,7 +1106,11 @@ class LedgerTask:
         members = policy.members
         memory = Memory(policy, layers_of(self.model), self.cfg.block, record)
         hidden = self.model.model(ids.repeat(members, 1), cache=memory, use_cache=True).last_hidden_state
-        answer = self.model.lm_head(hidden)[..., : self.size.values].argmax(-1).view(members, *ids.shape)
+        answer = (
+            F.linear(hidden, self.model.lm_head.weight[: self.size.values])
+            .argmax(-1)
+            .view(members, *ids.shape)
+        )
         asked = (labels >= 0) & (torch.arange(self.length, device=ids.device) >= self.length // 4)
         right = ((answer == labels) & asked).sum(-1).float()
         return right / asked.sum(-1).clamp(min=1), memory
@@ -1133,7 +1176,7 @@ def halve_if_too_large(task, policy_of: Callable, theta: Tensor, piece) -> dict:
 def ratio(scores: Sequence[np.ndarray], base: Sequence[np.ndarray]) -> tuple[np.ndarray, list[int]]:
     """Fitness: mean over tasks of mean score / mean full-cache score on the same prompts; (P,).
 
-    Tasks whose full-cache mean is 0 say nothing and are left out; their places come second.
+    Tasks whose full-cache mean is 0 say nothing and are left out; their places come second. NaN if all are.
     """
     empty = [t for t, b in enumerate(base) if b.mean() == 0]
     parts = [
@@ -1141,7 +1184,7 @@ def ratio(scores: Sequence[np.ndarray], base: Sequence[np.ndarray]) -> tuple[np.
         for t, (s, b) in enumerate(zip(scores, base, strict=True))
         if t not in empty
     ]
-    return np.mean(parts, 0) if parts else np.ones(len(scores[0])), empty
+    return np.mean(parts, 0) if parts else np.full(len(scores[0]), math.nan), empty
 
 
 def normalise(cfg: Config, run: Run, task, norm: Norm, generator: torch.Generator, scorer: str) -> None:
@@ -1172,9 +1215,11 @@ def evolve(cfg: Config, run: Run, tasks: Sequence, scorer: str, start: dict | No
     if start:
         es.mean = start["theta"].double()
         norm = Norm.frozen(start["mean"], start["var"])
+    known: dict[str, np.ndarray] = {}  # scores of the full cache on the validation prompts
     progress: dict = {"best": es.state_dict(), "best_score": -math.inf, "history": []}
     ends = np.cumsum(cfg.stages).tolist()
-    generator = run.generator("evolution")
+    search, generator = run.generator("search"), run.generator("prompts")
+    generator.manual_seed(common.stable_hash(f"{cfg.seed}/prompts"))  # the same for every scorer
     policy_of = lambda theta: namm_policy(cfg, theta, norm, scorer=scorer)  # noqa: E731
     for g in run.steps(int(sum(cfg.stages)), save_every=1, es=es, norm=norm, progress=progress):
         begin = time.perf_counter()
@@ -1185,16 +1230,21 @@ def evolve(cfg: Config, run: Run, tasks: Sequence, scorer: str, start: dict | No
             es.load_state_dict(progress["best"])
             progress["best_score"] = -math.inf
         now = tasks[: stage + 1]
-        theta, draws = es.ask(generator), [task.draw(cfg.prompts, generator) for task in now]
+        theta, draws = es.ask(search), [task.draw(cfg.prompts, generator) for task in now]
         fitness, bad, empty = fitness_of(cfg, run, theta.float(), now, draws, policy_of)
-        es.tell(theta, torch.from_numpy(np.where(bad, -np.inf, fitness)))
+        if len(empty) < len(now):
+            es.tell(theta, torch.from_numpy(np.where(bad, -np.inf, fitness)))
+        else:
+            run.print(
+                f"generation {g}: the full cache scores 0 on all its prompts; nothing is learnt from them"
+            )
         run.agree(
             None if len(set(run.gather(float(es.mean.sum())))) == 1 else f"generation {g}: the ranks differ"
         )
-        numbers = {"fitness": float(fitness.mean()), "best": float(fitness.max()), "failed": int(bad.sum())}
+        numbers = {"fitness": fitness.mean(), "best": fitness.max(), "failed": int(bad.sum())}
         numbers |= {"left_out_tasks": len(empty), "sigma": es.sigma}
         if (g + 1) % cfg.validate_every == 0 or g + 1 in ends:
-            score = validate(cfg, run, es.mean.float()[None], now, policy_of)
+            score = validate(cfg, run, es.mean.float()[None], now, policy_of, known)
             progress["history"].append([g + 1, stage, score])
             numbers["validation"] = score
             if score > progress["best_score"]:
@@ -1209,20 +1259,24 @@ def evolve(cfg: Config, run: Run, tasks: Sequence, scorer: str, start: dict | No
 
 
 def fitness_of(
-    cfg: Config, run: Run, theta: Tensor, tasks: Sequence, draws: Sequence[list], policy_of: Callable
+    cfg: Config, run: Run, theta: Tensor, tasks: Sequence, draws: Sequence[list], policy_of, base=None
 ):
-    """Fitness (P,), members that failed (P,), tasks left out."""
-    base = [task.base(run, pieces) for task, pieces in zip(tasks, draws, strict=True)]
+    """Fitness (P,), members that failed (P,), tasks left out; `base` has the full cache's scores if known."""
+    base = base or [task.base(run, pieces) for task, pieces in zip(tasks, draws, strict=True)]
     scores, bad, _ = scores_of(run, theta, tasks, draws, policy_of, cfg.members)
     fitness, empty = ratio(scores, base)
     return fitness, bad, empty
 
 
-def validate(cfg: Config, run: Run, mean: Tensor, tasks: Sequence, policy_of: Callable) -> float:
-    """Fitness of the mean on the validation prompts, the same at every call."""
-    seed = torch.Generator().manual_seed(run.stream("validation"))
+def validate(cfg: Config, run: Run, mean: Tensor, tasks: Sequence, policy_of: Callable, known: dict) -> float:
+    """Fitness of the mean on the validation prompts; `known` keeps what the full cache scores on them."""
+    seed = torch.Generator().manual_seed(common.stable_hash(f"{cfg.seed}/validation"))
     draws = [task.draw(cfg.validation, seed) for task in tasks]
-    return float(fitness_of(cfg, run, mean, tasks, draws, policy_of)[0][0])
+    for task, pieces in zip(tasks, draws, strict=True):
+        if task.name not in known:
+            known[task.name] = task.base(run, pieces)
+    base = [known[task.name] for task in tasks]
+    return float(fitness_of(cfg, run, mean, tasks, draws, policy_of, base)[0][0])
 
 
 def load_memory(path: str, cfg: Config) -> dict:
@@ -1254,10 +1308,17 @@ def load_memory(path: str, cfg: Config) -> dict:
         raise UserError(
             f"{path}: expected {expected} parameters (= {scorer} {inputs}/{cfg.hidden}), got {size}"
         )
-    if found["mean"] is None or found["var"] is None or found["mean"].numel() != bins:
+    moments = [found["mean"], found["var"]]
+    if (
+        any(x is None or x.numel() != bins or not x.isfinite().all() for x in moments)
+        or (moments[1] < 0).any()
+    ):
         raise UserError(
             f"{path}: no statistics of {bins} frequencies; without them the features mean nothing"
         )
+    for name in ("hidden", "window", "hop", "decay", "features"):
+        if isinstance(data, dict) and data.get(name, getattr(cfg, name)) != getattr(cfg, name):
+            raise UserError(f"{path} was evolved with --{name} {data[name]}, not {getattr(cfg, name)}")
     return {"scorer": scorer} | {k: v.double().flatten() for k, v in found.items()}
 
 
@@ -1280,6 +1341,23 @@ TEMPLATES = {  # of the three tasks that the paper evolves on; --templates reads
     "Answer the question as concisely as you can, using a single phrase if possible. Do not provide any "
     "explanation.\n\nStory: {context}\n\nNow, answer the question based on the story as concisely as you "
     "can, using a single phrase if possible. Do not provide any explanation.\n\nQuestion: {input}\n\nAnswer:",
+}
+
+
+QUESTION = "{context}\n\nQuestion: {input}\n"
+INFINITE = {  # ours: InfiniteBench has others for each model
+    **dict.fromkeys(
+        ("passkey", "number_string", "kv_retrieval", "math_find"), "{context}\n\n{input}\nAnswer:"
+    ),
+    **dict.fromkeys(("longbook_qa_eng", "longbook_qa_chn"), QUESTION + "Answer:"),
+    **dict.fromkeys(
+        ("longbook_choice_eng", "code_debug"),
+        QUESTION + "A. {OPTION_A}\nB. {OPTION_B}\nC. {OPTION_C}\nD. {OPTION_D}\nThe right letter is",
+    ),
+    "longbook_sum_eng": "{context}\n\nSummary:",
+    "longdialogue_qa_eng": "{context}\n\nThe name that $$MASK$$ stands for is",
+    "math_calc": "{context}\n\nThe intermediate values, from left to right, are",
+    "code_run": "{context}\n\nThe value of {func_call} is",
 }
 
 
@@ -1315,7 +1393,7 @@ def mecab(tagger: type):
 def plain(text: str, language: str) -> str:
     """Lower case without punctuation and, in English, articles."""
     marks = string.punctuation + ("" if language == "en" else ASIAN_MARKS)
-    text = "".join(c for c in text.lower() if c not in set(marks))
+    text = text.lower().translate(dict.fromkeys(map(ord, marks)))
     return (
         " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split()) if language == "en" else "".join(text.split())
     )
@@ -1369,7 +1447,10 @@ def rouge_l(prediction: str, answer: str, classes, language: str = "en") -> floa
     """
     if language != "en":
         prediction, answer = (" ".join(words_of(text, language)) for text in (prediction, answer))
-    said, right = ([s.split() for s in text.split(".") if s] for text in (prediction, answer))
+    # the package takes a sentence of nothing but spaces for one empty word
+    said, right = (
+        [" ".join(s.split()).split(" ") for s in text.split(".") if s] for text in (prediction, answer)
+    )
     union = {w for r in right for s in said for w in common_subsequence(r, s)}
     m, n = (len({w for sentence in text for w in sentence}) for text in (right, said))
     recall, precision = len(union) / m if m else 0.0, len(union) / n if n else 0.0
@@ -1412,14 +1493,15 @@ def prefix(prediction: str, answer: str, classes) -> float:
 
 def first_number(prediction: str, answer: str, classes) -> float:
     """Whether the first number is the answer (InfiniteBench: passkey, number_string, math_find)."""
-    found = re.search(r"\d+\.\d+|\d+" if "." in answer else r"\d+", prediction)
-    return float(bool(found) and (found[0] == answer or ("." in answer and float(found[0]) == float(answer))))
+    decimal = re.fullmatch(r"\d+\.\d+", answer) is not None
+    found = re.search(r"\d+\.\d+|\d+" if decimal else r"\d+", prediction)
+    return float(bool(found) and (found[0] == answer or (decimal and float(found[0]) == float(answer))))
 
 
 def last_number(prediction: str, answer: str, classes) -> float:
     """Whether the last word is the answer (InfiniteBench: code_run)."""
     said = re.sub(r"[\n.`'\":]", " ", prediction).split()
-    return float(bool(said) and re.fullmatch(r"-?\d+", said[-1]) is not None and int(said[-1]) == int(answer))
+    return float(bool(said) and said[-1].lstrip("0") == answer.strip().lstrip("0"))
 
 
 def names(prediction: str, answer: str, classes) -> float:
@@ -1481,34 +1563,50 @@ FIRST_LINE = ("lb/trec", "lb/triviaqa", "lb/samsum", "lb/lsht")  # tasks of whic
 
 
 def read_rows(cfg: Config, task: str) -> list[dict]:
-    """The problems of a task: from --data (folder, or a zip as on the hub), else from the hub."""
+    """The problems of a task: from the first of --data that has them (folders, or a zip), else from the hub."""
     bench, _, name = task.partition("/")
     if task not in METRICS:
         near = difflib.get_close_matches(task, METRICS, 1, 0.0)[0]
         raise UserError(
             f"--tasks {task}: the nearest is {near}; needles:FILE makes one of a text of your own"
         )
-    source = Path(cfg.data) if cfg.data else None
-    if source and source.is_dir():
-        found = [p for p in (source / f"{name}.jsonl", source / "data" / f"{name}.jsonl") if p.exists()]
-        if not found:
-            raise UserError(f"--data {source}: no {name}.jsonl")
-        return common.read_jsonl(found[0], ["context"])
-    if bench == "choubun" and not source:
-        return [dict(row) for row in common.load_hub(HUBS[bench], "test", name)]
-    if not source:
-        source = Path(download(HUBS[bench], "data.zip" if bench == "lb" else f"{name}.jsonl"))
-    if source.suffix == ".jsonl":
-        return common.read_jsonl(source, ["context"])
+    for source in map(Path, cfg.data):
+        if not source.is_dir():
+            if rows := read_zip(source, name):
+                return check_rows(rows, f"{source}, {name}")
+            continue
+        for file in (source / f"{name}.jsonl", source / "data" / f"{name}.jsonl"):
+            if file.exists():
+                return check_rows(common.read_jsonl(file, ["context"]), str(file))
+    if cfg.data:
+        raise UserError(f"--data {','.join(cfg.data)}: no {name}.jsonl")
+    if bench == "choubun":
+        return check_rows([dict(row) for row in common.load_hub(HUBS[bench], "test", name)], task)
+    source = Path(download(HUBS[bench], "data.zip" if bench == "lb" else f"{name}.jsonl"))
+    rows = read_zip(source, name) if bench == "lb" else common.read_jsonl(source, ["context"])
+    return check_rows(rows or [], task)
+
+
+def read_zip(source: Path, name: str) -> list | None:
+    """Lines of NAME.jsonl in an archive, None if there is none."""
     try:
         with zipfile.ZipFile(source) as archive:
             member = next((n for n in archive.namelist() if Path(n).name == f"{name}.jsonl"), None)
-            if member is None:
-                raise UserError(f"{source}: no {name}.jsonl inside")
-            lines = archive.read(member).decode().splitlines()
-            return [json.loads(line) for line in lines if line.strip()]
+            lines = archive.read(member).decode().splitlines() if member else []
+            return [json.loads(line) for line in lines if line.strip()] if member else None
     except (OSError, zipfile.BadZipFile, ValueError) as e:
         raise UserError(f"{source}: neither a folder nor a zip of .jsonl files ({e})") from None
+
+
+def check_rows(rows: list, where: str) -> list[dict]:
+    """The rows, if there are any and each is what a task can read; else UserError names row and field."""
+    for i, row in enumerate(rows or [None], 1):
+        if not isinstance(row, dict) or not isinstance(row.get("context"), str):
+            raise UserError(f"{where}: row {i} is no problem with a context")
+        for field in ("options", "all_classes"):
+            if not isinstance(row.get(field) or [], list):
+                raise UserError(f"{where}: row {i}: {field} is no list")
+    return rows
 
 
 def download(repository: str, file: str) -> str:
@@ -1525,27 +1623,24 @@ def download(repository: str, file: str) -> str:
 
 
 def template_of(cfg: Config, task: str) -> str:
-    """The prompt's template: from --templates, else of the three tasks of evolution."""
-    name = task.partition("/")[2]
-    given = {}
-    if cfg.templates:
+    """The prompt's template: from --templates, else one of those here."""
+    bench, _, name = task.partition("/")
+    for file in cfg.templates:
         try:
-            given = json.loads(Path(cfg.templates).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise UserError(f"--templates {cfg.templates}: {e}") from None
-    found = given.get(task) or given.get(name) or TEMPLATES.get(name)
-    if not isinstance(found, str):
-        raise UserError(
-            f"{task}: no template; --templates takes the benchmark's JSON of task names and prompts"
-        )
-    return found
+            given = json.loads(Path(file).read_text(encoding="utf-8"))
+            found = given.get(task) or given.get(name)
+        except (OSError, ValueError, AttributeError) as e:
+            raise UserError(f"--templates {file}: no JSON of names and prompts ({e})") from None
+        if isinstance(found, str):
+            return found
+    if found := INFINITE.get(name) if bench == "inf" else TEMPLATES.get(name):
+        return found
+    raise UserError(f"{task}: no template; --templates takes the benchmark's JSON of task names and prompts")
 
 
 def fill(template: str, row: dict, task: str) -> str:
     """The template with the fields of a row; InfiniteBench's templates name some that are made here."""
-    options = dict(
-        zip(("OPTION_A", "OPTION_B", "OPTION_C", "OPTION_D"), row.get("options") or (), strict=False)
-    )
+    options = {f"OPTION_{letter}": x for letter, x in zip("ABCD", row.get("options") or (), strict=False)}
     call = re.search(r"[a-zA-Z_]\w*\(.*?\)", str(row.get("input", "")))
     made = {"question": row.get("input", ""), "prompt": row.get("input", ""), **options}
     made |= {"func_call": call[0], "func": call[0].split("(")[0]} if call else {}
@@ -1564,9 +1659,11 @@ def answers_of(row: dict, task: str) -> list[str]:
     answers = row.get("answers", row.get("answer"))
     if answers is None or answers == []:
         raise UserError(f"{task}: a row has neither answers nor answer")
+    answers = answers if isinstance(answers, list) else [answers]
+    if not all(isinstance(a, (str, int, float)) for a in answers):
+        raise UserError(f"{task}: an answer is neither text nor a number")
     if task == "inf/math_calc":
         return [" ".join(map(str, answers))]
-    answers = answers if isinstance(answers, list) else [answers]
     if METRICS[task][0] is choice and row.get("options"):
         letters = [chr(65 + i) for i, option in enumerate(row["options"]) if option in answers]
         return letters or [str(a) for a in answers]
@@ -1658,6 +1755,10 @@ class TextTask:
     def encode(self, prompt: str) -> list[int]:
         """Ids with whatever the tokenizer puts around a text; a prompt that is too long loses its middle."""
         room = self.cfg.context - self.max_new - (32 if self.cfg.chat else 0)
+        if room < 2:
+            raise UserError(
+                f"--context {self.cfg.context} leaves no room beside an answer of {self.max_new} tokens"
+            )
         ids = self.tokenizer(prompt)["input_ids"]
         if len(ids) > room:
             ends = [
@@ -1776,9 +1877,9 @@ def test_job(name: str, run: Run) -> dict:
     kind = where if where in KINDS else "dense"
     task = CorridorTask(cfg, model, run.device) if where == "dt" else None
     task = task or LedgerTask(cfg, model, kind, size, times * cfg.length, run.device)
-    piece = task.draw(
-        cfg.test if times == 1 else max(2, cfg.test // times), run.generator(f"{where}/{times}")
-    )[0]
+    count = cfg.episodes if where == "dt" else max(2, cfg.test // times)
+    seed = common.stable_hash(f"{cfg.seed}/held out/{where}/{times}")  # the same ledgers for every cap
+    piece = task.draw(count, torch.Generator().manual_seed(seed))[0]
     main_test = times == 1 and cap == (cfg.other_cap if where == "other" else cfg.cap)
     policies = test_policies(cfg, root, cap, main_test and where in KINDS, run)
     out, budget = {}, None
@@ -1961,6 +2062,8 @@ def draw(cfg: Config, figure, tests: dict) -> None:
 def decode_speed(cfg: Config, run: Run, model, ids: Tensor, policy: Policy, tokens: int = 64) -> dict:
     """Tokens a second and bytes, full cache against `policy`: prompts (N, T), then `tokens` more each."""
     rows, out = [], {}
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     size = sum(p.numel() for p in model.parameters())
     for label, chosen in {"full": Policy("full"), "NAMM": policy}.items():
         for _ in range(2):  # the first warms up
@@ -2011,6 +2114,8 @@ def text_study(cfg: Config, run: Run) -> None:
     start = load_memory(cfg.namm, cfg) if cfg.namm else None
     if start and start["scorer"] != cfg.scorer:
         raise UserError(f"{cfg.namm} is of --scorer {start['scorer']}")
+    names = cfg.test_tasks or cfg.tasks  # before anything long: a file that is missing shows now
+    tests = [TextTask(cfg, name, model, tokenizer, run, "test") for name in names]
     if sum(cfg.stages):
         tasks = [TextTask(cfg, name, model, tokenizer, run) for name in cfg.tasks[: len(cfg.stages)]]
         start = evolve(cfg, run.stage("evolve"), tasks, cfg.scorer, start)
@@ -2022,8 +2127,6 @@ def text_study(cfg: Config, run: Run) -> None:
             "the memory's parameters are all 0: every score is 0 and nothing is evicted"
             + ", but for the cap" * bool(cfg.cap)
         )
-    names = cfg.test_tasks or cfg.tasks
-    tests = [TextTask(cfg, name, model, tokenizer, run, "test") for name in names]
     results = {t.name: evaluate_text(cfg, run, t, theta, norm) for t in tests}
     report_text(cfg, run, results)
     longest = max((t for t in tests), key=lambda t: max(map(len, t.prompts)))
@@ -2042,13 +2145,20 @@ def evaluate_text(cfg: Config, run: Run, task: TextTask, theta: Tensor, norm: No
         scores, bad, units = scores_of(run, theta, [task], [places], lambda _, policy=policy: policy, 1)
         if bad.any():
             raise UserError(f"{task.name}: the memory's scores are not finite")
-        lengths = np.mean([unit["lengths"] for unit in units.values()], 0)
+        pruned = [
+            u["lengths"] for u in units.values() if u["memory"]["updates"]
+        ]  # shorter prompts stay whole
+        lengths = np.mean(pruned or [u["lengths"] for u in units.values()], 0)
         budget = budget or [max(2, round(x)) for x in lengths]
         numbers = [unit["memory"] for unit in units.values()]
         sizes = {k: float(np.mean([n[k] for n in numbers])) for k in numbers[0] if numbers[0][k] is not None}
         sizes["seconds a prompt"] = (time.perf_counter() - begin) * run.world_size / len(places)
         label = "NAMM" if kind == "namm" else kind
         out[label] = {"scores": scores[0][0].tolist(), "lengths": lengths.tolist()} | sizes
+        mean = common.mean_se(out[label]["scores"])
+        run.print(
+            f"{task.name}: {label} {mean}, {len(places)} prompts, {sizes['seconds a prompt']:.1f} s each"
+        )
     return out
 
 

@@ -378,6 +378,13 @@ def test_permuting_heads_permutes_what_is_kept():
 
 
 @pytest.mark.parametrize("kind", namm.BASELINES[1:])
+def test_the_newest_token_stays_in_the_smallest_cache(kind):
+    lm, ids = llama(), tokens(2, 64)
+    _, memory = run_model(lm, ids, namm.Policy(kind, 32, 2, generator=rng()), record=True)
+    assert all((pos[..., -1] == seen - 1).all() for layer in memory.layers for seen, pos, _ in layer.log)
+
+
+@pytest.mark.parametrize("kind", namm.BASELINES[1:])
 def test_baselines_hold_exactly_their_budget_between_updates(kind):
     lm, ids = llama(), tokens(2, 140)
     _, memory = run_model(lm, ids, namm.Policy(kind, 32, [20, 28], generator=rng()), record=True)
@@ -487,8 +494,12 @@ def test_what_a_memory_cannot_follow_is_refused_in_a_line():
     mask[0, 0] = 0
     with pytest.raises(UserError, match="without padding"):
         lm(ids, attention_mask=mask, cache=namm.Memory(namm.Policy("full"), 2))
+    with pytest.raises(UserError, match="without padding"):
+        lm(ids, mask, cache=namm.Memory(namm.Policy("full"), 2))
     with pytest.raises(ValueError, match="needs a budget"):
         namm.Policy("h2o")
+    with pytest.raises(ValueError, match="no policy h3o"):
+        namm.Policy("h3o", budget=4)
 
 
 def test_ntk_scaling_gives_the_papers_base():
@@ -722,6 +733,8 @@ def test_rouge_counts_each_distinct_word_of_the_union_of_subsequences_once():
     right = "the new budget was approved by the committee. it met monday"
     assert namm.rouge_l(said, right, None) == pytest.approx(0.6666666616780046, abs=1e-6)
     assert namm.rouge_l("", "words", None) == 0.0
+    said, right = "The board met on Monday. \n", "The board met in June. It approved"
+    assert namm.rouge_l(said, right, None) == pytest.approx(0.4615384565680473, abs=1e-6)
 
 
 def test_needles_hide_codes_in_real_text_and_halves_do_not_meet(tmp_path, bpe_tokenizer):
@@ -755,24 +768,46 @@ def test_benchmark_files_are_read_from_a_folder_a_zip_and_refused_in_a_line(tmp_
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
         archive.writestr("data/passage_retrieval_en.jsonl", line * 3)
     name = "lb/passage_retrieval_en"
-    cfg = lambda data: dataclasses.replace(SMOKE, data=str(data))  # noqa: E731
+    text = dataclasses.replace(SMOKE, model="x", tasks=("lb/qasper", "lb/trec"))
+    cfg = lambda *data: dataclasses.replace(text, data=tuple(map(str, data)))  # noqa: E731
     assert len(namm.read_rows(cfg(tmp_path), name)) == 2
     assert len(namm.read_rows(cfg(tmp_path / "data.zip"), name)) == 3
-    prompt = namm.fill(namm.template_of(cfg(""), name), ROW, name)
+    (tmp_path / "empty").mkdir()
+    assert len(namm.read_rows(cfg(tmp_path / "empty", tmp_path), name)) == 2
+    prompt = namm.fill(namm.template_of(cfg(), name), ROW, name)
     assert prompt.startswith("Here are 30 paragraphs") and "\n\nb\n\nPlease enter" in prompt
     (tmp_path / "bad.zip").write_text("no")
     for data, task, message in (
         (tmp_path, "lb/qasper", "no qasper.jsonl"),
-        (tmp_path / "data.zip", "lb/qasper", "no qasper.jsonl inside"),
+        (tmp_path / "data.zip", "lb/qasper", "no qasper.jsonl"),
         (tmp_path / "bad.zip", "lb/qasper", "neither a folder nor a zip"),
         (tmp_path, "lb/quasper", "the nearest is lb/qasper"),
-        ("", "lb/qasper", "give a folder with --data"),
-        ("", "choubun/wiki_qa", "neither a folder nor on the hub"),
+        (None, "lb/qasper", "give a folder with --data"),
+        (None, "choubun/wiki_qa", "neither a folder nor on the hub"),
     ):
         with pytest.raises(UserError, match=message):
-            namm.read_rows(cfg(data), task)
+            namm.read_rows(cfg(data) if data else cfg(), task)
+    for rows, message in (([], "row 1 is no problem"), (["x"], "row 1 is no problem"),
+                          ([ROW, ROW | {"options": 5}], "row 2: options is no list")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            namm.check_rows(rows, "file")
     with pytest.raises(UserError, match="--templates takes"):
-        namm.template_of(cfg(""), "lb/qasper")
+        namm.template_of(cfg(), "lb/qasper")
+    (tmp_path / "t.json").write_text('{"qasper": "Q {input}"}')
+    (tmp_path / "list.json").write_text("[]")
+    given = lambda name: dataclasses.replace(text, templates=(str(tmp_path / name),))  # noqa: E731
+    assert namm.template_of(given("t.json"), "lb/qasper") == "Q {input}"
+    with pytest.raises(UserError, match="no JSON of names and prompts"):
+        namm.template_of(given("list.json"), "lb/qasper")
+
+
+def test_every_task_of_the_full_config_has_a_metric_and_infinitebench_its_prompts():
+    full = namm.CONFIGS["full"]
+    assert len(full.test_tasks) == 21 + 4 + 12 and set(full.tasks) < set(full.test_tasks)
+    for task in namm.METRICS:
+        if task.startswith("inf/"):
+            row = {"context": "c", "input": "call f(1)", "options": list("abcd")}
+            assert "{" not in namm.fill(namm.template_of(full, task), row, task)
 
 
 def test_templates_of_infinitebench_get_the_fields_they_name():
@@ -786,6 +821,9 @@ def test_templates_of_infinitebench_get_the_fields_they_name():
     assert filled == "f f(3) What is f(3)? y def f(x): ..."
     assert namm.answers_of(row, "inf/longbook_choice_eng") == ["C"]
     assert namm.answers_of({"answer": [1, 2]}, "inf/math_calc") == ["1 2"]
+    assert namm.answers_of({"answer": 12}, "inf/math_calc") == ["12"]
+    with pytest.raises(UserError, match="neither text nor a number"):
+        namm.answers_of({"answer": {"a": 1}}, "inf/code_run")
     with pytest.raises(UserError, match="no field 'nothing'"):
         namm.fill("{nothing}", row, "inf/code_run")
 
@@ -832,6 +870,17 @@ def test_fitness_is_the_mean_over_tasks_of_the_ratio_to_the_full_cache():
     assert bad.tolist() == [False, False, True]
     with pytest.raises(UserError, match="every member are not finite"):
         namm.fitness_of(cfg, Run(cfg), theta[2:], tasks, draws, policy_of)
+    nothing, _, empty = namm.fitness_of(cfg, Run(cfg), theta[:2], tasks[2:], draws[2:], policy_of)
+    assert np.isnan(nothing).all() and empty == [0]
+
+
+def test_prompts_that_the_full_cache_fails_teach_nothing(tmp_path, monkeypatch, capsys):
+    cfg = dataclasses.replace(SMOKE, out=str(tmp_path), stages=(2,))
+    tasks = ledger_tasks(cfg)[:1]
+    tasks[0].base = lambda run, pieces: np.zeros((1, 2))
+    with Run(cfg) as run:
+        found = namm.evolve(cfg, run, tasks, "bam")
+    assert not found["theta"].any() and capsys.readouterr().out.count("nothing is learnt") == 2
 
 
 def test_too_little_memory_halves_the_members_and_changes_nothing():
@@ -917,6 +966,11 @@ def test_memories_of_other_sizes_or_without_statistics_are_refused(tmp_path):
             r"expected 4172 parameters \(= bam 25/32\), got 100",
         ),
         ({"theta": torch.rand(4172)}, "no statistics of 17 frequencies"),
+        ({"theta": torch.rand(4172), "mean": bins, "var": -bins}, "no statistics of 17 frequencies"),
+        (
+            {"theta": torch.rand(4172), "mean": bins, "var": bins, "decay": 0.5},
+            "evolved with --decay 0.5, not 0.99",
+        ),
     ):
         torch.save(data, path)
         with pytest.raises(UserError, match=message):
@@ -936,9 +990,12 @@ def test_memories_of_other_sizes_or_without_statistics_are_refused(tmp_path):
     [
         (["--update", "24"], "--update 24 must be a multiple of --hop 16"),
         (["--window", "31"], "--window 31 must be even"),
-        (["--cap", "1"], "--cap 1 must be 2 or more"),
+        (["--cap", "1"], "--cap and --other_cap are 2 or more"),
         (["--policies", "h3o"], "choose from full, h2o"),
         (["--model", "x"], "--model needs --tasks"),
+        (["--namm", "x"], "need a --model"),
+        (["--stages", "0"], "of 1 generation or more"),
+        (["--longer", "1"], "2 or more each"),
         (["--config", "text", "--stages", "1,1"], "need as many --tasks"),
         (
             ["--config", "text", "--model", "/no/such", "--tasks", "needles:a"],

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 import common
 import mood
+import namm
 import rlt
 import sudoku_bench
 import transformer2
@@ -15,6 +16,7 @@ import transformer2
 README = (ROOT / "README.md").read_text()
 SCRIPTS = {
     "mood.py": mood.CONFIGS,
+    "namm.py": namm.CONFIGS,
     "rlt.py": rlt.CONFIGS,
     "sudoku_bench.py": sudoku_bench.CONFIGS,
     "transformer2.py": transformer2.CONFIGS,
