@@ -432,6 +432,15 @@ def test_the_memory_really_shrinks_and_says_by_how_much():
     assert small.lengths() == [16.0, 16.0] and small.summary()["seen"] == 256
 
 
+def test_attention_is_made_for_a_block_of_queries_at_a_time(monkeypatch):
+    seen, learn = [], namm.LayerMemory.learn
+    monkeypatch.setattr(
+        namm.LayerMemory, "learn", lambda layer, rows: (seen.append(rows.shape), learn(layer, rows))
+    )
+    run_model(llama(), tokens(1, 200), evolved(budget=16), block=20)
+    assert max(shape[2] for shape in seen) == 20 and max(shape[3] for shape in seen) == 16 + 32
+
+
 def test_bfloat16_models_keep_float32_statistics():
     lm = llama(seed=3).to(torch.bfloat16)
     _, memory = run_model(lm, tokens(1, 70), evolved(budget=20))
