@@ -1216,7 +1216,7 @@ def evolve(cfg: Config, run: Run, tasks: Sequence, scorer: str, start: dict | No
         es.mean = start["theta"].double()
         norm = Norm.frozen(start["mean"], start["var"])
     known: dict[str, np.ndarray] = {}  # scores of the full cache on the validation prompts
-    progress: dict = {"best": es.state_dict(), "best_score": -math.inf, "history": []}
+    progress: dict = {"best": es.state_dict(), "best_score": -math.inf, "history": [], "seconds": 0.0}
     ends = np.cumsum(cfg.stages).tolist()
     search, generator = run.generator("search"), run.generator("prompts")
     generator.manual_seed(common.stable_hash(f"{cfg.seed}/prompts"))  # the same for every scorer
@@ -1230,6 +1230,8 @@ def evolve(cfg: Config, run: Run, tasks: Sequence, scorer: str, start: dict | No
             es.load_state_dict(progress["best"])
             progress["best_score"] = -math.inf
         now = tasks[: stage + 1]
+        if start and not g:
+            progress["best_score"] = validate(cfg, run, es.mean.float()[None], now, policy_of, known)
         theta, draws = es.ask(search), [task.draw(cfg.prompts, generator) for task in now]
         fitness, bad, empty = fitness_of(cfg, run, theta.float(), now, draws, policy_of)
         if len(empty) < len(now):
@@ -1249,13 +1251,15 @@ def evolve(cfg: Config, run: Run, tasks: Sequence, scorer: str, start: dict | No
             numbers["validation"] = score
             if score > progress["best_score"]:
                 progress["best_score"], progress["best"] = score, es.state_dict()
-        run.log(g, **numbers, seconds=time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        progress["seconds"] += seconds
+        run.log(g, **numbers, seconds=seconds)
     theta = progress["best"]["mean"].float()
     result = {"theta": theta, "mean": norm.mean, "var": norm.var, "count": norm.count, "scorer": scorer}
     result |= {k: getattr(cfg, k) for k in ("hidden", "window", "hop", "decay", "features", "update")}
     if run.is_main:
         common.write_atomic(run.folder / "namm.pt", lambda f: torch.save(result, f))
-    return result | {"history": progress["history"]}
+    return result | {k: progress[k] for k in ("history", "seconds")}
 
 
 def fitness_of(
@@ -1375,10 +1379,8 @@ def words_of(text: str, language: str) -> list[str]:
 
         return mecab(GenericTagger).parse(text).split()
     except (ImportError, RuntimeError) as e:
-        need = "jieba" if language == "zh" else "fugashi unidic-lite"
-        raise UserError(
-            f"scoring {language} text needs: pip install {need} ({str(e).splitlines()[0]})"
-        ) from None
+        why = str(e).splitlines()[0]
+        raise UserError(f'scoring {language} needs: pip install -e ".[asian]" ({why})') from None
 
 
 def mecab(tagger: type):
@@ -1563,7 +1565,7 @@ FIRST_LINE = ("lb/trec", "lb/triviaqa", "lb/samsum", "lb/lsht")  # tasks of whic
 
 
 def read_rows(cfg: Config, task: str) -> list[dict]:
-    """The problems of a task: from the first of --data that has them (folders, or a zip), else from the hub."""
+    """The problems of a task: from the first of --data (folders, or a zip) that has them, or the hub."""
     bench, _, name = task.partition("/")
     if task not in METRICS:
         near = difflib.get_close_matches(task, METRICS, 1, 0.0)[0]
@@ -1949,27 +1951,20 @@ def toy_study(cfg: Config, run: Run) -> None:
     models = run.stage("models").jobs(["base", "other", "dt"], train_job)
     model, size = trained_model(cfg, run.folder, "base", run.device)
     tasks = [LedgerTask(cfg, model, kind, size, cfg.length, run.device) for kind in KINDS]
-    histories = {}
+    evolved = {}
     for scorer in dict.fromkeys((cfg.scorer, *(["mlp"] if cfg.ablation else []))):
-        child = run.stage(f"evolve-{scorer}")
-        with run.timed(f"evolve {scorer}"):
-            histories[scorer] = evolve(cfg, child, tasks[: len(cfg.stages)], scorer)["history"]
+        evolved[scorer] = evolve(cfg, run.stage(f"evolve-{scorer}"), tasks[: len(cfg.stages)], scorer)
     names = [n.replace("/", "-") for n in test_names(cfg)]
     tests = run.stage("tests").jobs(names, test_job)
-    report(cfg, run, tests, histories)
+    report(cfg, run, tests, {scorer: found["history"] for scorer, found in evolved.items()})
     run.figure("namm", lambda figure: draw(cfg, figure, tests), (11, 6.5))
     policy = test_policies(cfg, run.folder, cfg.cap, False, run)["NAMM"]
     ids = torch.randint(size.vocabulary, (16, 4 * cfg.length), generator=run.generator("speed"))
     speed = decode_speed(cfg, run, model, ids.to(run.device), policy)
-    generations = sum(cfg.stages) * len(histories)
-    evaluated = (
-        cfg.population * cfg.prompts * sum((i + 1) * n for i, n in enumerate(cfg.stages)) * len(histories)
-    )
-    spent = sum(v for k, v in run.seconds.items() if k.startswith("evolve"))
-    speed |= {
-        "generations_per_s": generations / spent,
-        "evolution_tokens_per_s": evaluated * cfg.length / spent,
-    }
+    spent = sum(found["seconds"] for found in evolved.values()) / len(evolved)
+    sequences = cfg.population * cfg.prompts * sum((i + 1) * n for i, n in enumerate(cfg.stages))
+    speed |= {"generations_per_s": sum(cfg.stages) / spent, "evaluations_per_s": sequences / spent}
+    speed |= {"evolution_tokens_per_s": sequences * cfg.length / spent}
     speed |= {f"{k}_updates_per_s": v["updates_per_s"] for k, v in models.items()}
     run.finish(**speed)
 

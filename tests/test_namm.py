@@ -940,6 +940,18 @@ def test_stages_go_on_from_the_best_validated_state_and_norms_freeze(tmp_path, m
     assert torch.equal(kept["theta"].float(), found["theta"]) and torch.equal(kept["var"], found["var"])
 
 
+def test_evolution_from_a_memory_does_not_end_below_it(tmp_path, monkeypatch):
+    cfg = dataclasses.replace(SMOKE, out=str(tmp_path), stages=(2,))
+    values, norm = iter([5.0, 1.0, 2.0]), a_norm()
+    monkeypatch.setattr(namm, "validate", lambda *args: next(values))
+    theta = torch.randn(namm.parameters("bam", 25, 8), generator=rng())
+    with Run(cfg) as run:
+        found = namm.evolve(
+            cfg, run, ledger_tasks(cfg), "bam", {"theta": theta, "mean": norm.mean, "var": norm.var}
+        )
+    assert torch.equal(found["theta"], theta) and torch.equal(found["mean"], norm.mean)
+
+
 def test_a_killed_evolution_that_is_resumed_ends_alike(tmp_path):
     ends = []
     for name, stop in (("whole", None), ("killed", 1)):
