@@ -104,9 +104,7 @@ class Config(common.Config):
     window: int = 32  # attention rows in a frame of the spectrogram, w
     hop: int = 16  # attention rows between two frames, s
     decay: float = 0.99  # of the moving average over frames, gamma, a token
-    features: typing.Literal["all", "no_recency", "dc"] = (
-        "all"  # ablation: without ages, or the mean row only
-    )
+    features: typing.Literal["all", "no_recency", "dc"] = "all"  # ablations: without ages; the mean row only
     scorer: typing.Literal["bam", "mlp", "linear"] = "bam"  # network that scores tokens
     hidden: int = 32  # its width
     evict: typing.Literal["ref", "strict"] = "ref"  # strict: a token with a negative score always goes
@@ -145,9 +143,7 @@ class Config(common.Config):
     tasks: tuple[str, ...] = ()  # lb/NAME, choubun/NAME, inf/NAME or needles:FILE, in order of the stages
     test_tasks: tuple[str, ...] = ()  # evaluated at the end; empty: the same
     data: tuple[str, ...] = ()  # folders (or LongBench's data.zip) with NAME.jsonl; empty: from the hub
-    templates: tuple[
-        str, ...
-    ] = ()  # JSON files of task names and prompts: dataset2prompt.json of a benchmark
+    templates: tuple[str, ...] = ()  # JSON files of names and prompts: a benchmark's dataset2prompt.json
     stretch: float = 1.0  # the context grows that many times by NTK scaling of the rotary base
     context: int = 32768  # longest prompt with its answer; a longer one loses its middle
     policies: tuple[str, ...] = ("full", "h2o", "l2", "recency")  # what the memory is compared with
