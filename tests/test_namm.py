@@ -792,7 +792,7 @@ def test_benchmark_files_are_read_from_a_folder_a_zip_and_refused_in_a_line(tmp_
         (tmp_path / "bad.zip", "lb/qasper", "neither a folder nor a zip"),
         (tmp_path, "lb/quasper", "the nearest is lb/qasper"),
         (None, "lb/qasper", "give a folder with --data"),
-        (None, "choubun/wiki_qa", "neither a folder nor on the hub"),
+        (None, "choubun/wiki_qa", "neither a folder nor on the hub|pip install"),
     ):
         with pytest.raises(UserError, match=message):
             namm.read_rows(cfg(data) if data else cfg(), task)
