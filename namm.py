@@ -487,6 +487,13 @@ SCORES: dict[str, Callable] = {
 # --- the memory: a transformers cache that scores and forgets ---
 
 
+def with_room(used: Tensor, capacity: int) -> Tensor:
+    """(N, H, n, ...) at the front of (N, H, capacity, ...), zeros behind."""
+    fresh = used.new_zeros(*used.shape[:2], capacity, *used.shape[3:])
+    fresh[:, :, : used.shape[2]] = used
+    return fresh
+
+
 class LayerMemory(CacheLayerMixin):
     """What one layer holds of N sequences: keys, values, positions and the statistics of its policy.
 
@@ -570,30 +577,22 @@ class LayerMemory(CacheLayerMixin):
     def reserve(self, rows: int, heads: int, entries: int, k: Tensor, v: Tensor) -> None:
         """Make room for `entries` tokens and those that come before the next eviction."""
         capacity = max(entries, self.size + max(self.policy.update, self.size // 4))
-        self.store = {
-            name: self.enlarged(name, old[:, :, : self.size], capacity) for name, old in self.store.items()
-        } or self.empty(rows, heads, capacity, k, v)
+        held = {name: with_room(old[:, :, : self.size], capacity) for name, old in self.store.items()}
+        self.store = held or self.empty(rows, heads, capacity, k, v)
 
     def empty(self, rows: int, heads: int, capacity: int, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         """Zeros for all that the policy needs."""
-        window, needs = self.policy.window, self.policy.needs
-        make = lambda dtype, *width: torch.zeros(  # noqa: E731
-            rows, heads, capacity, *width, dtype=dtype, device=k.device
-        )
-        store = {"k": make(k.dtype, k.shape[-1]), "v": make(v.dtype, v.shape[-1])}
-        store |= {"pos": make(torch.int32), "valid": make(torch.bool)}
+        window, shape = self.policy.window, (rows, heads, capacity)
+        store = {"k": k.new_zeros(*shape, k.shape[-1]), "v": v.new_zeros(*shape, v.shape[-1])}
+        store |= {"pos": k.new_zeros(shape, dtype=torch.int32), "valid": k.new_zeros(shape, dtype=torch.bool)}
         widths = {"omega": (window // 2 + 1,), "tail": (window,), "mass": ()}
-        return store | {name: make(torch.float32, *widths[name]) for name in sorted(needs)}
-
-    def enlarged(self, name: str, used: Tensor, capacity: int) -> Tensor:
-        fresh = used.new_zeros(*used.shape[:2], capacity, *used.shape[3:])
-        fresh[:, :, : used.shape[2]] = used
-        return fresh
+        needed = {name: (*shape, *widths[name]) for name in sorted(self.policy.needs)}
+        return store | {name: k.new_zeros(size, dtype=torch.float32) for name, size in needed.items()}
 
     def attention(self, q: Tensor, scale: float) -> Tensor:
         """Softmax attention of the newest c tokens (N, heads, c, d); feeds the statistics, eq. (1)."""
         keys, values, n = self["k"], self["v"], self.size
-        (rows, heads, c, d), groups = q.shape, keys.shape[1]
+        (rows, heads, c, d), kv_heads = q.shape, keys.shape[1]
         mask = None
         if c > 1:  # every held token, and new ones up to itself
             place = torch.arange(n, device=q.device)
@@ -602,10 +601,9 @@ class LayerMemory(CacheLayerMixin):
             mask = self["valid"][:, :, None] if mask is None else self["valid"][:, :, None] & mask
         if not self.policy.needs and not self.padded:
             mask = mask if mask is None else mask.expand(rows, 1, c, n)
-            return F.scaled_dot_product_attention(
-                q, keys, values, attn_mask=mask, scale=scale, enable_gqa=heads > groups
-            )
-        logits = (q.reshape(rows, groups, -1, d) @ keys.mT).view(rows, groups, -1, c, n).float() * scale
+            more = dict(attn_mask=mask, scale=scale, enable_gqa=heads > kv_heads)
+            return F.scaled_dot_product_attention(q, keys, values, **more)
+        logits = (q.reshape(rows, kv_heads, -1, d) @ keys.mT).view(rows, kv_heads, -1, c, n).float() * scale
         if mask is not None:
             logits = logits.masked_fill(~(mask[:, :, None] if self.padded else mask), -math.inf)
         attention = logits.softmax(-1).to(q.dtype)
@@ -657,7 +655,7 @@ class LayerMemory(CacheLayerMixin):
         n, k = self.size, index.shape[2]
         for name, old in self.store.items():
             where = index.view(*index.shape, *[1] * (old.dim() - 3)).expand(*index.shape, *old.shape[3:])
-            self.store[name] = self.enlarged(name, old[:, :, :n].gather(2, where), k + self.policy.update)
+            self.store[name] = with_room(old[:, :, :n].gather(2, where), k + self.policy.update)
         self.size, self.padded = k, kept is not None
         if kept is not None:
             self.store["valid"][:, :, :k] = kept
