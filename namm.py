@@ -23,7 +23,7 @@ gamma = .99, U = 512; mean and sd are taken once, in the first evaluation, and b
     python namm.py --config gpu                     4,096 tokens, U = 512, no cap (not yet run on a GPU)
     python namm.py --config text --model SmolLM2-135M-Instruct.Q4_1.gguf --tasks needles:book.txt
     torchrun --nproc_per_node=8 namm.py --config full --templates dataset2prompt.json,choubun.json
-    python namm.py --config full --stages 0 --namm namm.pt --tasks lb/qasper --templates P.json
+    python namm.py --config full --stages 0 --namm namm.pt --test_tasks lb/qasper --templates P.json
 
 Ranks share the evaluations: units of (members x prompt) are dealt out, dear ones first, results are
 gathered, and all ranks make the same step. A run resumes at any generation, on any number of ranks.
@@ -69,6 +69,7 @@ import difflib
 import functools
 import json
 import math
+import pickle
 import re
 import string
 import time
@@ -426,7 +427,7 @@ def namm_score(layer: LayerMemory) -> Tensor:
     """The evolved network on ages and normalised spectrograms, eqs. (3) and (4)."""
     policy, omega = layer.policy, layer["omega"]
     if policy.norm.learning:
-        policy.norm.add(omega[layer["valid"]] if layer.padded else omega.flatten(0, 2))
+        policy.norm.add(omega.flatten(0, 2))  # nothing is evicted yet, so nothing is padded
     z, age = policy.norm(omega), layer.seen - 1 - layer["pos"]
     if policy.features == "dc":
         z = z * (torch.arange(z.shape[-1], device=z.device) == 0)
@@ -660,7 +661,7 @@ class LayerMemory(CacheLayerMixin):
         if kept is not None:
             self.store["valid"][:, :, :k] = kept
 
-    def nbytes(self, names: Sequence[str] = ("k", "v")) -> int:
+    def nbytes(self, names: Sequence[str]) -> int:
         """Bytes of the entries in use; allocated are up to one update interval more."""
         return sum(self[name].numel() * self[name].element_size() for name in names if name in self.store)
 
@@ -689,9 +690,13 @@ class Memory(Cache):
             "held at the end": float(np.mean([layer.size for layer in self.layers])),
             "scores >= 0": float(np.mean(positive)) if positive else None,
             "mean age": float(np.mean(ages)),
-            "KV bytes": sum(layer.nbytes() for layer in self.layers),
-            "statistics bytes": sum(layer.nbytes(("pos", "omega", "tail", "mass")) for layer in self.layers),
+            "KV bytes": self.nbytes(("k", "v")),
+            "statistics bytes": self.nbytes(("pos", "omega", "tail", "mass")),
         }
+
+    def nbytes(self, names: Sequence[str]) -> int:
+        """Bytes in use in all layers, of one member of the population."""
+        return sum(layer.nbytes(names) for layer in self.layers) // self.policy.members
 
     def bad(self) -> Tensor | None:
         """(P,) members with a score that was not finite, None if the policy has no members."""
@@ -1286,7 +1291,7 @@ def load_memory(path: str, cfg: Config) -> dict:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception as e:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
         raise UserError(f"{path}: no memory ({str(e).splitlines()[0][:80]})") from None
     flat = dict(common.flat_tensors(data))
     found = {"theta": None, "mean": None, "var": None}
@@ -1888,7 +1893,7 @@ def test_job(name: str, run: Run) -> dict:
             out[label] = {"scores": scores.mean(0).tolist()} | memory.summary()
             budget = budget or [round(x) for x in memory.lengths() if label == "NAMM"] or None
             if where == "dense" and main_test and label in ("NAMM", "h2o", "snap", "recency"):
-                out[label] |= kept_tokens(memory, *piece, size)
+                out[label] |= kept_tokens(memory, piece[0], size)
     return {"policies": out, "seconds": run.seconds}
 
 
@@ -1901,8 +1906,10 @@ def test_policies(cfg: Config, root: Path, cap: int | None, controls: bool, run:
         if cfg.ablation and cfg.scorer != "mlp":
             alone, its_norm = evolved_memory(root / "evolve-mlp" / "namm.pt", cfg)
             out["NAMM, mlp"] = make(alone, its_norm, scorer="mlp")
-        out["NAMM, no cap"] = make(theta, norm, budget=None)
-        out["NAMM, strict"] = make(theta, norm, evict="strict")
+        if cap is not None:
+            out["NAMM, no cap"] = make(theta, norm, budget=None)
+        if cfg.evict != "strict":
+            out["NAMM, strict"] = make(theta, norm, evict="strict")
         orders = [torch.randperm(theta.shape[1], generator=run.generator("permutation")) for _ in range(4)]
         shuffled = torch.cat([theta[:, order] for order in orders])
         out["NAMM, entries permuted"] = make(shuffled, norm)
@@ -1912,7 +1919,7 @@ def test_policies(cfg: Config, root: Path, cap: int | None, controls: bool, run:
     return out | {kind: Policy(kind, hop=cfg.hop, **more) for kind in BASELINES[1:]}
 
 
-def kept_tokens(memory: Memory, ids: Tensor, labels: Tensor, size: Ledger) -> dict:
+def kept_tokens(memory: Memory, ids: Tensor, size: Ledger) -> dict:
     """What was held after the last eviction: a map (layers x heads, tokens) of the first ledger, and shares.
 
     Shares of the tokens held, by what they are: a key's latest value, an older one, a question, a filler.
@@ -1997,7 +2004,7 @@ def report(cfg: Config, run: Run, tests: dict, histories: dict) -> None:
             run.claim(
                 f"{kind}: {label[6:]} (theirs) is worse", of(places[kind], "NAMM"), of(places[kind], label)
             )
-        if "mlp" in histories:
+        if cfg.scorer == "bam" and cfg.ablation:
             text = f"{kind}: backward attention scores better than token by token (mlp)"
             run.claim(text, of(places[kind], "NAMM"), of(places[kind], "NAMM, mlp"))
 

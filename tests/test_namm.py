@@ -377,6 +377,53 @@ def test_permuting_heads_permutes_what_is_kept():
     assert sets[1] == [sets[0][h] for h in order] and len({len(s) for s in sets[0]}) > 1
 
 
+def attention_of(layer, cuts):
+    """One layer of keys that attract in turn: its rows of attention (q, k), and the layer, fed in pieces."""
+    q, k, v = (torch.randn(1, 1, 32, 8, generator=rng(i)) for i in range(3))
+    for part in zip(*(x.split(cuts, 2) for x in (q, k, v)), strict=True):
+        layer.attend(*part, 1.0)
+    causal = torch.ones(32, 32).tril().bool()
+    return (q[0, 0] @ k[0, 0].T).masked_fill(~causal, -math.inf).softmax(-1)
+
+
+def test_h2o_keeps_what_was_attended_to_most_and_snap_what_the_last_queries_attended_to():
+    for kind, newest in (("h2o", 5), ("snap", 8)):
+        layer = namm.LayerMemory(namm.Policy(kind, 32, 10), 0)
+        rows = attention_of(layer, 7)
+        score = rows.sum(0) if kind == "h2o" else rows[-8:].sum(0)
+        best = score[: 32 - newest].topk(10 - newest).indices.tolist()
+        assert layer["pos"][0, 0].tolist() == sorted(best) + list(range(32 - newest, 32))
+
+
+def test_random_is_no_order_of_positions_and_two_draws_differ():
+    kept = []
+    for seed in (0, 1):
+        layer = namm.LayerMemory(namm.Policy("random", 32, 10, generator=rng(seed)), 0)
+        attention_of(layer, 32)
+        kept.append(layer["pos"][0, 0].tolist())
+    assert kept[0] != kept[1] and min(kept[0] + kept[1]) < 22
+
+
+def test_scores_see_ages_from_the_newest_token_and_no_padding():
+    lm, ids, three = llama(), tokens(2, 95), evolved(3)
+    _, memory = run_model(lm, ids.repeat(3, 1), three)
+    layer = memory.layers[0]
+    assert layer.padded
+    score = namm.namm_score(layer).unflatten(0, (3, 2))
+    u = torch.cat([namm.recency(94 - layer["pos"]), three.norm(layer["omega"])], -1).unflatten(0, (3, 2))
+    valid = layer["valid"].unflatten(0, (3, 2))
+    for p in range(3):
+        for b in range(2):
+            for h in range(2):
+                real = valid[p, b, h]
+                alone = u[p, b, h][real][None, None]
+                expected = namm.score_tokens(three.theta[p : p + 1], alone, None, "bam", 8)[0, 0]
+                assert torch.allclose(score[p, b, h][real], expected, atol=1e-4)
+    ages = (94.0 - layer["pos"])[layer["valid"]]
+    first = [(94.0 - x["pos"])[x["valid"]].mean() for x in memory.layers]
+    assert memory.summary()["mean age"] == pytest.approx(float(np.mean(first)), rel=1e-5) and ages.min() == 0
+
+
 @pytest.mark.parametrize("kind", namm.BASELINES[1:])
 def test_the_newest_token_stays_in_the_smallest_cache(kind):
     lm, ids = llama(), tokens(2, 64)
@@ -403,7 +450,7 @@ def test_baselines_hold_exactly_their_budget_between_updates(kind):
 
 def test_attention_that_h2o_sums_is_one_for_each_query():
     lm, ids = llama(), tokens(2, 100)
-    _, memory = run_model(lm, ids, namm.Policy("h2o", 512, 20))
+    _, memory = run_model(lm, ids, namm.Policy("h2o", 512, 20), cuts=7)
     for layer in memory.layers:
         assert torch.allclose(layer["mass"].sum(-1), torch.full((2, 2), 100.0), rtol=1e-5)
 
@@ -629,6 +676,15 @@ def test_without_covariance_only_mean_and_step_move():
         x = es.ask(rng(g))
         es.tell(x, -x.square().sum(1))
     assert torch.equal(es.C, torch.ones(12, dtype=torch.float64)) and es.mean.square().sum() < 1e-8
+
+
+def test_the_diagonal_variant_samples_from_its_diagonal():
+    es = namm.CMAES(4, 8, 0.5, "diag")
+    for g in range(5):
+        x = es.ask(rng(g))
+        es.tell(x, -(x * torch.tensor([100.0, 1, 1, 1])).square().sum(1))
+    z = torch.randn(8, 4, dtype=torch.float64, generator=rng(9))
+    assert torch.allclose(es.ask(rng(9)), es.mean + es.sigma * es.C.sqrt() * z) and es.C.std() > 1e-3
 
 
 def test_a_search_that_is_stored_goes_on_alike():
@@ -925,7 +981,7 @@ def ledger_tasks(cfg):
 
 def test_stages_go_on_from_the_best_validated_state_and_norms_freeze(tmp_path, monkeypatch):
     cfg = dataclasses.replace(SMOKE, out=str(tmp_path), stages=(2, 2))
-    values, states, tells = iter([3.0, 2.0, 1.0, 5.0]), [], []
+    values, states, tells = iter([3.0, 2.0, 1.0, 2.0]), [], []
     monkeypatch.setattr(namm, "validate", lambda *args: next(values))
     tell = namm.CMAES.tell
     monkeypatch.setattr(namm.CMAES, "tell", lambda es, x, f: (
@@ -1030,6 +1086,21 @@ def test_bad_input_is_one_line(words, message, capsys, tmp_path, monkeypatch):
         namm.main(words)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("more", [{"scorer": "mlp"}, {"scorer": "linear", "cap": None}, {"evict": "strict"}])
+def test_reports_of_other_scorers_claim_only_what_they_measured(more):
+    cfg = dataclasses.replace(SMOKE, **more)
+    row = {"scores": [0.5, 0.6], "held after updates": 4.0, "held at the end": 4.0, "scores >= 0": 1.0}
+    row |= {"mean age": 2.0, "KV bytes": 8, "shares": {"filler": 1.0}}
+    labels = ["NAMM", "full", *namm.BASELINES[1:], "NAMM, entries permuted", "NAMM, not normalised"]
+    labels += ["NAMM, mlp"] if cfg.scorer != "mlp" else []
+    names = [n.replace("/", "-") for n in namm.test_names(cfg)]
+    tests = {n: {"policies": dict.fromkeys(labels, row)} for n in names}
+    run = Run(cfg)
+    namm.report(cfg, run, tests, {cfg.scorer: [[1, 0, 1.0]], "mlp": [[1, 0, 1.0]]})
+    told = any("backward attention" in c["text"] for c in run.results["claims"])
+    assert told == (cfg.scorer == "bam") and len(run.results["claims"]) == 28 + 4 + 2 * told
 
 
 @pytest.mark.parametrize("config", ["demo", "gpu", "full"])
