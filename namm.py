@@ -46,7 +46,9 @@ Where this file departs from the paper and its code
   than another head of their layer keep some negative ones, which are attended to.
 - CMA-ES renews its eigenvectors every 1 / (10 n (c1 + cmu)) generations, not every one; `diag` and `none`
   are ours, and the demo uses `diag`: at this size and a few dozen generations C stays close to I.
-- A task whose full-cache mean is 0 on the drawn prompts is left out of that generation's fitness.
+- A task whose full-cache mean is 0 on the drawn prompts is left out of that generation's fitness; if all are,
+  the search does not move. A member with a score that is not finite ranks last.
+- The window is twice the hop. The demo takes the statistics from 16 prompts, `full` from all of stage 1.
 - The MLP ablation is 25 -> 32 ReLU -> 1 on the same features; the one shipped with the reference is linear
   and averages scores, not features.
 - `full` runs 300 + 150 + 150 generations and keeps the best validated mean of each stage; the paper stops
@@ -1253,6 +1255,11 @@ def evolve(cfg: Config, run: Run, tasks: Sequence, scorer: str, start: dict | No
         seconds = time.perf_counter() - begin
         progress["seconds"] += seconds
         run.log(g, **numbers, seconds=seconds)
+    return write_memory(cfg, run, progress, norm, scorer)
+
+
+def write_memory(cfg: Config, run: Run, progress: dict, norm: Norm, scorer: str) -> dict:
+    """Leave the best validated mean, its statistics and settings as namm.pt, and return them."""
     theta = progress["best"]["mean"].float()
     result = {"theta": theta, "mean": norm.mean, "var": norm.var, "count": norm.count, "scorer": scorer}
     result |= {k: getattr(cfg, k) for k in ("hidden", "window", "hop", "decay", "features", "update")}
@@ -2063,14 +2070,14 @@ def decode_speed(cfg: Config, run: Run, model, ids: Tensor, policy: Policy, toke
     size = sum(p.numel() for p in model.parameters())
     for label, chosen in {"full": Policy("full"), "NAMM": policy}.items():
         for _ in range(2):  # the first warms up
-            memory, times = Memory(chosen, layers_of(model), cfg.block), {}
-            with timed(run, times, "prefill"):
+            memory, run.seconds = Memory(chosen, layers_of(model), cfg.block), {}
+            with run.timed("prefill"):
                 for part in ids.split(512, 1):
                     model(part, cache=memory, use_cache=True, logits_to_keep=1)
-            with timed(run, times, "decode"):
+            with run.timed("decode"):
                 greedy(model, ids[:, -1:], memory, tokens)
-        speed = {"prefill tokens/s": ids.numel() / times["prefill"]}
-        speed |= {"decode tokens/s": len(ids) * tokens / times["decode"]}
+        speed = {"prefill tokens/s": ids.numel() / run.seconds["prefill"]}
+        speed |= {"decode tokens/s": len(ids) * tokens / run.seconds["decode"]}
         speed["prefill MFU"] = 2 * size * speed["prefill tokens/s"] / common.peak_flops(run.device)
         row = {"cache": label, **speed} | {
             k: memory.summary()[k] for k in ("seen", "KV bytes", "statistics bytes")
@@ -2081,22 +2088,6 @@ def decode_speed(cfg: Config, run: Run, model, ids: Tensor, policy: Policy, toke
         out["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     run.table(rows, f"speed and memory, {len(ids)} prompts of {ids.shape[1]} tokens")
     return out
-
-
-class timed:
-    """Seconds of a block into times[name], with the device drained at both ends."""
-
-    def __init__(self, run: Run, times: dict, name: str):
-        self.sync = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
-        self.times, self.name = times, name
-
-    def __enter__(self):
-        self.sync()
-        self.begin = time.perf_counter()
-
-    def __exit__(self, *error):
-        self.sync()
-        self.times[self.name] = time.perf_counter() - self.begin
 
 
 # --- a language model of your own ---
