@@ -77,8 +77,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import common
-from common import EnsembleLinear, Replay, Run, UserError
+import before as common
+from before import EnsembleLinear, Replay, Run, UserError
 
 
 def one_file(data: str) -> bool:

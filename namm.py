@@ -89,8 +89,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-import common
-from common import Run, UserError
+import before as common
+from before import Run, UserError
 
 BASELINES = ("full", "h2o", "snap", "recency", "streaming", "random", "l2")
 KINDS = {

@@ -77,8 +77,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import common
-from common import Run, UserError
+import before as common
+from before import Run, UserError
 
 MODES = ("multi_step", "single_step", "single_shot")
 BACKENDS = ("solver", "random", "vanilla", "neural", "scripted", "hf", "http")

@@ -98,8 +98,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import common
-from common import Run, UserError
+import before as common
+from before import Run, UserError
 
 STAGES = ("experts", "cls", "lora", "eval", "adapt")
 FAMILIES = ("math", "code", "reasoning")  # categories with an expert; "other" has none

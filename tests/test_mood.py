@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-import common
+import before as common
 import mood
-from common import UserError
+from before import UserError
 from mood import Config
 
 SMALL = replace(

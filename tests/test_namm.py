@@ -13,9 +13,9 @@ from conftest import ROOT
 from torch.nn import functional as F
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-import common
+import before as common
 import namm
-from common import Run, UserError
+from before import Run, UserError
 
 SMOKE = namm.CONFIGS["smoke"]
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-import common
+import before as common
 import sudoku_bench as sb
-from common import UserError
+from before import UserError
 from sudoku_bench import RULES, Clue, Episode, Puzzle, Reply, Solver
 
 BLANK = "." * 16

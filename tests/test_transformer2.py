@@ -16,9 +16,9 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from torch import nn
 
-import common
+import before as common
 import transformer2
-from common import Run, UserError
+from before import Run, UserError
 from transformer2 import Config, Problem, SVFLinear, Task
 
 SHAPES = [(7, 4), (4, 7), (5, 5)]
