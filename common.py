@@ -1,0 +1,898 @@
+"""What the ten scripts share: command line, one `Run` per process, helpers for LMs and RL. No method is here.
+
+Reading order: `Config` and `parse_config` (a dataclass becomes the command line), `Run` (ranks, seeds by
+step, checkpoints, the grid of rows x seeds, claims), then helpers for language models (`load_lm`, `generate`,
+`token_logprobs`, `answers_agree`, `benchmark`, `load_rows`) and for reinforcement learning (`DmControl`,
+`evaluate_policy`, `Replay`, `EnsembleLinear`, `graphed`). tests/example.py is a whole script in this form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import datetime
+import functools
+import importlib
+import inspect
+import json
+import logging
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import gymnasium
+import numpy as np
+import regex
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
+from scipy import stats
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can mend; `Run` makes it one line and exit code 2."""
+
+
+# --- command line ---
+
+
+@dataclass
+class Config:
+    """Settings that every script has; a script inherits them and adds its own, one commented line a field."""
+
+    config: str = "demo"  # rung of the ladder that the other defaults come from
+    seed: int = 0  # first seed; a seed redraws everything that chance decides
+    seeds: int = 1  # seeds of each row of the table: seed, seed + 1, ...
+    rows: tuple[str, ...] = ()  # rows of the table to make; all of them if none is named
+    ranks: int = 1  # processes on this machine; torchrun sets it otherwise
+    share: Literal["grid", "run"] = "grid"  # ranks make other cells of the table each, or each cell together
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on CUDA only
+    compile: bool = False  # torch.compile or CUDA graphs for the hot step
+    out: str = "out"  # folder that holds the run folders
+    resume: bool = False  # go on from the run folder: finished cells are kept, unfinished ones go on
+    log_every: int = 10  # steps between two lines of metrics.jsonl
+    save_every: int = 100  # steps between two checkpoints: what a crash may cost
+    dry_run: bool = False  # check what this config needs, print sizes and hours, compute nothing
+
+    def check(self):
+        """UserError for a setting that makes no sense; scripts add their own and call super().check().
+
+        Numbers are finite and not negative; counts are 1 or more, unless their default is 0.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: torch sees no CUDA device here")
+        for field in fields(self):
+            value, default = getattr(self, field.name), field.default
+            if type(value) not in (int, float) or default < 0:
+                continue
+            low = min(default, 1) if type(default) is int else 0
+            if not low <= value < math.inf:
+                raise UserError(f"--{field.name} {value}: must be finite and at least {low}")
+
+
+def parse_config(configs: dict[str, Config], args: Sequence[str] | None = None) -> Config:
+    """A script's Config from the command line (tyro): `--config NAME` picks a rung, any field can be set.
+
+    A bad flag, value or setting ends the process with exit code 2.
+    """
+    import tyro
+
+    module = inspect.getmodule(type(configs["demo"]))
+    script = Path(module.__file__).name
+    first = argparse.ArgumentParser(script, add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default="demo", choices=list(configs))
+    name = first.parse_known_args(args)[0].config
+    default = replace(configs[name], config=name)
+    options = dict(prog=script, description=module.__doc__, use_underscores=True)
+    cfg = tyro.cli(type(default), default=default, args=args, **options)
+    try:
+        cfg.check()
+    except UserError as e:
+        first.exit(2, f"{script}: {e}\n")
+    return cfg
+
+
+# --- files ---
+
+
+def write_atomic(path: Path, text: str):
+    """Write beside and rename: a crash leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def to_json(data) -> str:
+    """JSON in which tensors and arrays of one number are numbers, and NaN and infinities null."""
+    plain = json.loads(json.dumps(data, default=float), parse_constant=lambda _: None)
+    return json.dumps(plain, ensure_ascii=False)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename to <path>.bak-<time>: nothing is lost."""
+    return path.rename(f"{path}.bak-{time.strftime('%y%m%d-%H%M%S')}-{os.getpid()}")
+
+
+def stable_seed(*parts) -> int:
+    """32 bits that are the same in every process, which hash() is not."""
+    return zlib.crc32(repr(parts).encode())
+
+
+# --- the run ---
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper: `metric` of row `ours` against row `theirs`, paired by seed.
+
+    "higher" ("lower") holds if the 95 % t-interval of the difference lies above (below) `margin`; a negative
+    margin says "not worse by more than that". "same" holds if it lies within +- margin.
+    """
+
+    text: str
+    metric: str
+    ours: str
+    theirs: str
+    better: Literal["higher", "lower", "same"] = "higher"
+    margin: float = 0.0
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % t-interval; NaN for a single value."""
+    values = np.asarray(values, float)
+    n, mean = len(values), values.mean()
+    if n < 2:
+        return mean, math.nan
+    return mean, float(stats.t.ppf(0.975, n - 1) * stats.sem(values))
+
+
+def judge(claim: Claim, table: dict[str, list[dict]]) -> dict:
+    """The claim's entry in results.json: difference, half-width of its interval (ci95), whether it holds."""
+    ours, theirs = ([cell[claim.metric] for cell in table[row]] for row in (claim.ours, claim.theirs))
+    diff, half = interval(np.subtract(ours, theirs))
+    gain = -diff if claim.better == "lower" else diff
+    holds = abs(diff) + half < claim.margin if claim.better == "same" else gain - half > claim.margin
+    numbers = {"mean_ours": np.mean(ours), "mean_theirs": np.mean(theirs), "diff": diff, "ci95": half}
+    return asdict(claim) | numbers | {"n": len(ours), "holds": bool(holds)}
+
+
+class Run:
+    """The process: rank, device, precision, and the run folder with metrics, checkpoints and results.
+
+    `with Run(cfg) as run:` makes a UserError one line and exit code 2, and writes results.json at the end.
+    `train` and `make` get a child of it, a cell, with folder, seeds and checkpoints of its own. `model` ends
+    the folder's name.
+    """
+
+    def __init__(self, cfg: Config, model: str = ""):
+        if cfg.ranks > 1 and "RANK" not in os.environ and not cfg.dry_run:
+            sys.exit(launch(cfg.ranks))
+        self.cfg, self.script, self.cell = cfg, Path(inspect.getfile(type(cfg))).stem, ""
+        self.started, self.results, self.speed, self._pending = time.time(), {}, {}, []
+        name = f"{self.script}-{cfg.config}-s{cfg.seed}-{Path(model).name}"
+        self.folder = Path(cfg.out) / name.removesuffix("-")
+        gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+        self.device, self.rank, self.world_size = torch.device("cpu"), 0, 1
+        if gpu:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        if "RANK" in os.environ:
+            backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.amp = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu)
+        torch.set_float32_matmul_precision("high" if self.amp else "highest")  # TF32
+        if "OMP_NUM_THREADS" not in os.environ:
+            cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            torch.set_num_threads(max(1, cores))
+        use_onednn()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is UserError:
+            time.sleep(3 * bool(self.rank))  # rank 0 tells an error of all ranks: its end ends the others
+            sys.stderr.write(f"{self.script}.py: {error}\n")
+            sys.exit(2)
+        if kind is None and self.results and self.rank == 0:
+            self._finish()
+        if kind is None and dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def _finish(self):
+        """Write results.json; a run over a finished one takes its place only now."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        self.results["seconds"] = max(time.time() - self.started, self.results["seconds"])
+        head = {"script": self.script, "config": self.cfg.config, "seed": self.cfg.seed}
+        head |= {"world_size": self.world_size, "device": device}
+        write_atomic(self.folder / "results.json", to_json(head | self.results))
+        if self.folder.suffix == ".new":
+            place = self.folder.with_suffix("")
+            set_aside(place)
+            self.folder = self.folder.rename(place)
+        self.print(f"\n{self.results['seconds']:.0f} s on {self.world_size} x {device}; see {self.folder}")
+
+    # randomness and ranks
+
+    def generator(self, name: str) -> torch.Generator:
+        """A new CPU generator that depends on the seed and `name` only: alike for all rows, on all ranks."""
+        return torch.Generator().manual_seed(stable_seed(self.cfg.seed, name))
+
+    def _seed(self, *where):
+        """Seed the global generators for a place in a cell, alike on all ranks and, for pairs, for all rows."""
+        seed = stable_seed(self.cfg.seed, *where)
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+
+    def mean(self, x: Tensor | float) -> Tensor:
+        """Mean over the ranks of a tensor or number, in a new tensor on its device."""
+        x = torch.as_tensor(x).detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(x)
+        return x / self.world_size
+
+    def gather(self, obj) -> list:
+        """The `obj` of every rank, in rank order, on every rank; a barrier, too."""
+        everyone = [obj] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(everyone, obj)
+        return everyone
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Data parallelism: DDP where ranks share the run, the model itself elsewhere."""
+        return nn.parallel.DistributedDataParallel(model) if self.world_size > 1 else model
+
+    def shard(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Parameters in `dtype` on the device; FSDP2 by decoder layer where ranks share the run.
+
+        Forward passes run in bfloat16 if the run's precision is that, gradients are averaged in float32.
+        Everything gathered is freed after each pass, the root too: a pass without gradient must not keep it.
+        """
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        for p in model.parameters():  # buffers stay: rotary frequencies are wrong in bfloat16
+            p.data = p.data.to(dtype)
+        if self.world_size == 1:
+            return model.to(self.device)
+        half = torch.bfloat16 if self.amp else None
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+        layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+        for part in (*layers, model):
+            fully_shard(part, mp_policy=policy, reshard_after_forward=True)
+        return model
+
+    def autocast(self):
+        """bfloat16 autocast where the run's precision asks for it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+
+    # the grid: rows of the table x seeds
+
+    def grid(self, rows: dict[str, dict], train: Callable[[Config, Run], dict]) -> dict[str, list[dict]]:
+        """{row: [what `train` returned for each seed]}; ROWS maps a row to the settings that it changes.
+
+        A finished cell leaves result.json and is not made again. Ranks on several nodes need a shared disk.
+        """
+        chosen = self.cfg.rows or tuple(rows)
+        for row in set(chosen) - set(rows):
+            raise UserError(f"--rows: {row!r} is none of {', '.join(map(repr, rows))}")
+        seeds = range(self.cfg.seed, self.cfg.seed + self.cfg.seeds)
+        cells = {(row, s): replace(self.cfg, **rows[row], seed=s) for row in chosen for s in seeds}
+        for cfg in cells.values():
+            cfg.check()
+        self._open()
+        for wait in (False, True):  # cells that nobody has begun, then those that others had
+            made = {
+                at: self._make(at[0], cfg, lambda run: train(run.cfg, run), wait) for at, cfg in cells.items()
+            }
+        table = {row: [made[row, s]["metrics"] for s in seeds] for row in chosen}
+        speed = {row: [made[row, s]["speed"] for s in seeds] for row in chosen}
+        seconds = sum(cell["seconds"] for cell in made.values()) / self.world_size  # of earlier attempts, too
+        self.results = {"seconds": seconds, "table": table, "claims": [], "speed": speed}
+        summary = lambda cells, k: "{:.3f} +- {:.3f}".format(*interval([c[k] for c in cells]))  # noqa: E731
+        shown = [[row, *(summary(cells, k) for k in cells[0])] for row, cells in table.items()]
+        self.print(f"\nmean +- half of the 95 % t-interval over {len(seeds)} seeds")
+        self.print(tabulate(shown, ["", *table[chosen[0]][0]]))
+        return table
+
+    def _open(self):
+        """Make the run folder. A finished one stays until this run has finished; others are set aside."""
+        if self.rank == 0:
+            new = Path(f"{self.folder}.new")
+            if new.exists() if self.cfg.resume else (self.folder / "results.json").exists():
+                self.folder = new
+            file, now = self.folder / "config.json", json.loads(to_json(asdict(self.cfg)))
+            if self.cfg.resume and file.exists():
+                before = json.loads(file.read_text())
+                free = {f.name for f in fields(Config)} - {"dtype"}
+                if changed := [k for k in now if k not in free and before.get(k) != now[k]]:
+                    raise UserError(f"--resume: {file} has other values of {', '.join(changed)}")
+            elif self.folder.exists():
+                self.print(f"an unfinished run was here, now in {set_aside(self.folder)}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, to_json(now))
+        self.folder = self.gather(self.folder)[0]
+
+    def _make(self, name: str, cfg: Config, work: Callable[[Run], dict], wait: bool = True) -> dict | None:
+        """Let `work` make a cell once, one rank under its lock or all ranks together; returns its result."""
+        child = copy.copy(self)
+        child.cfg, child.cell, child.speed, child._pending = cfg, name, {}, []
+        child.folder = self.folder / slug(f"{name}-s{cfg.seed}")
+        if cfg.share == "grid":
+            child.rank, child.world_size = 0, 1
+        result, begin = child.folder / "result.json", time.time()
+        lock = FileLock(child.folder / f"lock{child.rank}", timeout=-1 if wait else 0)  # flock: dies with us
+        with contextlib.suppress(Timeout), lock:
+            if not child.gather(result.exists())[0]:
+                child._seed("start")
+                made = {"metrics": work(child), "speed": child.speed, "seconds": time.time() - begin}
+                if child.rank == 0:
+                    write_atomic(result, to_json(made))
+                child.print(f"{child.folder.name}: {made['seconds']:.0f} s")
+        return json.loads(result.read_text()) if child.gather(result.exists())[0] else None
+
+    def once(self, name: str, make: Callable[[Run], object]) -> Path:
+        """The folder that make(child) fills, once a seed: who comes first makes it, others wait.
+
+        `name` tells apart what depends on a row's settings: a row must not get another row's.
+        """
+        root = copy.copy(self)
+        root.folder = self.folder.parent
+        root._make(name, self.cfg, lambda run: {"made": make(run) is None})
+        self._seed("after", name)  # whether it was made just now or long ago
+        return root.folder / slug(f"{name}-s{self.cfg.seed}")
+
+    def check(self, claims: Sequence[Claim], table: dict[str, list[dict]]):
+        """Judge the claims whose rows are in the table, print them and keep them for results.json."""
+        judged = [judge(claim, table) for claim in claims if {claim.ours, claim.theirs} <= set(table)]
+        self.results["claims"] = judged
+        keys = ("text", "mean_ours", "mean_theirs", "diff", "ci95", "holds")
+        self.print("\n" + tabulate([[row[k] for k in keys] for row in judged], keys, floatfmt=".3g"))
+
+    def figure(self, draw: Callable, *args, size: tuple[float, float] = (9, 4)):
+        """Save `draw(figure, *args)` as <script>.png in the run folder."""
+        if self.rank == 0:
+            figure = Figure(figsize=size, layout="constrained")
+            draw(figure, *args)
+            figure.savefig(self.folder / f"{self.script}.png", dpi=110)
+
+    # one cell: steps, checkpoints, numbers
+
+    def steps(self, total: int, stage: str = "", /, **state) -> Iterator[int]:
+        """Yield the steps still to do; a cell with several loops names them by `stage`.
+
+        Restores `state` (modules, their optimizers, dicts of plain data) from the newest whole checkpoint,
+        seeds each step anew, and saves every cfg.save_every steps and at the end.
+        """
+        self._stage, self._last = self.folder / stage, total - 1
+        self._stage.mkdir(parents=True, exist_ok=True)
+        first, begin = self._restore(state), time.time()
+        bar = dict(total=total, initial=first, desc=f"{self.cell} {stage}", leave=False)
+        self._bar = tqdm(range(first, total), disable=self.rank > 0 or not sys.stderr.isatty(), **bar)
+        try:
+            for step in self._bar:
+                self._seed(stage, step)
+                yield step
+                if (step + 1) % self.cfg.save_every == 0 or step == self._last:
+                    self._write_line(step)
+                    self._save(step + 1, state)
+            self.speed[f"{stage} steps_per_s".strip()] = (total - first) / (time.time() - begin)
+        finally:
+            self._seed(stage, "end")  # what follows does not depend on where the loop began
+
+    def _save(self, step: int, state: dict):
+        """A folder step<N> by torch.distributed.checkpoint, written beside and renamed; the last two stay."""
+        place = self._stage / f"step{step:08d}"
+        beside = place.with_suffix(".tmp")
+        _, _, plain, sharded = parts(state)
+        dcp.save(sharded, checkpoint_id=beside, no_dist=self.world_size == 1)
+        if self.rank == 0:
+            torch.save(plain, beside / "plain.pt")
+            shutil.rmtree(place, ignore_errors=True)
+            beside.rename(place)
+            for old in self._checkpoints()[:-2]:
+                shutil.rmtree(old)
+        self.gather("saved")
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(p for p in self._stage.glob("step*") if not p.suffix)
+
+    def _restore(self, state: dict) -> int:
+        """Load the newest whole checkpoint into `state`, drop the lines logged after it, return its step."""
+        step, found = 0, self._checkpoints()
+        for place in reversed(found):
+            try:
+                modules, optimizers, plain, sharded = parts(state)
+                dcp.load(sharded, checkpoint_id=place, no_dist=self.world_size == 1)
+                states = dict(model_state_dict=sharded["weights"], optim_state_dict=sharded["moments"])
+                set_state_dict(modules, optimizers, **states)
+                loaded = torch.load(place / "plain.pt", map_location=self.device, weights_only=True)
+                for key, value in plain.items():
+                    value.update(loaded[key])
+                step = int(place.name[4:])
+                break
+            except Exception as e:  # a torn file raises what its reader likes
+                self.print(f"{place} is torn ({str(e)[:80]!r}); trying the one before")
+        if found and not step:
+            raise UserError(f"no checkpoint in {self._stage} is whole; start without --resume")
+        file = self._stage / "metrics.jsonl"
+        if self.rank == 0 and file.exists():
+            whole = [line for line in file.read_text().split("\n") if line.endswith("}")]
+            write_atomic(file, "".join(f"{x}\n" for x in whole if json.loads(x)["step"] < step))
+        return step
+
+    def log(self, step: int, **numbers: Tensor | float):
+        """Every cfg.log_every steps a line of metrics.jsonl, the means over the ranks, with one GPU sync.
+
+        A loss or reward (by its name) that is not finite at any step stops all ranks.
+        """
+        for name, value in numbers.items():
+            number = torch.as_tensor(value, dtype=torch.float32, device=self.device)
+            self._pending.append((step, name, number.detach().reshape(()).clone()))
+        if step % self.cfg.log_every == 0 or step == self._last:
+            self._write_line(step)
+
+    def _write_line(self, step: int):
+        """Read everything logged since the last line; UserError at a loss that is not finite."""
+        if not self._pending:
+            return
+        steps, names, values = zip(*self._pending, strict=True)
+        self._pending, values = [], self.mean(torch.stack(values)).tolist()
+        for at, name, value in zip(steps, names, values, strict=True):
+            if not math.isfinite(value) and ("loss" in name or "reward" in name):
+                raise UserError(f"{self.folder.name}, step {at}: {name} is {value}; see {self._stage}")
+        numbers = dict(zip(names, values, strict=True))
+        if self.rank == 0:
+            with open(self._stage / "metrics.jsonl", "a") as file:
+                file.write(to_json({"step": step} | numbers) + "\n")
+        text = ", ".join(f"{k} {v:.4g}" for k, v in list(numbers.items())[:8])
+        self._bar.set_postfix_str(text)
+        if self._bar.disable:
+            self.print(f"{self._stage.relative_to(self.cfg.out)} {step}: {text}")
+
+    def print(self, *parts):
+        """Print on rank 0, above the progress bar."""
+        if self.rank == 0:
+            tqdm.write(" ".join(map(str, parts)), file=sys.stdout)
+            sys.stdout.flush()
+
+
+def parts(state: dict) -> tuple[nn.ModuleDict, list[torch.optim.Optimizer], dict[str, dict], dict]:
+    """What a checkpoint keeps: modules, their optimizers, dicts of plain data; the state of the first two."""
+    modules = nn.ModuleDict({k: v for k, v in state.items() if isinstance(v, nn.Module)})
+    optimizers = [v for v in state.values() if isinstance(v, torch.optim.Optimizer)]
+    weights, moments = get_state_dict(modules, optimizers)
+    plain = {k: v for k, v in state.items() if isinstance(v, dict)}
+    return modules, optimizers, plain, {"weights": weights, "moments": moments}
+
+
+def launch(ranks: int) -> int:
+    """Run this very command in `ranks` processes under torchrun's agent; returns the exit code."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak themselves
+    place = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="here", max_restarts=0)
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=ranks, **place)
+    try:
+        elastic_launch(config, sys.executable)(*sys.argv)
+    except ChildFailedError as e:
+        return max(1, *(failure.exitcode for failure in e.failures.values()))
+    return 0
+
+
+def use_onednn():
+    """oneDNN's float32 matrix products where they are as exact as MKL's: up to twice as fast on AMD CPUs.
+
+    The setting is called bf16: on CPUs with such units it would round, so one product is compared.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    matmul.fp32_precision = "bf16"
+    a = torch.linspace(-400, 400, 256 * 256).sin().view(256, 256)
+    exact = a.double() @ a.double()
+    if (a @ a - exact).abs().max() > 2e-6 * exact.abs().max():
+        matmul.fp32_precision = "none"
+
+
+def slug(name: str) -> str:
+    """A folder's name for a row of the table."""
+    return re.sub(r"[^\w.+=-]+", "_", name)
+
+
+# --- language models ---
+
+
+def tiny_lm(vocab: int, width: int, layers: int, heads: int = 4, context: int = 512, **more):
+    """A transformers LlamaForCausalLM from scratch: what hooks into it hooks into the real ones."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = dict(vocab_size=vocab, hidden_size=width, intermediate_size=more.pop("mlp", 4 * width))
+    size |= dict(num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=context)
+    return LlamaForCausalLM(LlamaConfig(**size | dict(bos_token_id=None, eos_token_id=None) | more))
+
+
+def CharTokenizer(alphabet: str, eos: str):
+    """One character, one token, as a fast Hugging Face tokenizer; `eos` is the character that ends a turn.
+
+    Encoding a character outside `alphabet` raises.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(alphabet)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
+
+
+def load_lm(name: str, dtype: torch.dtype = torch.float32):
+    """Load (model, tokenizer) from a folder, a .gguf file or a hub id; UserError says what is missing."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, utils
+
+    utils.logging.disable_progress_bar()
+    path, source, where = Path(name).expanduser(), name, {}
+    if path.suffix == ".gguf":
+        source, where = path.parent, {"gguf_file": path.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where)
+    except ImportError as e:
+        raise UserError(f'{name}: {str(e).strip().splitlines()[0]} (pip install -e ".[lm]")') from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{name}: neither a local model nor on the hub ({str(e).splitlines()[0]})") from None
+    if where:  # its weights are whole numbers now, and it may be saved as any other model
+        model.hf_quantizer, model.is_quantized = None, False
+        del model.config.quantization_config
+    return model.eval(), tokenizer
+
+
+def end_ids(model, tokenizer) -> list[int]:
+    """All ids that end an answer: the tokenizer's, generation_config's, the chat template's end of turn."""
+    given = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {None}
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        first = tokenizer.encode(text.rpartition("A")[2], add_special_tokens=False)[:1]
+        ends |= set(first) & set(tokenizer.all_special_ids)
+    return sorted(ends)
+
+
+def collate(sequences: list[list[int]], device) -> tuple[Tensor, Tensor]:
+    """Right-padded ids and mask (B, T); masks come from lengths, since a pad id may be real."""
+    rows = [torch.tensor(x) for x in sequences]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(device)
+    return ids.clamp(min=0), ids >= 0
+
+
+@torch.no_grad()
+def generate(model, prompts: list[list[int]], uniforms: Tensor, ends: list[int], temperature=1.0, **more):
+    """Sample completions with transformers' own loop; the model's generation_config is not read.
+
+    prompts: B lists of ids. uniforms: (B, T) numbers in [0, 1): each picks a token from the CDF of
+    softmax(z / temperature), T tokens at most; temperature 0 is greedy. `more` goes to GenerationConfig.
+    Returns B lists of ids, up to and including the first of `ends`.
+    """
+    from transformers import GenerationConfig
+
+    longest, uniforms = max(map(len, prompts)), uniforms.to(model.device).double()
+    rows = [[-1] * (longest - len(p)) + p for p in prompts]  # left-padded
+    ids = torch.tensor(rows, device=model.device)
+
+    def draw(ids: Tensor, logits: Tensor) -> Tensor:  # leaves one token to choose from
+        cdf = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
+        picked = uniforms[:, ids.shape[1] - longest, None] * cdf[:, -1:]
+        token = torch.searchsorted(cdf, picked, right=True).clamp_(max=cdf.shape[1] - 1)
+        return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
+
+    size = dict(max_new_tokens=uniforms.shape[1], eos_token_id=ends, pad_token_id=0)
+    kept, model.generation_config = model.generation_config, GenerationConfig(**size, **more)
+    try:
+        inputs = dict(attention_mask=(ids >= 0).long(), logits_processor=[draw] if temperature else [])
+        tokens = model.generate(ids.clamp(min=0), **inputs)[:, longest:]
+    finally:
+        model.generation_config = kept
+    end = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).long()
+    lengths = (end.cumsum(1) == end).sum(1).tolist()
+    return [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)]
+
+
+def _gather_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Log-probs of a chunk from float32 logits: bfloat16 ones are off by 0.06 at magnitude 16."""
+    weights = {name: p.float() for name, p in head.named_parameters()}
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = torch.func.functional_call(head, weights, hidden.float())
+    return (logits / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def token_logprobs(
+    model, ids: Tensor, mask: Tensor | None = None, temperature=1.0, chunk: int = 1024
+) -> Tensor:
+    """fp32 log softmax(z / temperature) of the next tokens: padded ids (B, T) -> (B, T - 1).
+
+    The head runs over `chunk` positions at a time, again in the backward pass: (B, T, V) is never held.
+    ValueError for a model that rescales its logits after the head (Gemma-2, Granite, Cohere).
+    """
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if getattr(model.config.get_text_config(), name, None) not in (None, 1, 1.0):
+            raise ValueError(f"{type(model).__name__} rescales its logits ({name})")
+    out = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    hidden, targets = out.last_hidden_state[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    chunks, head = zip(hidden.split(chunk), targets.split(chunk), strict=True), model.get_output_embeddings()
+    parts = [checkpoint(_gather_logprobs, head, *part, temperature, use_reentrant=False) for part in chunks]
+    return torch.cat(parts).view(len(ids), -1).clone()  # FSDP warns of outputs that are views
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: float = 0.0, floor: float = 0.0) -> float:
+    """Linear warm-up over a share of the steps, then a cosine from peak to floor * peak."""
+    share = step / total
+    if share < warmup:
+        return peak * (step + 1) / (warmup * total)
+    cosine = math.cos(math.pi * (share - warmup) / (1 - warmup))
+    return peak * (floor + (1 - floor) * (1 + cosine) / 2)
+
+
+def peak_flops(device: torch.device) -> float:
+    """Dense bfloat16 FLOP/s of a GPU by its data sheet; NaN for others, and so their MFU."""
+    known = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for key, flops in known.items() if key in name), math.nan)
+
+
+def last_box(text: str) -> str | None:
+    """Content of the last \\boxed{...} or \\fbox{...}, braces matched; None if it is missing or not closed."""
+    last = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
+    found = regex.match(r"\\(?:boxed|fbox)\s*(\{((?:\\.|[^{}\\]|(?1))*)\})", text[max(last, 0) :], regex.S)
+    return found[2] if found else None
+
+
+def answers_agree(target: str, answer: str) -> bool:
+    """Whether two answers agree by math-verify: the last box of each text, or all of a text without one."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    target, answer = (last_box(x) if "box" in x else x.strip().rstrip(".") for x in (target, answer))
+    if target is None or answer is None:
+        return False
+    letter = re.match(r"\(?([A-Z])(?:\)|[.:])(?:\s|$)", answer)
+    if letter and re.fullmatch(r"[A-Z]", target):
+        answer = letter[1]  # "C: text"
+    configs = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    return verify(*(parse(rf"\boxed{{{x}}}", configs) for x in (target, answer)))
+
+
+def benchmark(
+    model, tokenizer, tasks: Sequence[str], folder: str | None = None, system: str | None = None, **more
+):
+    """lm-eval's {task: {metric: value}} for a model in memory or an lm-eval model, on all ranks.
+
+    Documents are dealt to the ranks. `folder` has local YAML tasks, `more` goes to simple_evaluate (limit,
+    gen_kwargs, ...). The chat template and the system prompt are used where there is a template.
+    """
+    lm_eval, lm = need("lm_eval", "lm"), model
+    if isinstance(model, nn.Module):
+        lm = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
+    if dist.is_initialized():
+        lm._rank, lm._world_size = dist.get_rank(), dist.get_world_size()
+        lm.accelerator = need("accelerate", "lm").Accelerator(cpu=model.device.type == "cpu")
+    manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=folder is None)
+    chat = dict(apply_chat_template=bool(tokenizer.chat_template), system_instruction=system)
+    settings = dict(task_manager=manager, bootstrap_iters=0, log_samples=False) | chat | more
+    found = [lm_eval.simple_evaluate(model=lm, tasks=list(tasks), **settings)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)  # lm-eval has them on rank 0 only
+    return found[0]["results"]
+
+
+def need(package: str, extra: str):
+    """Import a package of an extra; UserError has the pip command if it is not there."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f'{package} is needed: pip install -e ".[{extra}]"') from None
+
+
+def load_rows(
+    source: str, needed: Sequence[str] = (), split="train", subset: str | None = None, **gym
+) -> list:
+    """Rows (dicts) of a .jsonl, .csv or .parquet, a folder or hub id (datasets), or gym:NAME (reasoning-gym).
+
+    UserError names file, row and field where a `needed` field is missing, empty or no text. A gym task takes
+    size=, seed= and its own settings; its rows have question, answer and score, a function of an answer.
+    """
+    if source.startswith("gym:"):
+        rows = gym_rows(source.removeprefix("gym:"), **gym)
+    else:
+        datasets = need("datasets", "lm")
+        datasets.disable_progress_bars()
+        kind = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(source).suffix)
+        place = (kind, None, None, source) if kind else (source, subset)
+        try:
+            rows = datasets.load_dataset(*place, split=split).to_list()
+        except Exception as e:  # the library raises a dozen kinds
+            why = str(e.__cause__ or e).split("\n")[0][:150]
+            raise UserError(f"{source}: no file, folder or hub id that can be read ({why})") from None
+    need_text(source, rows, needed)
+    return rows
+
+
+def need_text(source: str, rows: list[dict], needed: Sequence[str]):
+    """UserError names file, row and field where a `needed` field is missing, empty or no text."""
+    for number, row in enumerate(rows, 1):
+        for field in needed:
+            if not isinstance(row.get(field), str) or not row[field].strip():
+                raise UserError(f"{source}, row {number}: field {field!r} is missing, empty or no text")
+
+
+def gym_rows(name: str, **settings) -> list[dict]:
+    """Rows of a reasoning-gym task, each with its scorer: row["score"](answer) is in [0, 1]."""
+    try:
+        data = need("reasoning_gym", "lm").create_dataset(name, **settings)
+    except ValueError as e:
+        raise UserError(f"gym:{name}: {e}") from None
+    return [entry | {"score": functools.partial(data.score_answer, entry=entry)} for entry in data]
+
+
+# --- reinforcement learning ---
+
+
+class DmControl(gymnasium.Env):
+    """dm_control's task as a gymnasium environment: flat float32 observations, actions scaled to [-1, 1].
+
+    Observations keep the suite's order. A time limit truncates, a discount of 0 terminates. info["physics"]
+    is the physics state (float64). UserError for a task that the suite does not have.
+    """
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+    render_mode = "rgb_array"
+
+    def __init__(self, domain: str, task: str, camera: int = 0, size: int = 84):
+        os.environ.setdefault("MUJOCO_GL", "glfw" if os.environ.get("DISPLAY") else "egl")
+        logging.getLogger("absl").setLevel(logging.ERROR)  # MuJoCo's deprecations in the suite's own files
+        from dm_control import suite
+
+        if (domain, task) not in suite.ALL_TASKS:
+            raise UserError(f"{domain}_{task}: dm_control's suite has no such task")
+        self.env, self.camera, self.size = suite.load(domain, task), camera, size
+        spec, shapes = self.env.action_spec(), self.env.observation_spec().values()
+        self.low, self.span = spec.minimum, spec.maximum - spec.minimum
+        width = sum(math.prod(s.shape) for s in shapes)
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (width,), np.float32)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, spec.shape, np.float32)
+
+    def _read(self, step):
+        obs = np.concatenate([np.ravel(x) for x in step.observation.values()]).astype(np.float32)
+        return obs, {"physics": self.env.physics.get_state()}
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        if seed is not None:  # dm_control's tasks draw their starts from a generator of their own
+            self.env.task._random = np.random.RandomState(seed)
+        return self._read(self.env.reset())
+
+    def step(self, action):
+        step = self.env.step(self.low + (np.clip(np.asarray(action, float), -1, 1) + 1) / 2 * self.span)
+        terminated = step.last() and step.discount == 0
+        obs, info = self._read(step)
+        return obs, float(step.reward), terminated, step.last() and not terminated, info
+
+    def render(self):
+        return self.env.physics.render(self.size, self.size, camera_id=self.camera)
+
+
+def vector_env(makers: Sequence[Callable[[], gymnasium.Env]], processes=False, autoreset=True):
+    """Step environments together, here or in a process each. An ended one restarts in the step that ends it,
+    unless `autoreset` is off: then all are reset together."""
+    kind = gymnasium.vector.AsyncVectorEnv if processes else gymnasium.vector.SyncVectorEnv
+    mode = gymnasium.vector.AutoresetMode
+    return kind(list(makers), autoreset_mode=mode.SAME_STEP if autoreset else mode.DISABLED)
+
+
+@torch.no_grad()
+def evaluate_policy(envs, policy: Callable, seed: int, options: dict | None = None) -> np.ndarray:
+    """Return of the first episode of each environment of a vector env: (n,), undiscounted.
+
+    `policy` maps observations (n, d) to actions (n, m), both numpy; it keeps getting all n rows.
+    """
+    obs, _ = envs.reset(seed=seed, options=options)
+    total, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
+    while running.any():
+        obs, reward, terminated, truncated, _ = envs.step(policy(obs))
+        total += reward * running
+        running &= ~(terminated | truncated)
+    return total
+
+
+class Replay(nn.Module):
+    """The last `capacity` transitions, a buffer (capacity, ...) per field; made from an example of one row.
+
+    A module, so that `.to(device)` and checkpoints need nothing more.
+    """
+
+    def __init__(self, capacity: int, **row: Tensor):
+        super().__init__()
+        self.capacity = capacity
+        self.register_buffer("added", torch.zeros((), dtype=torch.long))
+        for name, value in row.items():
+            self.register_buffer(name, torch.zeros(capacity, *value.shape, dtype=value.dtype))
+
+    def add(self, **rows: Tensor | np.ndarray):
+        """Append n rows, (n, ...) each; the oldest go."""
+        for name, values in rows.items():
+            values = torch.as_tensor(values, device=self.added.device)[-self.capacity :]
+            place = self.added + torch.arange(len(values), device=self.added.device)
+            self.get_buffer(name)[place % self.capacity] = values
+        self.added += len(values)
+
+    def sample(self, count: int) -> dict[str, Tensor]:
+        """`count` rows drawn with replacement, without a sync: {field: (count, ...)}."""
+        share = torch.rand(count, dtype=torch.float64, device=self.added.device)
+        rows = (share * self.added.clamp(max=self.capacity)).long()
+        return {name: b[rows] for name, b in self.named_buffers() if name != "added"}
+
+
+class EnsembleLinear(nn.Module):
+    """`members` linear layers as one batched product: (members, B, inputs) -> (members, B, outputs).
+
+    Weights (members, inputs, outputs) are orthogonal with `gain`, biases zero.
+    """
+
+    def __init__(self, members: int, inputs: int, outputs: int, gain: float = 1.0):
+        super().__init__()
+        weights = [nn.init.orthogonal_(torch.empty(outputs, inputs), gain).T for _ in range(members)]
+        self.weight = nn.Parameter(torch.stack(weights))
+        self.bias = nn.Parameter(torch.zeros(members, 1, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+@torch.no_grad()
+def soft_update(target: nn.Module, source: nn.Module, tau: float):
+    """target <- (1 - tau) target + tau source for all parameters, sharded or not; buffers stay."""
+    ours = [getattr(p, "_local_tensor", p) for p in target.parameters()]
+    theirs = [getattr(p, "_local_tensor", p) for p in source.parameters()]
+    torch._foreach_lerp_(ours, [p.to(ours[0].dtype) for p in theirs], tau)
+
+
+def graphed(update: Callable, warmup: int = 3) -> Callable:
+    """`update(*tensors)`, replayed as one CUDA graph after `warmup` calls; on a CPU the function itself.
+
+    Shapes must stay, optimizers be capturable, nothing inside may sync; what it returns is overwritten by the
+    next call.
+    """
+    calls, graph, fixed, result = 0, None, [], None
+
+    def call(*tensors: Tensor):
+        nonlocal calls, graph, fixed, result
+        calls += 1
+        if calls <= warmup or not tensors[0].is_cuda:
+            return update(*tensors)
+        if graph is None:
+            fixed, graph = [t.clone() for t in tensors], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = update(*fixed)
+        torch._foreach_copy_(fixed, tensors)
+        graph.replay()
+        return result
+
+    return call
