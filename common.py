@@ -24,6 +24,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -44,6 +45,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process is meant
 
 
 class UserError(Exception):
@@ -580,7 +583,7 @@ def end_ids(model, tokenizer) -> list[int]:
 
 def collate(sequences: list[list[int]], device) -> tuple[Tensor, Tensor]:
     """Right-padded ids and mask (B, T); masks come from lengths, since a pad id may be real."""
-    rows = [torch.tensor(x) for x in sequences]
+    rows = [torch.tensor(x, dtype=torch.long) for x in sequences]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(device)
     return ids.clamp(min=0), ids >= 0
 
