@@ -76,21 +76,21 @@ class Config(common.Config):
     bench: tuple[str, ...] = ()  # lm-eval tasks to evaluate students on, too
     # pointers
     symbols: int = 20  # size of the array (M)
-    chains: int = 5  # start symbols to follow (W)
+    chains: int = 6  # start symbols to follow (W)
     part: float = 1.0  # share of the chains that a problem asks for: below 1 the control
     p_write: float = 0.3  # chance that a corpus trace writes an intermediate symbol
     width: int = 64  # of the tiny model
     base_batch: int = 16  # texts a step of its pre-training
     base_steps: int = 800  # pre-training steps with every symbol written, at most
-    web_steps: int = 200  # pre-training steps on corpus traces
+    web_steps: int = 250  # pre-training steps on corpus traces
     base_lr: float = 4e-3  # of pre-training
     base_check: bool = True  # stop when the tiny model cannot follow single hops
     # supervised stages
     warmup_steps: int = 40  # optimizer steps of the teacher on corpus traces
-    warmup_lr: float = 2e-3  # peak; 5 % linear warm-up, then cosine
+    warmup_lr: float = 1e-3  # peak; 5 % linear warm-up, then cosine
     source: Literal["teacher", "corpus"] = "teacher"  # explanations that the learner is distilled from
     traces: int = 384  # explanations to distil from
-    distil_steps: int = 64  # optimizer steps
+    distil_steps: int = 80  # optimizer steps
     distil: float = 1.0  # share of the two that the learner gets; 0: no distillation
     distil_lr: float = 1e-3  # peak; 10 % linear warm-up, then cosine
     batch: int = 32  # texts a step of these stages
@@ -131,7 +131,7 @@ class Config(common.Config):
             raise UserError("--data pointers goes with --teacher tiny, other data with another teacher")
 
 
-DEMO = Config(seeds=4, ranks=2, log_every=4, save_every=1000)
+DEMO = Config(seeds=3, ranks=2, log_every=4, save_every=1000)
 TEXT = replace(
     DEMO,
     ranks=1,
@@ -976,26 +976,24 @@ def hop_model(cfg: Config) -> LogProbLM:
 
 @torch.no_grad()
 def hop_accuracy(model: LogProbLM, examples: list[Example], prompts: Prompts) -> dict[str, float]:
-    """Teacher-forced accuracy in the student's format: copied starts and single hops where they are worst, and
-    last symbols after an elision."""
-    texts = [prompts.student(e, e.trace) for e in examples]
-    begin, end = texts[0][1]
-    ids = torch.tensor(
-        [ids for ids, _ in prompts.encode([text for text, *_ in texts])], device=model.lm.device
-    )
-    logits = model.lm(ids).logits[:, begin - 1 : end - 1]
-    elision = prompts.tokenizer.convert_tokens_to_ids("~")
-    logits[..., elision] = -torch.inf  # which symbol, if it must be one
-    truth = ids[:, begin:end].unflatten(1, (-1, 4))  # (n, W, 4)
-    right, written = (logits.argmax(-1).unflatten(1, (-1, 4)) == truth).float(), truth != elision
-    single = written[..., 1:] & written[..., :-1]  # (n, W, 3)
-    hops = (right[..., 1:] * single).sum(0) / single.sum(0)
-    leap = right[..., 3][~written[..., 2]]
-    return {
-        "starts": right[..., 0].mean(0).min().item(),
-        "hops": hops.min().item(),
-        "leap": leap.mean().item(),
-    }
+    """Teacher-forced accuracy: copied starts and single hops where they are worst (of both formats and all
+    chains: what one of them lacks, no reward can teach), and last symbols after an elision."""
+    elision, found = prompts.tokenizer.convert_tokens_to_ids("~"), []
+    for text_of in (prompts.student, prompts.teacher):
+        texts = [text_of(e, e.trace) for e in examples]
+        begin, end = texts[0][1]
+        ids = torch.tensor([ids for ids, _ in prompts.encode([text for text, *_ in texts])]).to(
+            model.lm.device
+        )
+        logits = model.lm(ids).logits[:, begin - 1 : end - 1]
+        logits[..., elision] = -torch.inf  # which symbol, if it must be one
+        truth = ids[:, begin:end].unflatten(1, (-1, 4))  # (n, W, 4)
+        right, written = (logits.argmax(-1).unflatten(1, (-1, 4)) == truth).float(), truth != elision
+        single = written[..., 1:] & written[..., :-1]  # (n, W, 3)
+        hops = (right[..., 1:] * single).sum(0) / single.sum(0)
+        found.append((right[..., 0].mean(0).min(), hops.min(), right[..., 3][~written[..., 2]].mean()))
+    (starts, hops, leap), (starts_told, hops_told, _) = ([x.item() for x in row] for row in found)
+    return {"starts": min(starts, starts_told), "hops": min(hops, hops_told), "leap": leap}
 
 
 def make_base(cfg: Config, run: Run):
@@ -1016,7 +1014,7 @@ def make_base(cfg: Config, run: Run):
         if step % 25 != 24:
             return False
         found = hop_accuracy(model, spelled, task.prompts)
-        return min(found["starts"], found["hops"]) >= 0.98
+        return min(found["starts"], found["hops"]) >= 0.99
 
     spelled = make_problems(256, cfg, run.generator("spelled"), 1.0)
     adam = dict(betas=(0.9, 0.98), weight_decay=0.01)
@@ -1027,7 +1025,7 @@ def make_base(cfg: Config, run: Run):
     gate = hop_accuracy(model, make_problems(256, cfg, run.generator("gate"), cfg.p_write), task.prompts)
     said = ", ".join(f"{k} {v:.2f}" for k, v in gate.items())
     run.print(f"base model: {said}")
-    if cfg.base_check and (min(gate["starts"], gate["hops"]) < 0.8 or gate["leap"] > 3 / cfg.symbols):
+    if cfg.base_check and (min(gate["starts"], gate["hops"]) < 0.6 or gate["leap"] > 3 / cfg.symbols):
         raise UserError(
             f"the base model must follow single hops and no double ones, not {said}; try another --seed"
         )
