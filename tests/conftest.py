@@ -47,57 +47,53 @@ def run_script(tmp_path):
 
 
 def bpe(corpus, size=400, **special):
-    """A byte-level BPE with offsets and ChatML, trained on `corpus`: small, and true to the real ones."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """A byte-level BPE with offsets and ChatML, trained on `corpus`: small, and true to the real ones.
+
+    Qwen's pre-tokenizer: punctuation takes newlines after it along, so `|>` and a blank line can merge.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tok = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(qwen_regex(), "isolated")
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tok.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])
+    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), in_bytes])
     tok.decoder = decoders.ByteLevel()
-    names = ["<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    names, alphabet = ["<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=names, initial_alphabet=alphabet)
     tok.train_from_iterator(corpus, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|im_end|>", **special
-    )
-    fast.chat_template = rlt.CHATML
+    ends = dict(eos_token="<|im_end|>", pad_token="<|im_end|>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, **ends, **special)
+    fast.chat_template = rlt.CHAT
     return fast
-
-
-def qwen_regex():
-    """Qwen's pre-tokenizer: punctuation takes newlines after it along, so `|>` and a blank line can merge."""
-    from tokenizers import Regex
-
-    return Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 @pytest.fixture(scope="session")
 def bpe_tokenizer():
-    tags = [tag for pair in (rlt.Format.solution, rlt.Format.thought, rlt.Format.explanation) for tag in pair]
+    tags = [*rlt.TEXT.solution, *rlt.TEXT.thought, *rlt.TEXT.explanation]
     words = "We add the two numbers: 12 plus 30 is 42. So the answer is 42, naïve café 日本語. "
-    corpus = [f"{tag}\n\n{words}\n\n" for tag in tags] * 20
-    return bpe(corpus)
+    return bpe([f"{tag}\n\n{words}\n\n" for tag in tags] * 20)
 
 
 @pytest.fixture
 def text_files(tmp_path, bpe_tokenizer):
     """A tiny Llama with a BPE tokenizer in a folder, and problems: `full` in miniature."""
     torch.manual_seed(0)
-    lm = common.tiny_lm(len(bpe_tokenizer), 32, 2, context=1024, mlp=48)
-    with torch.no_grad():  # sharded runs load bfloat16: let both see the same numbers
-        for p in lm.parameters():
-            p.copy_(p.bfloat16())
-    lm.save_pretrained(tmp_path / "lm")
+    common.tiny_lm(len(bpe_tokenizer), 32, 2, context=2048, mlp=48).save_pretrained(tmp_path / "lm")
     bpe_tokenizer.save_pretrained(tmp_path / "lm")
     rows = [
         {"question": f"What is {i} plus 30?", "solution": rf"It is \boxed{{{i + 30}}}."} for i in range(9)
     ]
     rows = [r | {"reasoning_trace": f"We add. It is {i + 30}."} if i % 2 else r for i, r in enumerate(rows)]
-    rows.append({"question": "long " * 500, "solution": "1"})
+    rows.append({"question": "long " * 900, "solution": "1"})
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    size = {"config": "text", "teacher": "lm", "data": "p.jsonl", "max_new": 12, "updates": 2, "context": 700}
+    size = {
+        "config": "text",
+        "teacher": "lm",
+        "data": "p.jsonl",
+        "max_new": 12,
+        "updates": 2,
+        "context": 1900,
+    }
     size |= {"holdout": 2, "eval_new": 12, "distil_steps": 2, "warmup_steps": 2, "traces": 5}
     return [word for key, value in size.items() for word in (f"--{key}", str(value))]
