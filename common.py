@@ -195,10 +195,11 @@ class Run:
         gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
         self.device, self.rank, self.world_size = torch.device("cpu"), 0, 1
         if gpu:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+            self.device = torch.device("cuda", local)  # ranks that make other cells may share a GPU
             torch.cuda.set_device(self.device)
         if "RANK" in os.environ:
-            backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if gpu and cfg.share == "run" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.amp = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu)
@@ -434,7 +435,7 @@ class Run:
                     value.update(loaded[key])
                 step = int(place.name[4:])
                 break
-            except Exception as e:  # a torn file raises what its reader likes
+            except (Exception, dcp.CheckpointException) as e:  # a torn file raises what its reader likes
                 self.print(f"{place} is torn ({str(e)[:80]!r}); trying the one before")
         if found and not step:
             raise UserError(f"no checkpoint in {self._stage} is whole; start without --resume")
@@ -693,11 +694,13 @@ def benchmark(
     """
     lm_eval, lm = need("lm_eval", "lm"), model
     if isinstance(model, nn.Module):
-        lm = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
+        lm = need("lm_eval.models.huggingface", "lm").HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=8
+        )
     if dist.is_initialized():
         lm._rank, lm._world_size = dist.get_rank(), dist.get_world_size()
         lm.accelerator = need("accelerate", "lm").Accelerator(cpu=model.device.type == "cpu")
-    manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=folder is None)
+    manager = need("lm_eval.tasks", "lm").TaskManager(include_path=folder, include_defaults=folder is None)
     chat = dict(apply_chat_template=bool(tokenizer.chat_template), system_instruction=system)
     settings = dict(task_manager=manager, bootstrap_iters=0, log_samples=False) | chat | more
     found = [lm_eval.simple_evaluate(model=lm, tasks=list(tasks), **settings)]

@@ -235,7 +235,7 @@ def test_grpo_loss_has_the_stated_value_and_gradient_on_the_mask_alone():
 def test_no_question_comes_twice_in_an_update_and_all_come_once_an_epoch(task):
     steps = [rlt.distinct_rows(step, 4, 14, task.run) for step in range(6)]
     assert all(len(set(rows)) == 4 for rows in steps)
-    epochs = [sum(steps[i : i + 3], []) for i in (0, 3)]
+    epochs = [[row for rows in steps[i : i + 3] for row in rows] for i in (0, 3)]
     assert all(len(set(rows)) == 12 for rows in epochs) and epochs[0] != epochs[1]
 
 
@@ -351,12 +351,14 @@ def test_two_ranks_with_sharded_models_do_what_one_process_does(run_script, tmp_
         words = [*text_files, "--out", out, "--rows", "RL from a few RLT traces", "distilled from the corpus"]
         run_script(ROOT / "rlt.py", *words, "--micro_tokens", "1000", ranks=ranks)
         folder = tmp_path / out / "rlt-text-s0-lm"
-        lines = [
-            (folder / f"{x}-s0" / "metrics.jsonl").read_text()
+        files = [
+            folder / f"{x}-s0" / "metrics.jsonl"
             for x in ("teacher_lam=3.0_part=1.0", "RL_from_a_few_RLT_traces")
         ]
-        found.append([list(json.loads(x).values()) for text in lines for x in text.splitlines()])
-    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=2e-3, atol=2e-3)
+        rows = [[list(json.loads(x).values()) for x in f.read_text().splitlines()] for f in files]
+        found.append(rows)
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=2e-3, atol=2e-3)
 
 
 def test_bad_input_is_one_line_with_exit_code_2_and_touches_nothing(run_script, tmp_path, text_files):
