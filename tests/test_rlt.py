@@ -384,6 +384,7 @@ def test_cuda_losses_follow_the_cpu(tmp_path):
         cfg = replace(rlt.CONFIGS["smoke"], out=str(tmp_path / device), device=device, dtype="float32")
         run = Run(cfg)
         run.folder.mkdir(parents=True)
+        torch.manual_seed(0)
         rlt.make_base(cfg, run)
         lines = (run.folder / "textbook" / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
