@@ -173,8 +173,8 @@ def judge(claim: Claim, table: dict[str, list[dict]]) -> dict:
     diff, half = interval(np.subtract(ours, theirs))
     gain = -diff if claim.better == "lower" else diff
     holds = abs(diff) + half < claim.margin if claim.better == "same" else gain - half > claim.margin
-    numbers = {"mean_ours": np.mean(ours), "mean_theirs": np.mean(theirs), "diff": diff, "ci95": half}
-    return asdict(claim) | numbers | {"n": len(ours), "holds": bool(holds)}
+    means = {"mean_ours": np.mean(ours), "mean_theirs": np.mean(theirs)}
+    return asdict(claim) | means | {"diff": diff, "ci95": half, "n": len(ours), "holds": bool(holds)}
 
 
 class Run:
@@ -243,7 +243,7 @@ class Run:
         return torch.Generator().manual_seed(stable_seed(self.cfg.seed, name))
 
     def _seed(self, *where):
-        """Seed the global generators for a place in a cell, alike on all ranks and, for pairs, for all rows."""
+        """Seed the global generators for a place in a cell, alike on all ranks and in all rows (pairs)."""
         seed = stable_seed(self.cfg.seed, *where)
         torch.manual_seed(seed)
         np.random.seed(seed)
@@ -313,8 +313,10 @@ class Run:
         speed = {row: [made[row, s]["speed"] for s in seeds] for row in chosen}
         seconds = sum(cell["seconds"] for cell in made.values()) / self.world_size  # of earlier attempts, too
         self.results = {"seconds": seconds, "table": table, "claims": [], "speed": speed}
-        summary = lambda cells, k: "{:.3f} +- {:.3f}".format(*interval([c[k] for c in cells]))  # noqa: E731
-        shown = [[row, *(summary(cells, k) for k in cells[0])] for row, cells in table.items()]
+        shown = []
+        for row, column in table.items():
+            means = (interval([cell[k] for cell in column]) for k in column[0])
+            shown.append([row, *(f"{mean:.3f} +- {half:.3f}" for mean, half in means)])
         self.print(f"\nmean +- half of the 95 % t-interval over {len(seeds)} seeds")
         self.print(tabulate(shown, ["", *table[chosen[0]][0]]))
         return table
@@ -601,7 +603,7 @@ def generate(model, prompts: list[list[int]], uniforms: Tensor, ends: list[int],
 
     longest, uniforms = max(map(len, prompts)), uniforms.to(model.device).double()
     rows = [[-1] * (longest - len(p)) + p for p in prompts]  # left-padded
-    ids = torch.tensor(rows, device=model.device)
+    prompt = torch.tensor(rows, device=model.device)
 
     def draw(ids: Tensor, logits: Tensor) -> Tensor:  # leaves one token to choose from
         cdf = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
@@ -609,13 +611,13 @@ def generate(model, prompts: list[list[int]], uniforms: Tensor, ends: list[int],
         token = torch.searchsorted(cdf, picked, right=True).clamp_(max=cdf.shape[1] - 1)
         return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
 
-    size = dict(max_new_tokens=uniforms.shape[1], eos_token_id=ends, pad_token_id=0)
-    kept, model.generation_config = model.generation_config, GenerationConfig(**size, **more)
-    try:
-        inputs = dict(attention_mask=(ids >= 0).long(), logits_processor=[draw] if temperature else [])
-        tokens = model.generate(ids.clamp(min=0), **inputs)[:, longest:]
-    finally:
-        model.generation_config = kept
+    kept, model.generation_config = (
+        model.generation_config,
+        GenerationConfig(max_new_tokens=uniforms.shape[1], eos_token_id=ends, pad_token_id=0, **more),
+    )
+    inputs = dict(attention_mask=(prompt >= 0).long(), logits_processor=[draw] if temperature else [])
+    tokens = model.generate(prompt.clamp(min=0), **inputs)[:, longest:]
+    model.generation_config = kept
     end = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).long()
     lengths = (end.cumsum(1) == end).sum(1).tolist()
     return [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)]
@@ -656,15 +658,8 @@ def learning_rate(step: int, total: int, peak: float, warmup: float = 0.0, floor
     return peak * (floor + (1 - floor) * (1 + cosine) / 2)
 
 
-def peak_flops(device: torch.device) -> float:
-    """Dense bfloat16 FLOP/s of a GPU by its data sheet; NaN for others, and so their MFU."""
-    known = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for key, flops in known.items() if key in name), math.nan)
-
-
 def last_box(text: str) -> str | None:
-    """Content of the last \\boxed{...} or \\fbox{...}, braces matched; None if it is missing or not closed."""
+    """Content of the last \\boxed{...} or \\fbox{...}, braces matched; None if missing or not closed."""
     last = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
     found = regex.match(r"\\(?:boxed|fbox)\s*(\{((?:\\.|[^{}\\]|(?1))*)\})", text[max(last, 0) :], regex.S)
     return found[2] if found else None

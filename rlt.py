@@ -19,15 +19,15 @@ Question q, solution s, explanation t; teacher pi_T, frozen student pi_S; log-pr
 
 How to run
   python rlt.py                                     the effect in miniature, with baselines, on two CPU cores
-  python rlt.py --config text --teacher M --data F  a real model: hub id, folder or .gguf; F: .jsonl or gym:NAME
+  python rlt.py --config text --teacher M --data F  a real model: hub id, folder, .gguf; F: .jsonl or gym:NAME
   python rlt.py --show                              the trained teacher explains, with the cost of each token
   python rlt.py --score F                           rank (question, solution, reasoning_trace) lines
   torchrun --nproc_per_node=8 rlt.py --config full  Qwen2.5-7B on Bespoke-Stratos-17k, the paper's setting
 
 Departures from the paper and its code
-- The paper writes a KL divergence; like its code we take the log-ratio at the sampled token. From the code, too:
-  tau inside r_SS; the reference moves 0.9 of the way to the policy every 32 updates; -1 for a missing closing
-  tag; an empty explanation counts 1 for mean and for max; explanations are re-encoded from their text.
+- The paper writes a KL divergence; like its code we take the log-ratio at the sampled token. From the code,
+  too: tau inside r_SS; the reference moves 0.9 of the way to the policy every 32 updates; -1 for a missing
+  closing tag; an empty explanation counts 1 for mean and for max; explanations are re-encoded from text.
 - The explanation is found by character offsets; a token that straddles a tag is left out. The code looks for
   its ids, so it finds the question if the explanation only repeats that.
 - Log-softmax in float32, no pad token in any loss, rewards in batches (the code: bfloat16, pads, one by one).
@@ -124,6 +124,8 @@ class Config(common.Config):
             raise UserError("--group must be 2 or more: the advantage compares completions of one question")
         if not 1 <= self.chains * self.part <= self.symbols <= len(SYMBOLS):
             raise UserError(f"1 <= --chains * --part <= --symbols <= {len(SYMBOLS)} is needed")
+        if self.share == "run" and self.prompts % int(os.environ.get("WORLD_SIZE", 1)):
+            raise UserError(f"--prompts {self.prompts} must be a multiple of the ranks: groups stay whole")
         if (self.teacher == "tiny") != (self.data == "pointers"):
             raise UserError("--data pointers goes with --teacher tiny, other data with another teacher")
 
@@ -188,7 +190,7 @@ CONFIGS = {
         seeds=8,
         problems=4096,
         symbols=32,
-        chains=8,
+        chains=6,
         width=128,
         base_batch=64,
         base_steps=4000,
@@ -330,7 +332,7 @@ def right_box(solution: str, text: str) -> float:
 
 
 def load_examples(cfg: Config, run: Run) -> tuple[list[Example], str]:
-    """Examples and the student's system prompt from what --data names; UserError for columns we do not know."""
+    """Examples and the student's system prompt from what --data names; UserError for unknown columns."""
     source = cfg.data
     if source == "pointers":
         return make_problems(cfg.problems, cfg, run.generator("problems"), cfg.p_write), POINTERS.student
@@ -380,21 +382,23 @@ class Tags:
     gap: str
 
 
-# the system prompt of Bespoke-Stratos-17k and its models, with its misprint: students have seen these very words
+# the system prompt of Bespoke-Stratos-17k and its models, misprint included: students have seen these words
 STRATOS_SYSTEM = (
-    "Your role as an assistant involves thoroughly exploring questions through a systematic long thinking "
-    "process before providing the final precise and accurate solutions. This requires engaging in a "
-    "comprehensive cycle of analysis, summarizing, exploration, reassessment, reflection, backtracing, and "
-    "iteration to develop well-considered thinking process. Please structure your response into two main "
-    "sections: Thought and Solution. In the Thought section, detail your reasoning process using the specified "
-    "format: <|begin_of_thought|> {thought with steps separated with '\n\n'} <|end_of_thought|> Each step should "
-    "include detailed considerations such as analisying questions, summarizing relevant findings, brainstorming "
-    "new ideas, verifying the accuracy of the current steps, refining any errors, and revisiting previous steps. "
-    "In the Solution section, based on various attempts, explorations, and reflections from the Thought section, "
-    "systematically present the final solution that you deem correct. The solution should remain a logical, "
-    "accurate, concise expression style and detail necessary step needed to reach the conclusion, formatted as "
-    "follows: <|begin_of_solution|> {final formatted, precise, and clear solution} <|end_of_solution|> Now, try "
-    "to solve the following question through the above guidelines:"
+    "Your role as an assistant involves thoroughly exploring questions through a systematic long "
+    "thinking process before providing the final precise and accurate solutions. This requires "
+    "engaging in a comprehensive cycle of analysis, summarizing, exploration, reassessment, "
+    "reflection, backtracing, and iteration to develop well-considered thinking process. Please "
+    "structure your response into two main sections: Thought and Solution. In the Thought section, "
+    "detail your reasoning process using the specified format: <|begin_of_thought|> {thought with "
+    "steps separated with '\n\n'} <|end_of_thought|> Each step should include detailed considerations"
+    " such as analisying questions, summarizing relevant findings, brainstorming new ideas, verifying"
+    " the accuracy of the current steps, refining any errors, and revisiting previous steps. In the "
+    "Solution section, based on various attempts, explorations, and reflections from the Thought "
+    "section, systematically present the final solution that you deem correct. The solution should "
+    "remain a logical, accurate, concise expression style and detail necessary step needed to reach "
+    "the conclusion, formatted as follows: <|begin_of_solution|> {final formatted, precise, and clear"
+    " solution} <|end_of_solution|> Now, try to solve the following question through the above "
+    "guidelines:"
 )
 TEACHER_SYSTEM = (
     "You explain how problems are solved. Your answer has two sections. The Solution section states the "
@@ -508,7 +512,7 @@ class Episode:
 
 
 def align(episodes: list[Episode], prompts: Prompts):
-    """Re-encode t in both contexts and find its tokens there; where the two differ, what they share is kept."""
+    """Re-encode t in both contexts and find its tokens; where the two differ, what they share is kept."""
     for e in episodes:
         e.t, e.closed = prompts.split_completion(e.text)
     told = [prompts.teacher(e.example, e.t) for e in episodes]
@@ -557,7 +561,7 @@ class LogProbLM(nn.Module):
 
 
 def load(name: str, task: Task, trainable: bool = False) -> LogProbLM:
-    """A model on this rank's device or sharded over the ranks: trained in float32, frozen in bfloat16 on GPUs."""
+    """A model on this rank's device, or sharded: float32 if it is trained, else bfloat16 on GPUs."""
     dtype = torch.bfloat16 if task.run.amp and not trainable else torch.float32
     lm, _ = common.load_lm(name, dtype)
     if trainable and task.cfg.recompute:
@@ -589,28 +593,31 @@ def export(model: LogProbLM, folder: Path, task: Task) -> str:
     return str(folder)
 
 
-def micro_batches(lengths: list[int], task: Task) -> list[list[int]]:
-    """Length-sorted groups of indices, each at most cfg.micro_tokens padded tokens (or a single sequence).
+def micro_batches(sequences: list[list[int]], supervised: list[list[int]], task: Task) -> Iterator[tuple]:
+    """Yields indices, ids and mask (B, T), and the loss mask (B, T - 1) of the next tokens, by length.
 
-    Every rank gets equally many, since FSDP makes them meet in each forward pass: some end with empty groups.
+    At most cfg.micro_tokens padded tokens each (or a single sequence). Every rank gets equally many, since
+    FSDP makes them meet in each forward pass: some end with a dummy without index, its loss mask empty.
     """
-    groups = [[]]
-    for i in np.argsort(lengths, kind="stable").tolist():
-        if groups[-1] and lengths[i] * (len(groups[-1]) + 1) > task.cfg.micro_tokens:
+    groups, device = [[]], task.run.device
+    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
+        if groups[-1] and len(sequences[i]) * (len(groups[-1]) + 1) > task.cfg.micro_tokens:
             groups.append([])
         groups[-1].append(i)
-    return groups + [[]] * (max(task.run.gather(len(groups))) - len(groups))
+    groups += [[]] * (max(task.run.gather(len(groups))) - len(groups))
+    for group in groups:
+        ids, valid = common.collate([sequences[i] for i in group] or [[0, 0]], device)
+        mask, _ = common.collate([supervised[i] for i in group] or [[0, 0]], device)
+        yield group, ids, valid, mask[:, 1:] > 0
 
 
 @torch.no_grad()
 def score(model: nn.Module, sequences: list[list[int]], task: Task) -> Tensor:
     """Log-probs (N, T - 1) of all next tokens of N sequences at cfg.temperature, in micro-batches."""
-    device = task.run.device
-    out = torch.zeros(len(sequences), max(map(len, sequences)) - 1, device=device)
-    for group in micro_batches([len(x) for x in sequences], task):
-        ids, mask = common.collate([sequences[i] for i in group] or [[0, 0]], device)
+    out = torch.zeros(len(sequences), max(map(len, sequences)) - 1, device=task.run.device)
+    for group, ids, valid, _ in micro_batches(sequences, sequences, task):
         with task.run.autocast():
-            logp = model(ids, mask, task.cfg.temperature)
+            logp = model(ids, valid, task.cfg.temperature)
         out[group, : logp.shape[1]] = logp[: len(group)]
     return out
 
@@ -643,16 +650,16 @@ def rlt_reward(
     align(episodes, task.prompts)
     student_logp = score(student, [e.student_ids for e in episodes], task)
     teacher_logp = score(teacher, [e.teacher_ids for e in episodes], task)
-    l, solution = at(student_logp, [e.s_student for e in episodes])  # l_k, (B, K)
+    ell, solution = at(student_logp, [e.s_student for e in episodes])  # l_k, (B, K)
     student_t, think = at(student_logp, [e.t_student for e in episodes])
     d = at(teacher_logp, [e.t_teacher for e in episodes])[0] - student_t  # d_j, (B, J)
     closed = torch.tensor([e.closed for e in episodes], device=d.device)
-    r_ss = reduce_scores(l, solution, cfg.alpha, "min")  # eq. (1)
+    r_ss = reduce_scores(ell, solution, cfg.alpha, "min")  # eq. (1)
     r_kl = reduce_scores(d, think, cfg.alpha, "max")  # eq. (2)
     r_kl = torch.where(think.any(1), r_kl, 1 + cfg.alpha)
     reward = r_ss - cfg.lam * r_kl + cfg.penalty * ~closed  # eq. (3)
     numbers = {"reward": reward, "r_ss": r_ss, "r_kl": r_kl, "length": think.sum(1), "closed": closed}
-    return numbers, l, d
+    return numbers, ell, d
 
 
 def correctness_reward(episodes: list[Episode], task: Task) -> dict[str, Tensor]:
@@ -690,7 +697,7 @@ class Sampler:
 
     @torch.no_grad()
     def refresh(self, model: LogProbLM):
-        """Take over the weights of `model` where it is another one: a sharded model is copied to each rank."""
+        """Take over the weights of `model` if it is another one: a sharded model is copied to each rank."""
         if self.lm is not model.lm:
             for mine, (_, p) in zip(self.lm.parameters(), full_weights(model), strict=True):
                 mine.copy_(p)
@@ -708,7 +715,7 @@ class Sampler:
 
 
 class VLLMSampler:
-    """The same by a vLLM engine on this rank's GPU, asleep while the models train; all prompts in one call."""
+    """The same by a vLLM engine on this rank's GPU, asleep while models train; all prompts in one call."""
 
     def __init__(self, name: str, model: LogProbLM, task: Task):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the weights stay in this process
@@ -764,8 +771,8 @@ def distinct_rows(step: int, count: int, n: int, run: Run) -> list[int]:
 def train_grpo(start: str, examples: list[Example], updates: int, explain: bool, task: Task) -> str:
     """`updates` steps of GRPO from the model `start`; returns the trained one's folder.
 
-    One loop for the paper and its baseline. `explain`: the policy explains given solutions, rewarded by eq. (3);
-    else it answers questions, and a right answer is 1. Groups never straddle ranks: advantages need no other.
+    One loop for the paper and its baseline. `explain`: the policy explains given solutions, rewarded by eq.
+    (3); else it answers questions, and a right answer is 1. Groups never straddle ranks.
     """
     cfg, run, device = task.cfg, task.run, task.run.device
     policy, reference = load(start, task, trainable=True), load(start, task)
@@ -788,17 +795,17 @@ def train_grpo(start: str, examples: list[Example], updates: int, explain: bool,
             numbers = correctness_reward(episodes, task)
         advantage = group_advantage(numbers["reward"], cfg.group)
 
-        sequences, losses = [e.prompt + e.completion for e in episodes], []
-        for group in micro_batches([len(x) for x in sequences], task):
-            ids, valid = common.collate([sequences[i] for i in group] or [[0, 0]], device)
-            begin = torch.tensor([len(episodes[i].prompt) for i in group] or [2], device=device)
-            sampled = torch.arange(1, ids.shape[1], device=device) >= begin[:, None]  # up to the end of turn
+        sequences = [e.prompt + e.completion for e in episodes]
+        sampled = [
+            [0] * len(e.prompt) + [1] * len(e.completion) for e in episodes
+        ]  # the end of turn included
+        losses = []
+        for group, ids, valid, mask in micro_batches(sequences, sampled, task):
             with run.autocast():
                 with torch.no_grad():
                     ref_logp = reference(ids, valid, cfg.temperature)
                 logp = policy(ids, valid, cfg.temperature)
-            a = advantage[group] if group else advantage[:1]  # a dummy, whose mask is empty
-            loss = grpo_loss(logp, ref_logp, a, valid[:, 1:] & sampled, cfg.beta)
+            loss = grpo_loss(logp, ref_logp, advantage[group or [0]], mask, cfg.beta)
             loss = loss * len(group) / len(episodes)  # the mean over all completions
             loss.backward()
             losses.append(loss.detach())
@@ -827,8 +834,8 @@ def sft(
 ):
     """Train in place: batch_of(step) is the global batch, (text, character where the loss begins) each.
 
-    The loss is the mean over the supervised tokens of the batch; longer texts are cut at cfg.context. rate(step)
-    is the learning rate, stop(step) may end the stage early.
+    The loss is the mean over the supervised tokens of the batch; longer texts are cut at cfg.context.
+    rate(step) is the learning rate, stop(step) may end the stage early.
     """
     cfg, run = task.cfg, task.run
     optimizer = torch.optim.AdamW(model.parameters(), rate(0), **adam, fused=run.device.type == "cuda")
@@ -838,12 +845,10 @@ def sft(
         masks = [(o[:, 0] >= begin).tolist() for (_, o), begin in zip(codes, begins, strict=True)]
         supervised = run.mean(float(sum(map(sum, masks)))).to(run.device)  # of a rank: gradients are averaged
         losses = []
-        for group in micro_batches([len(mask) for mask in masks], task):
-            ids, valid = common.collate([codes[i][0] for i in group] or [[0, 0]], run.device)
-            mask, _ = common.collate([masks[i] for i in group] or [[0, 0]], run.device)
+        for _, ids, valid, mask in micro_batches([ids for ids, _ in codes], masks, task):
             with run.autocast():
                 logp = model(ids, valid, 1.0)
-            loss = -(logp * mask[:, 1:]).sum() / supervised
+            loss = -(logp * mask).sum() / supervised
             loss.backward()
             losses.append(loss.detach())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -858,7 +863,7 @@ def sft(
 def fine_tune(
     name: str, texts: list[tuple[str, int]], steps: int, peak: float, warmup: float, task: Task, **adam
 ) -> str:
-    """SFT of a model on (text, character where the loss begins), in a new order every epoch; returns its folder."""
+    """SFT of a model on (text, character where the loss begins), in a new order every epoch -> its folder."""
     model, batch = load(name, task, trainable=True), min(task.cfg.batch, len(texts))
     rate = partial(common.learning_rate, total=steps, peak=peak, warmup=warmup)
 
@@ -871,7 +876,7 @@ def fine_tune(
 
 
 def collect(name: str, examples: list[Example], task: Task):
-    """One raw explanation of each example, with its reward, in traces-*.jsonl: a file a chunk, finished or not."""
+    """One raw explanation of each example, with its reward: traces-*.jsonl, a file a chunk, whole or absent."""
     cfg, run = task.cfg, task.run
     teacher, student = load(name, task), load(task.student, task)
     sampler, chunk = make_sampler(name, teacher, task), cfg.sample_batch * run.world_size
@@ -918,7 +923,7 @@ def hop_model(cfg: Config) -> LogProbLM:
 
 
 def worst_step(model: LogProbLM, examples: list[Example], task: Task) -> float:
-    """Mean probability of the right symbol where it is lowest, of all places of spelled-out explanations in both
+    """Mean probability of the right symbol at its lowest, over all places of spelled-out explanations in both
     formats: what a base model lacks in one place, no reward can teach."""
     episodes = [Episode(e, [], [], e.trace + task.prompts.tags.explanation[1]) for e in examples]
     align(episodes, task.prompts)
@@ -962,7 +967,7 @@ def make_base(cfg: Config, run: Run):
 
 
 def open_task(start: str, cfg: Config, run: Run) -> tuple[Task, list[Example]]:
-    """The task of the model `start`, and the problems that fit; UserError where the two do not go together."""
+    """The task of the model `start`, and the problems that fit; UserError if the two do not go together."""
     examples, system = load_examples(cfg, run)
     _, tokenizer = common.load_lm(start)
     prompts = Prompts(tokenizer, POINTERS if cfg.data == "pointers" else TEXT, system)
@@ -978,7 +983,7 @@ def open_task(start: str, cfg: Config, run: Run) -> tuple[Task, list[Example]]:
             fitting.append(e)
     if dropped := len(examples) - len(fitting):
         run.print(
-            f"{dropped} problems dropped: beyond --context {cfg.context}, or no token of the solution to score"
+            f"{dropped} problems dropped: beyond --context {cfg.context}, or no solution token to score"
         )
     if len(fitting) < cfg.holdout + cfg.prompts:
         raise UserError(f"{cfg.data}: {len(fitting)} problems are too few for --holdout and --prompts")
@@ -986,7 +991,7 @@ def open_task(start: str, cfg: Config, run: Run) -> tuple[Task, list[Example]]:
 
 
 def evaluate(name: str, examples: list[Example], task: Task) -> dict[str, float]:
-    """Of held-out problems: share solved and mean credit with greedy answers, share solved with sampled ones."""
+    """Held-out problems: share solved and mean credit of greedy answers, share solved by sampled ones."""
     cfg, run, model = task.cfg, task.run, load(name, task)
     sampler, mine = make_sampler(name, model, task), slice(run.rank, None, run.world_size)
     sampler.refresh(model)
@@ -1008,34 +1013,30 @@ def evaluate(name: str, examples: list[Example], task: Task) -> dict[str, float]
 
 def explanations(examples: list[Example], task: Task) -> tuple[list[Example], dict[str, float]]:
     """What the learner is distilled from, and the teacher's numbers in the last quarter of its RL."""
-    cfg, run, numbers = task.cfg, task.run, {}
+    cfg, numbers, kind = task.cfg, {}, f"part={task.cfg.part}"
     if cfg.source == "corpus":
         return [e for e in examples if e.trace][: cfg.traces], numbers
-    at = lambda child: replace(task, run=child)  # noqa: E731
+
+    def once(name: str, make: Callable, *args, **more) -> Path:
+        return task.run.once(name, lambda child: make(*args, replace(task, run=child), **more))
+
     told = [task.prompts.teacher(e, e.trace) for e in examples if e.trace]
     texts = [(text, begin) for text, _, begin in told]  # the loss begins after the opened explanation
-    warmup = (cfg.warmup_steps, cfg.warmup_lr, 0.05)
-    adam, kind = dict(betas=(0.9, 0.95), weight_decay=1e-4), f"part={cfg.part}"
-    folder = run.once(f"warm {kind}", lambda child: fine_tune(task.start, texts, *warmup, at(child), **adam))
+    sizes = (cfg.warmup_steps, cfg.warmup_lr, 0.05)
+    folder = once(f"warm {kind}", fine_tune, task.start, texts, *sizes, betas=(0.9, 0.95), weight_decay=1e-4)
     if cfg.teach:
-        warm, updates, kind = (
-            str(folder / "model"),
-            math.ceil(cfg.teach * cfg.updates),
-            f"lam={cfg.lam} {kind}",
-        )
-        folder = run.once(
-            f"teacher {kind}", lambda child: train_grpo(warm, examples, updates, True, at(child))
-        )
+        updates, kind = math.ceil(cfg.teach * cfg.updates), f"lam={cfg.lam} {kind}"
+        folder = once(f"teacher {kind}", train_grpo, str(folder / "model"), examples, updates, True)
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         late = [line for line in lines if line["step"] >= 0.75 * lines[-1]["step"]]
         numbers = {k: float(np.mean([line[k] for line in late])) for k in ("r_ss", "r_kl", "signal")}
-    teacher, part = str(folder / "model"), examples[: cfg.traces]
-    rows = read_traces(run.once(f"traces {kind}", lambda child: collect(teacher, part, at(child))))
+    part = examples[: cfg.traces]
+    rows = read_traces(once(f"traces {kind}", collect, str(folder / "model"), part))
     return [replace(e, trace=row["reasoning_trace"]) for e, row in zip(part, rows, strict=True)], numbers
 
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
-    """One cell of the table: teacher, explanations, distilled student, correctness RL, as the settings say."""
+    """One cell of the table: teacher, explanations, distilled student, correctness RL, as settings say."""
     start = cfg.teacher
     if start == "tiny":
         start = str(run.once(f"base part={cfg.part}", lambda child: make_base(cfg, child)) / "model")
@@ -1062,8 +1063,8 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
 
 
 def spell(episodes: list[Episode], teacher: nn.Module, student: nn.Module, task: Task) -> list[dict]:
-    """Score explanations and spell them out: texts, tokens with what each got (d, l), parts of the reward."""
-    numbers, l, d = rlt_reward(episodes, teacher, student, task)
+    """Score explanations and spell them out: texts, tokens with what each got, parts of the reward."""
+    numbers, ell, d = rlt_reward(episodes, teacher, student, task)
     decode, out = task.prompts.tokenizer.decode, []
     for i, e in enumerate(episodes):
         row = {"question": e.example.question, "solution": e.example.solution, "reasoning_trace": e.t}
@@ -1073,7 +1074,7 @@ def spell(episodes: list[Episode], teacher: nn.Module, student: nn.Module, task:
         }
         row |= {
             "s": [decode([e.student_ids[j]]) for j in e.s_student],
-            "l": l[i, : len(e.s_student)].tolist(),
+            "l": ell[i, : len(e.s_student)].tolist(),
         }
         out.append(row | {k: v[i].item() for k, v in numbers.items()})
     return out
@@ -1081,14 +1082,13 @@ def spell(episodes: list[Episode], teacher: nn.Module, student: nn.Module, task:
 
 def describe(row: dict) -> str:
     """A spelled-out explanation, token by token."""
-    tokens = lambda key, values: " | ".join(
-        f"{t} {v:+.2f}" for t, v in zip(row[key], row[values], strict=True)
-    )  # noqa: E731
+    costs = " | ".join(f"{token} {d:+.2f}" for token, d in zip(row["t"], row["d"], strict=True))
+    gains = " | ".join(f"{token} {x:+.2f}" for token, x in zip(row["s"], row["l"], strict=True))
     return (
         f"question {row['question']}\nexplanation {row['reasoning_trace']}\n"
-        f"each token's log teacher - log student, d_j: {tokens('t', 'd')}\n"
-        f"each solution token's log-prob, l_k: {tokens('s', 'l')}\n"
-        f"reward {row['reward']:.3f}: r_SS {row['r_ss']:.3f}, r_KL {row['r_kl']:.3f}, closed {bool(row['closed'])}"
+        f"each token's log teacher - log student, d_j: {costs}\n"
+        f"each solution token's log-prob, l_k: {gains}\n"
+        f"reward {row['reward']:.3f}: r_SS {row['r_ss']:.3f}, r_KL {row['r_kl']:.3f}, closed {row['closed']}"
     )
 
 
@@ -1143,9 +1143,81 @@ def draw(figure, cfg: Config, run: Run):
     figure.colorbar(image, ax=right, label="log teacher - log student")
 
 
+# --- sizes without weights, and what is missing ---
+
+QWEN_7B = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28)
+QWEN_7B |= dict(num_key_value_heads=4, vocab_size=152064)
+
+
+def missing(cfg: Config) -> list[str]:
+    """What this config needs and does not find, a line each, with the flag that takes a local copy."""
+    from huggingface_hub import dataset_info, model_info
+    from transformers import AutoTokenizer
+
+    found, problem = [], "not here and not on the hub; a local folder will do"
+    for flag in ("teacher", "student", "learner"):
+        name = getattr(cfg, flag)
+        if name in ("self", "tiny") or Path(name).is_file():
+            continue
+        try:
+            AutoTokenizer.from_pretrained(name, local_files_only=True)
+        except (OSError, ValueError):
+            found += [f"--{flag} {name}: {problem}"] if absent(model_info, name) else []
+    if "/" in cfg.data and not Path(cfg.data).exists() and absent(dataset_info, cfg.data):
+        found.append(f"--data {cfg.data}: {problem}, so will a .jsonl")
+    if cfg.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
+        found.append('vllm: pip install -e ".[vllm]", or --sampler hf (a thousand GPU hours in full)')
+    return found
+
+
+def absent(ask: Callable, name: str) -> bool:
+    """Whether the hub does not answer, or does not have it."""
+    try:
+        ask(name, timeout=10)
+    except Exception:  # the library raises a dozen kinds
+        return True
+    return False
+
+
+def dry_run(cfg: Config, run: Run):
+    """Print what is missing, and parameters, memory and hours of the RL on H100s, every text of full length.
+
+    Decoding is bound by memory bandwidth: each step reads the weights and the cache of all sequences.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+
+    config = Qwen2Config(**QWEN_7B)
+    if cfg.teacher == "tiny":
+        config = hop_model(cfg).lm.config
+    elif Path(cfg.teacher).is_dir():
+        config = AutoConfig.from_pretrained(cfg.teacher)
+    with torch.device("meta"):
+        n = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    a_token = 4 * config.num_hidden_layers * heads * config.hidden_size // config.num_attention_heads
+    gpus, completions = (run.world_size if run.world_size > 1 else 8), cfg.prompts * cfg.group
+    cache = completions / gpus * cfg.max_new * a_token  # bytes of keys and values at the end
+    decode = cfg.max_new * (2 * n + cache / 2) / 3.35e12  # seconds an update
+    flops = 14 * n * completions * cfg.max_new  # policy 8 N a token, reference, student and teacher 2 N each
+    update = flops / gpus / (0.4 * 989e12)  # seconds at 40 % of an H100's peak
+    memory = {"teacher, gradients, AdamW": 16 * n / gpus, "reference, student": 4 * n / gpus}
+    memory |= {"copy that decodes": 2 * n, "its cache": cache}
+    sizes = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in memory.items())
+    seconds = decode + update
+    run.print(f"{n:,} parameters; GB on each of {gpus} GPUs: {sizes}")
+    run.print(f"{cfg.updates} updates of {completions} completions, {flops:.1e} FLOP, {seconds:.0f} s each")
+    run.print(f"{cfg.updates * seconds / 3600:.1f} hours, {decode / seconds:.0%} of it decoding")
+    for line in missing(cfg):
+        run.print(f"missing: {line}")
+
+
 def main():
     cfg = common.parse_config(CONFIGS)
     with Run(cfg, "" if cfg.teacher == "tiny" else cfg.teacher) as run:
+        if cfg.dry_run:
+            return dry_run(cfg, run)
+        if found := missing(cfg):
+            raise UserError("; ".join(found))
         if cfg.score:
             return rank_file(cfg, run)
         if not cfg.show:
