@@ -876,7 +876,7 @@ def fine_tune(
 
 
 def collect(name: str, examples: list[Example], task: Task):
-    """One raw explanation of each example, with its reward: traces-*.jsonl, a file a chunk, whole or absent."""
+    """One raw explanation of each example, with its reward: traces-*.jsonl, a file a chunk."""
     cfg, run = task.cfg, task.run
     teacher, student = load(name, task), load(task.student, task)
     sampler, chunk = make_sampler(name, teacher, task), cfg.sample_batch * run.world_size
@@ -949,7 +949,7 @@ def make_base(cfg: Config, run: Run):
     def learned(step: int) -> bool:
         return step % 25 == 24 and worst_step(model, spelled, task) >= 0.95
 
-    spelled = make_problems(256, cfg, run.generator("spelled"), 1.0)
+    spelled = make_problems(64, cfg, run.generator("spelled"), 1.0)
     adam = dict(betas=(0.9, 0.98), weight_decay=0.01)
     constant = lambda step: cfg.base_lr * min(1, (step + 1) / 30)  # noqa: E731
     cosine = partial(common.learning_rate, total=cfg.web_steps, peak=cfg.base_lr, floor=0.05)

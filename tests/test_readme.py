@@ -1,11 +1,14 @@
 """README.md: its commands parse, its files and numbers exist, CI runs its own test command."""
 
+import json
 import re
 import shlex
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
+import before
 import common
 import mood
 import namm
@@ -21,6 +24,8 @@ SCRIPTS = {
     "sudoku_bench.py": sudoku_bench.CONFIGS,
     "transformer2.py": transformer2.CONFIGS,
 }
+
+NEW = {"rlt.py"}  # scripts on the new common.py
 
 
 def commands():
@@ -49,7 +54,8 @@ def test_every_command_of_readme_is_understood(line):
     assert (ROOT / words[script]).exists()
     if words[script].startswith("tests/"):
         return
-    common.parse_config(SCRIPTS[words[script]], words[script + 1 :])
+    parse = common.parse_config if words[script] in NEW else before.parse_config
+    parse(SCRIPTS[words[script]], words[script + 1 :])
 
 
 def test_a_row_for_each_of_ten_methods_and_coming_where_there_is_no_file():
@@ -74,6 +80,23 @@ def test_no_placeholder_is_left():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_setting_has_the_comment_that_help_shows(script):
-    source = (ROOT / script).read_text() + (ROOT / "common.py").read_text()
+    source = (ROOT / script).read_text() + (ROOT / ("common.py" if script in NEW else "before.py")).read_text()
     for name in vars(SCRIPTS[script]["demo"]):
         assert re.search(rf"^    {name}: .*?  # \S", source, re.M), name
+
+
+@pytest.mark.parametrize("script", sorted(NEW))
+def test_readme_quotes_the_demo_that_is_kept_in_assets(script):
+    """Every number of the script's table and claims is that of assets/<script>.json."""
+    name = script.removesuffix(".py")
+    kept = json.loads((ROOT / "assets" / f"{name}.json").read_text())
+    section = README.split(f"## {script}\n")[1].split("\n## ")[0]
+    assert kept["config"] == "demo" and kept["claims"]
+    for row, cells in kept["table"].items():
+        line = next(x for x in section.splitlines() if x.strip("|* ").startswith(f"{row}") and x.startswith("|"))
+        for metric in cells[0]:
+            values = [cell[metric] for cell in cells]
+            assert None in values or f"{np.mean(values):.3f}" in line, (row, metric)
+    for claim in kept["claims"]:
+        line = next(x for x in section.splitlines() if claim["text"] in x)
+        assert f"{claim['diff']:.3f} ± {claim['ci95']:.3f}" in line and ("yes" if claim["holds"] else "no") in line
