@@ -386,7 +386,8 @@ def test_benchmark_runs_a_local_task_on_a_model_in_memory(tmp_path, bpe_tokenize
     (tmp_path / "w.jsonl").write_text('{"question": "1", "answer": "2"}\n' * 3)
     (tmp_path / "words.yaml").write_text(
         f"task: words\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/w.jsonl}}}}\n"
-        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+        "test_split: test\noutput_type: generate_until\n"
+        "doc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
         "generation_kwargs: {until: ['\\n'], max_gen_toks: 4}\n"
         "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
     )

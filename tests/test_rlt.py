@@ -23,7 +23,8 @@ def task(tmp_path):
     """The pointer task with two symbols to follow, and no base model yet."""
     cfg = replace(rlt.CONFIGS["smoke"], out=str(tmp_path), temperature=0.7, alpha=0.3, micro_tokens=100)
     tok = common.CharTokenizer(rlt.SYMBOLS[:6] + "~?!()[]{}$", eos="$")
-    tok.chat_template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    turn = "{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    tok.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
     run = Run(cfg)
     run.folder.mkdir(parents=True)
     return rlt.Task(cfg, run, rlt.Prompts(tok, rlt.POINTERS, "?"), "")
