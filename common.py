@@ -84,7 +84,7 @@ class Config:
             raise UserError("--device cuda: torch sees no CUDA device here")
         for field in fields(self):
             value, default = getattr(self, field.name), field.default
-            if type(value) not in (int, float) or default < 0:
+            if {type(value), type(default)} - {int, float} or default < 0:
                 continue
             low = min(default, 1) if type(default) is int else 0
             if not low <= value < math.inf:
@@ -694,7 +694,7 @@ def benchmark(
         )
     if dist.is_initialized():
         lm._rank, lm._world_size = dist.get_rank(), dist.get_world_size()
-        lm.accelerator = need("accelerate", "lm").Accelerator(cpu=model.device.type == "cpu")
+        lm.accelerator = need("accelerate", "lm").Accelerator(cpu=not torch.cuda.is_available())
     manager = need("lm_eval.tasks", "lm").TaskManager(include_path=folder, include_defaults=folder is None)
     chat = dict(apply_chat_template=bool(tokenizer.chat_template), system_instruction=system)
     settings = dict(task_manager=manager, bootstrap_iters=0, log_samples=False) | chat | more

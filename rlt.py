@@ -49,7 +49,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -717,6 +717,8 @@ class Sampler:
 class VLLMSampler:
     """The same by a vLLM engine on this rank's GPU, asleep while models train; all prompts in one call."""
 
+    engines: ClassVar[dict] = {}
+
     def __init__(self, name: str, model: LogProbLM, task: Task):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the weights stay in this process
         self.vllm, self.ends = common.need("vllm", "vllm"), common.end_ids(model.lm, task.prompts.tokenizer)
@@ -724,7 +726,10 @@ class VLLMSampler:
         settings |= dict(gpu_memory_utilization=0.4, enable_sleep_mode=True, seed=task.run.rank)
         if "RANK" in os.environ:
             settings["distributed_executor_backend"] = "external_launcher"
-        self.engine = self.vllm.LLM(name, **settings)
+        kind = type(model.lm), *(p.shape for p in model.lm.parameters())
+        if kind not in self.engines:  # it holds a GPU, and only the weights differ
+            self.engines[kind] = self.vllm.LLM(name, **settings)
+        self.engine = self.engines[kind]
 
     def refresh(self, model: LogProbLM):
         self.engine.wake_up()
@@ -994,20 +999,25 @@ def evaluate(name: str, examples: list[Example], task: Task) -> dict[str, float]
     """Held-out problems: share solved and mean credit of greedy answers, share solved by sampled ones."""
     cfg, run, model = task.cfg, task.run, load(name, task)
     sampler, mine = make_sampler(name, model, task), slice(run.rank, None, run.world_size)
-    sampler.refresh(model)
     credits = []
     for temperature in (0.0, cfg.eval_temperature):
+        sampler.refresh(model)
         uniforms = torch.rand(len(examples), cfg.eval_new, generator=run.generator("answers"))[mine]
         answers = rollout(sampler, examples[mine], task.prompts.student_prompt, uniforms, temperature, task)
         credits.append(np.concatenate(run.gather([e.example.credit(e.text) for e in answers])))
     greedy, sampled = credits
     found = {"solved": (greedy == 1).mean(), "credit": greedy.mean(), "sampled": (sampled == 1).mean()}
     if cfg.bench:
-        lm = common.load_lm(name)[0].to(run.device)
-        scores = common.benchmark(lm, task.prompts.tokenizer, cfg.bench, system=task.prompts.student_system)
-        found |= {
-            k: next(v for name, v in x.items() if name.startswith("exact_match,")) for k, x in scores.items()
-        }
+        lm = model.lm
+        if cfg.sampler == "vllm":
+            vllm = common.need("lm_eval.models.vllm_causallms", "vllm")
+            lm = vllm.VLLM(name, max_model_len=cfg.context, gpu_memory_utilization=0.4)
+        elif run.world_size > 1:  # lm-eval decodes a whole model on each rank
+            lm = common.load_lm(name)[0].to(run.device)
+        decoding = dict(max_gen_toks=cfg.eval_new, do_sample=True, temperature=cfg.eval_temperature)
+        options = dict(system=task.prompts.student_system, gen_kwargs=decoding)
+        for name, scores in common.benchmark(lm, task.prompts.tokenizer, cfg.bench, **options).items():
+            found[name] = next(v for metric, v in scores.items() if metric.startswith("exact_match,"))
     return found
 
 
