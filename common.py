@@ -234,7 +234,7 @@ class Run:
             place = self.folder.with_suffix("")
             set_aside(place)
             self.folder = self.folder.rename(place)
-        self.print(f"\n{self.results['seconds']:.0f} s on {self.world_size} x {device}; see {self.folder}")
+        self.print(f"\n{self.results['seconds']:.0f} s, {self.world_size} ranks, {device}; see {self.folder}")
 
     # randomness and ranks
 
