@@ -362,16 +362,17 @@ def test_two_ranks_with_sharded_models_do_what_one_process_does(run_script, tmp_
         torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=2e-3, atol=2e-3)
 
 
-def test_bad_input_is_one_line_with_exit_code_2_and_touches_nothing(run_script, tmp_path, text_files):
+def test_bad_input_is_one_line_with_exit_code_2(run_script, tmp_path, text_files, capsys):
+    for words in (["--group", "1"], ["--prompts", "0"], ["--temperature", "-1"], ["--lr", "nan"]):
+        with pytest.raises(SystemExit) as end:
+            common.parse_config(rlt.CONFIGS, [*text_files, *words])
+        message = capsys.readouterr().err
+        assert end.value.code == 2 and message.count("\n") == 1 and words[0] in message
     (tmp_path / "bad.jsonl").write_text('{"question": "x"}\n')
     for arguments, words in (
-        (["--group", "1"], "--group"),
-        (["--prompts", "0"], "--prompts"),
-        (["--temperature", "-1"], "--temperature"),
         (["--data", "bad.jsonl"], "bad.jsonl, row 1"),
         (["--context", "20"], "too few"),
         (["--teacher", "nowhere"], "nowhere"),
-        (["--rows", "RTL"], "'RTL'"),
     ):
         done = run_script(ROOT / "rlt.py", *text_files, *arguments, check=False)
         lines = [x for x in done.stderr.splitlines() if x.startswith("rlt.py")]
