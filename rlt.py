@@ -32,6 +32,7 @@ Departures from the paper and its code
   its ids, so it finds the question if the explanation only repeats that.
 - Log-softmax in float32, no pad token in any loss, rewards in batches (the code: bfloat16, pads, one by one).
 - The teacher's system prompt is ours, of the same structure. One explanation a question is collected.
+  Supervised texts are cut at --context. lm-eval's prompts and graders where the paper used SkyThought's.
 - Samples are an inverse CDF of numbers that all ranks draw alike: their number changes no result.
 - The demo's task, pointer chasing, is ours and was selected: exploration must fail. With half the chains it
   does not, and correctness RL wins: two control rows. Settings were tuned on seeds from 100 on.
@@ -84,13 +85,14 @@ class Config(common.Config):
     base_check: bool = True  # stop when the tiny model cannot follow single hops
     # supervised stages
     warmup_steps: int = 40  # optimizer steps of the teacher on corpus traces
+    warmup_batch: int = 32  # texts a step
     warmup_lr: float = 1e-3  # peak; 5 % linear warm-up, then cosine
     source: Literal["teacher", "corpus"] = "teacher"  # explanations that the learner is distilled from
     traces: int = 384  # explanations to distil from
     distil_steps: int = 80  # optimizer steps
     distil: float = 1.0  # share of the two that the learner gets; 0: no distillation
     distil_lr: float = 1e-3  # peak; 10 % linear warm-up, then cosine
-    batch: int = 32  # texts a step of these stages
+    distil_batch: int = 32  # texts a step
     # reinforcement learning
     updates: int = 40  # optimizer steps, one for each batch of completions
     teach: float = 1.0  # share of them that the teacher gets; 0: explanations of the teacher before RL
@@ -143,7 +145,8 @@ REAL = replace(
     holdout=4,
     warmup_steps=2,
     warmup_lr=1e-5,
-    batch=4,
+    warmup_batch=4,
+    distil_batch=4,
     traces=4,
     distil_steps=2,
     distil_lr=1e-5,
@@ -174,7 +177,8 @@ CONFIGS = {
         web_steps=10,
         base_check=False,
         warmup_steps=3,
-        batch=8,
+        warmup_batch=8,
+        distil_batch=8,
         updates=3,
         prompts=2,
         group=4,
@@ -214,8 +218,9 @@ CONFIGS = {
         data="bespokelabs/Bespoke-Stratos-17k",
         holdout=64,
         bench=("hendrycks_math500", "aime24", "gpqa_diamond_cot_zeroshot"),
-        warmup_steps=3000,
-        batch=96,
+        warmup_batch=16,
+        warmup_steps=10440,
+        distil_batch=96,
         traces=17000,
         distil_steps=522,
         updates=125,
@@ -866,10 +871,10 @@ def sft(
 
 
 def fine_tune(
-    name: str, texts: list[tuple[str, int]], steps: int, peak: float, warmup: float, task: Task, **adam
+    name: str, texts: list, batch: int, steps: int, peak: float, warmup: float, task: Task, **adam
 ) -> str:
     """SFT of a model on (text, character where the loss begins), in a new order every epoch -> its folder."""
-    model, batch = load(name, task, trainable=True), min(task.cfg.batch, len(texts))
+    model, batch = load(name, task, trainable=True), min(batch, len(texts))
     rate = partial(common.learning_rate, total=steps, peak=peak, warmup=warmup)
 
     def batch_of(step: int) -> list[tuple[str, int]]:
@@ -1032,7 +1037,7 @@ def explanations(examples: list[Example], task: Task) -> tuple[list[Example], di
 
     told = [task.prompts.teacher(e, e.trace) for e in examples if e.trace]
     texts = [(text, begin) for text, _, begin in told]  # the loss begins after the opened explanation
-    sizes = (cfg.warmup_steps, cfg.warmup_lr, 0.05)
+    sizes = (cfg.warmup_batch, cfg.warmup_steps, cfg.warmup_lr, 0.05)
     folder = once(f"warm {kind}", fine_tune, task.start, texts, *sizes, betas=(0.9, 0.95), weight_decay=1e-4)
     if cfg.teach:
         updates, kind = math.ceil(cfg.teach * cfg.updates), f"lam={cfg.lam} {kind}"
@@ -1063,7 +1068,9 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
         shown = [task.prompts.student(e, e.trace) for e in traces[: math.ceil(cfg.distil * len(traces))]]
         texts = [(text, begin) for text, _, _, begin in shown]  # the loss covers the assistant's turn
         steps = math.ceil(cfg.distil * cfg.distil_steps)
-        learner = fine_tune(learner, texts, steps, cfg.distil_lr, 0.1, task, weight_decay=0.0)
+        learner = fine_tune(
+            learner, texts, cfg.distil_batch, steps, cfg.distil_lr, 0.1, task, weight_decay=0.0
+        )
     if cfg.solve:
         learner = train_grpo(learner, examples, math.ceil(cfg.solve * cfg.updates), False, task)
     return evaluate(learner, heldout, task) | numbers
