@@ -126,6 +126,10 @@ class Config(common.Config):
             raise UserError("--group must be 2 or more: the advantage compares completions of one question")
         if not 1 <= self.chains * self.part <= self.symbols <= len(SYMBOLS):
             raise UserError(f"1 <= --chains * --part <= --symbols <= {len(SYMBOLS)} is needed")
+        if not (self.teacher and self.data):
+            raise UserError(
+                "--teacher (hub id, folder or .gguf) and --data (.jsonl, hub id or gym:NAME) are needed"
+            )
         if self.share == "run" and self.prompts % int(os.environ.get("WORLD_SIZE", 1)):
             raise UserError(f"--prompts {self.prompts} must be a multiple of the ranks: groups stay whole")
         if (self.teacher == "tiny") != (self.data == "pointers"):
