@@ -1103,8 +1103,12 @@ def spell(episodes: list[Episode], teacher: nn.Module, student: nn.Module, task:
 
 def describe(row: dict) -> str:
     """A spelled-out explanation, token by token."""
-    costs = " | ".join(f"{token} {d:+.2f}" for token, d in zip(row["t"], row["d"], strict=True))
-    gains = " | ".join(f"{token} {x:+.2f}" for token, x in zip(row["s"], row["l"], strict=True))
+    costs = " | ".join(
+        f"{token.strip() or repr(token)} {d:+.2f}" for token, d in zip(row["t"], row["d"], strict=True)
+    )
+    gains = " | ".join(
+        f"{token.strip() or repr(token)} {x:+.2f}" for token, x in zip(row["s"], row["l"], strict=True)
+    )
     return (
         f"question {row['question']}\nexplanation {row['reasoning_trace']}\n"
         f"each token's log teacher - log student, d_j: {costs}\n"
