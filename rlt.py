@@ -79,7 +79,7 @@ class Config(common.Config):
     p_write: float = 0.3  # chance that a corpus trace writes an intermediate symbol
     width: int = 64  # of the tiny model
     base_batch: int = 16  # texts a step of its pre-training
-    base_steps: int = 600  # pre-training steps with every symbol written, at most
+    base_steps: int = 1500  # pre-training steps with every symbol written, at most
     web_steps: int = 250  # pre-training steps on corpus traces
     base_lr: float = 4e-3  # of pre-training
     base_check: bool = True  # stop when the tiny model cannot follow single hops
