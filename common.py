@@ -733,6 +733,8 @@ def load_rows(
             why = str(e.__cause__ or e).split("\n")[0][:150]
             raise UserError(f"{source}: no file, folder or hub id that can be read ({why})") from None
     need_text(source, rows, needed)
+    if not rows:
+        raise UserError(f"{source}: no rows")
     return rows
 
 

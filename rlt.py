@@ -262,7 +262,7 @@ CLAIMS = [
     Claim("... beats one distilled from the teacher before RL", "solved", "RLT", "teacher before RL"),
     Claim("without the KL term (theirs) teaching is worse", "solved", "RLT", "RLT, lambda = 0"),
     Claim(
-        "... though r_SS without it (ours) is as high or higher",
+        "... though r_SS without it (ours) is as high or higher, margin 0.1",
         "r_ss",
         "RLT, lambda = 0",
         "RLT",
@@ -348,6 +348,8 @@ def load_examples(cfg: Config, run: Run) -> tuple[list[Example], str]:
     gym = dict(size=cfg.problems, seed=cfg.seed) if source.startswith("gym:") else {}
     rows = common.load_rows(source, subset="main" if "gsm8k" in source else None, **gym)
     if "conversations" in rows[0]:
+        if len({row["system"] for row in rows}) > 1:
+            raise UserError(f"{source}: the column system varies, so there is no one student prompt")
         return [stratos(row, source) for row in rows], rows[0]["system"]
     common.need_text(source, rows, ("question", "answer" if "answer" in rows[0] else "solution"))
     examples = []
@@ -985,6 +987,9 @@ def open_task(start: str, cfg: Config, run: Run) -> tuple[Task, list[Example]]:
     examples, system = load_examples(cfg, run)
     _, tokenizer = common.load_lm(start)
     prompts = Prompts(tokenizer, POINTERS if cfg.data == "pointers" else TEXT, system)
+    for name in {cfg.student, cfg.learner} - {"self", start}:
+        if common.load_lm(name)[1].get_vocab() != tokenizer.get_vocab():
+            raise UserError(f"{name} and {start} tokenize differently; d_j compares the same tokens in both")
     answers = [prompts.student(e, prompts.tags.gap) for e in examples]
     codes = prompts.encode([text for text, *_ in answers])
     questions = prompts.encode([prompts.teacher_prompt(e) for e in examples])

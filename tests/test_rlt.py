@@ -286,6 +286,9 @@ def test_jsonl_gsm8k_stratos_and_gym_rows(task, monkeypatch):
     turns = [{"from": "user", "value": "Q"}, {"from": "assistant", "value": blocks}]
     found = load(task, [{"system": "SYS", "conversations": turns}], monkeypatch)
     assert found == ([Example("Q", "\n\nS\n\n", "\n\nT\n\n")], "SYS")
+    two = [{"system": x, "conversations": turns} for x in ("SYS", "OTHER")]
+    with pytest.raises(UserError, match="system varies"):
+        load(task, two, monkeypatch)
     with pytest.raises(UserError, match="begin_of_thought"):
         load(task, [{"system": "SYS", "conversations": [turns[0], turns[0]]}], monkeypatch)
     monkeypatch.undo()
@@ -369,10 +372,14 @@ def test_bad_input_is_one_line_with_exit_code_2(run_script, tmp_path, text_files
         message = capsys.readouterr().err
         assert end.value.code == 2 and message.count("\n") == 1 and words[0] in message
     (tmp_path / "bad.jsonl").write_text('{"question": "x"}\n')
+    other = bpe(["quite another text: 12 plus 30"], size=300)
+    common.tiny_lm(len(other), 32, 2).save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
     for arguments, words in (
         (["--data", "bad.jsonl"], "bad.jsonl, row 1"),
         (["--context", "20"], "too few"),
         (["--teacher", "nowhere"], "nowhere"),
+        (["--student", "other"], "tokenize differently"),
     ):
         done = run_script(ROOT / "rlt.py", *text_files, *arguments, check=False)
         lines = [x for x in done.stderr.splitlines() if x.startswith("rlt.py")]
