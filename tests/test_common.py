@@ -371,7 +371,7 @@ def test_rows_are_read_whatever_their_line_ends_and_marks_and_bad_ones_are_named
             common.load_rows(str(tmp_path / f"{name}.jsonl"), ["q"])
         assert all(w in str(error.value) for w in [name, *words]) and "\n" not in str(error.value)
     (tmp_path / "head.csv").write_text("q,a\n")
-    for name, words in (("nobody/nothing", "nobody/nothing"), (str(tmp_path / "head.csv"), "no rows")):
+    for name, words in (("nobody/nothing", "nobody/nothing"), (str(tmp_path / "head.csv"), "head.csv")):
         with pytest.raises(UserError, match=words):
             common.load_rows(name)
 
