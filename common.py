@@ -37,12 +37,16 @@ import regex
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.distributed.run as torchrun
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from scipy import stats
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import _init_optim_state
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -84,10 +88,8 @@ class Config:
             raise UserError("--device cuda: torch sees no CUDA device here")
         for field in fields(self):
             value, default = getattr(self, field.name), field.default
-            if {type(value), type(default)} - {int, float} or default < 0:
-                continue
             low = min(default, 1) if type(default) is int else 0
-            if not low <= value < math.inf:
+            if type(default) in (int, float) and default >= 0 and not low <= value < math.inf:
                 raise UserError(f"--{field.name} {value}: must be finite and at least {low}")
 
 
@@ -98,18 +100,16 @@ def parse_config(configs: dict[str, Config], args: Sequence[str] | None = None) 
     """
     import tyro
 
-    module = inspect.getmodule(type(configs["demo"]))
-    script = Path(module.__file__).name
-    first = argparse.ArgumentParser(script, add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default="demo", choices=list(configs))
     name = first.parse_known_args(args)[0].config
     default = replace(configs[name], config=name)
-    options = dict(prog=script, description=module.__doc__, use_underscores=True)
-    cfg = tyro.cli(type(default), default=default, args=args, **options)
+    about = inspect.getmodule(type(default)).__doc__
+    cfg = tyro.cli(type(default), default=default, args=args, description=about, use_underscores=True)
     try:
         cfg.check()
     except UserError as e:
-        first.exit(2, f"{script}: {e}\n")
+        first.exit(2, f"{first.prog}: {e}\n")
     return cfg
 
 
@@ -129,11 +129,6 @@ def to_json(data) -> str:
     return json.dumps(plain, ensure_ascii=False)
 
 
-def set_aside(path: Path) -> Path:
-    """Rename to <path>.bak-<time>: nothing is lost."""
-    return path.rename(f"{path}.bak-{time.strftime('%y%m%d-%H%M%S')}-{os.getpid()}")
-
-
 def stable_seed(*parts) -> int:
     """32 bits that are the same in every process, which hash() is not."""
     return zlib.crc32(repr(parts).encode())
@@ -146,35 +141,34 @@ def stable_seed(*parts) -> int:
 class Claim:
     """A sentence of the paper: `metric` of row `ours` against row `theirs`, paired by seed.
 
-    "higher" ("lower") holds if the 95 % t-interval of the difference lies above (below) `margin`; a negative
-    margin says "not worse by more than that". "same" holds if it lies within +- margin.
+    It holds if the 95 % t-interval of how much better ours is lies above `margin`; a negative margin says
+    "not worse by more than that".
     """
 
     text: str
     metric: str
     ours: str
     theirs: str
-    better: Literal["higher", "lower", "same"] = "higher"
+    better: Literal["higher", "lower"] = "higher"
     margin: float = 0.0
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half-width of its 95 % t-interval; NaN for a single value."""
     values = np.asarray(values, float)
-    n, mean = len(values), values.mean()
-    if n < 2:
-        return mean, math.nan
-    return mean, float(stats.t.ppf(0.975, n - 1) * stats.sem(values))
+    if len(values) < 2:
+        return values.mean(), math.nan
+    return values.mean(), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
 
 
 def judge(claim: Claim, table: dict[str, list[dict]]) -> dict:
     """The claim's entry in results.json: difference, half-width of its interval (ci95), whether it holds."""
-    ours, theirs = ([cell[claim.metric] for cell in table[row]] for row in (claim.ours, claim.theirs))
-    diff, half = interval(np.subtract(ours, theirs))
+    ours = np.array([cell[claim.metric] for cell in table[claim.ours]], float)
+    theirs = np.array([cell[claim.metric] for cell in table[claim.theirs]], float)
+    diff, half = interval(ours - theirs)
     gain = -diff if claim.better == "lower" else diff
-    holds = abs(diff) + half < claim.margin if claim.better == "same" else gain - half > claim.margin
-    means = {"mean_ours": np.mean(ours), "mean_theirs": np.mean(theirs)}
-    return asdict(claim) | means | {"diff": diff, "ci95": half, "n": len(ours), "holds": bool(holds)}
+    found = dict(mean_ours=ours.mean(), mean_theirs=theirs.mean(), diff=diff, ci95=half, n=len(ours))
+    return asdict(claim) | found | {"holds": bool(gain - half > claim.margin)}
 
 
 class Run:
@@ -187,29 +181,28 @@ class Run:
 
     def __init__(self, cfg: Config, model: str = ""):
         if cfg.ranks > 1 and "RANK" not in os.environ and not cfg.dry_run:
-            sys.exit(launch(cfg.ranks))
+            launch(cfg.ranks)
         self.cfg, self.script, self.cell = cfg, Path(inspect.getfile(type(cfg))).stem, ""
-        self.started, self.results, self.speed, self._pending = time.time(), {}, {}, []
-        name = f"{self.script}-{cfg.config}-s{cfg.seed}-{Path(model).name}"
-        self.folder = Path(cfg.out) / name.removesuffix("-")
+        self.started, self.results, self.speed = time.time(), {}, {}
+        words = self.script, cfg.config, f"s{cfg.seed}", Path(model).name
+        self.root = self.folder = Path(cfg.out) / "-".join(filter(None, words))
         gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
         self.device, self.rank, self.world_size = torch.device("cpu"), 0, 1
-        if gpu:
-            local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-            self.device = torch.device("cuda", local)  # ranks that make other cells may share a GPU
+        if gpu:  # ranks that make other cells may share one
+            self.device = torch.device(
+                "cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+            )
             torch.cuda.set_device(self.device)
         if "RANK" in os.environ:
-            backend = "cpu:gloo,cuda:nccl" if gpu and cfg.share == "run" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=datetime.timedelta(days=1)
+            )
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.amp = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu)
         torch.set_float32_matmul_precision("high" if self.amp else "highest")  # TF32
-        if "OMP_NUM_THREADS" not in os.environ:
-            cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            torch.set_num_threads(max(1, cores))
         use_onednn()
 
-    def __enter__(self) -> Run:
+    def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
@@ -220,21 +213,16 @@ class Run:
         if kind is None and self.results and self.rank == 0:
             self._finish()
         if kind is None and dist.is_initialized():
-            dist.barrier()
+            self.gather("finished")
             dist.destroy_process_group()
 
     def _finish(self):
-        """Write results.json; a run over a finished one takes its place only now."""
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        self.results["seconds"] = max(time.time() - self.started, self.results["seconds"])
-        head = {"script": self.script, "config": self.cfg.config, "seed": self.cfg.seed}
-        head |= {"world_size": self.world_size, "device": device}
-        write_atomic(self.folder / "results.json", to_json(head | self.results))
-        if self.folder.suffix == ".new":
-            place = self.folder.with_suffix("")
-            set_aside(place)
-            self.folder = self.folder.rename(place)
-        self.print(f"\n{self.results['seconds']:.0f} s, {self.world_size} ranks, {device}; see {self.folder}")
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        seconds = time.time() - self.started
+        head = dict(script=self.script, config=self.cfg.config, seed=self.cfg.seed)
+        head |= dict(world_size=self.world_size, device=device, seconds=seconds)
+        write_atomic(self.root / "results.json", to_json(head | self.results))
+        self.print(f"\n{seconds:.0f} s, {self.world_size} ranks, {device}; see {self.root}")
 
     # randomness and ranks
 
@@ -267,16 +255,12 @@ class Run:
         """Data parallelism: DDP where ranks share the run, the model itself elsewhere."""
         return nn.parallel.DistributedDataParallel(model) if self.world_size > 1 else model
 
-    def shard(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Parameters in `dtype` on the device; FSDP2 by decoder layer where ranks share the run.
+    def shard(self, model: nn.Module) -> nn.Module:
+        """A model on the device; FSDP2 by decoder layer where ranks share the run.
 
         Forward passes run in bfloat16 if the run's precision is that, gradients are averaged in float32.
         Everything gathered is freed after each pass, the root too: a pass without gradient must not keep it.
         """
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        for p in model.parameters():  # buffers stay: rotary frequencies are wrong in bfloat16
-            p.data = p.data.to(dtype)
         if self.world_size == 1:
             return model.to(self.device)
         half = torch.bfloat16 if self.amp else None
@@ -298,52 +282,46 @@ class Run:
         A finished cell leaves result.json and is not made again. Ranks on several nodes need a shared disk.
         """
         chosen = self.cfg.rows or tuple(rows)
-        for row in set(chosen) - set(rows):
-            raise UserError(f"--rows: {row!r} is none of {', '.join(map(repr, rows))}")
+        if unknown := sorted(set(chosen) - set(rows)):
+            raise UserError(f"--rows: {unknown[0]!r} is none of {', '.join(map(repr, rows))}")
         seeds = range(self.cfg.seed, self.cfg.seed + self.cfg.seeds)
-        cells = {(row, s): replace(self.cfg, **rows[row], seed=s) for row in chosen for s in seeds}
-        for cfg in cells.values():
-            cfg.check()
+        cells = {row: [replace(self.cfg, **rows[row], seed=s) for s in seeds] for row in chosen}
+        for column in cells.values():
+            column[0].check()
         self._open()
         for wait in (False, True):  # cells that nobody has begun, then those that others had
-            made = {
-                at: self._make(at[0], cfg, lambda run: train(run.cfg, run), wait) for at, cfg in cells.items()
-            }
-        table = {row: [made[row, s]["metrics"] for s in seeds] for row in chosen}
-        speed = {row: [made[row, s]["speed"] for s in seeds] for row in chosen}
-        seconds = sum(cell["seconds"] for cell in made.values()) / self.world_size  # of earlier attempts, too
-        self.results = {"seconds": seconds, "table": table, "claims": [], "speed": speed}
+            made = {row: [self._make(row, cfg, train, wait) for cfg in cells[row]] for row in chosen}
+        table = {row: [cell["metrics"] for cell in column] for row, column in made.items()}
+        speed = {row: [cell["speed"] for cell in column] for row, column in made.items()}
+        self.results = {"table": table, "claims": [], "speed": speed}
         shown = []
         for row, column in table.items():
-            means = (interval([cell[k] for cell in column]) for k in column[0])
-            shown.append([row, *(f"{mean:.3f} +- {half:.3f}" for mean, half in means)])
-        self.print(f"\nmean +- half of the 95 % t-interval over {len(seeds)} seeds")
-        self.print(tabulate(shown, ["", *table[chosen[0]][0]]))
+            means = {k: "{:.3f} +- {:.3f}".format(*interval([cell[k] for cell in column])) for k in column[0]}
+            shown.append({"": row} | means)
+        self.print(
+            f"\nmean +- half of the 95 % t-interval over {len(seeds)} seeds\n{tabulate(shown, 'keys')}"
+        )
         return table
 
     def _open(self):
-        """Make the run folder. A finished one stays until this run has finished; others are set aside."""
+        """Make the run folder, or go on in it; UserError where that would mix or overwrite runs."""
+        file, now = self.root / "config.json", json.loads(to_json(asdict(self.cfg)))
+        if file.exists():
+            if not self.cfg.resume:
+                raise UserError(f"{self.root} exists: --resume goes on with it, or move it away")
+            before, free = json.loads(file.read_text()), set(Config.__dataclass_fields__) - {"dtype"}
+            if changed := [k for k in now if k not in free and before.get(k) != now[k]]:
+                raise UserError(f"--resume: {file} has other values of {', '.join(changed)}")
+        self.gather("looked")
         if self.rank == 0:
-            new = Path(f"{self.folder}.new")
-            if new.exists() if self.cfg.resume else (self.folder / "results.json").exists():
-                self.folder = new
-            file, now = self.folder / "config.json", json.loads(to_json(asdict(self.cfg)))
-            if self.cfg.resume and file.exists():
-                before = json.loads(file.read_text())
-                free = {f.name for f in fields(Config)} - {"dtype"}
-                if changed := [k for k in now if k not in free and before.get(k) != now[k]]:
-                    raise UserError(f"--resume: {file} has other values of {', '.join(changed)}")
-            elif self.folder.exists():
-                self.print(f"an unfinished run was here, now in {set_aside(self.folder)}")
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(parents=True, exist_ok=True)
             write_atomic(file, to_json(now))
-        self.folder = self.gather(self.folder)[0]
 
-    def _make(self, name: str, cfg: Config, work: Callable[[Run], dict], wait: bool = True) -> dict | None:
-        """Let `work` make a cell once, one rank under its lock or all ranks together; returns its result."""
+    def _make(self, name: str, cfg: Config, work: Callable, wait=True) -> dict | None:
+        """Let work(cfg, run) make a cell once, one rank under its lock or all ranks together; its result."""
         child = copy.copy(self)
-        child.cfg, child.cell, child.speed, child._pending = cfg, name, {}, []
-        child.folder = self.folder / slug(f"{name}-s{cfg.seed}")
+        child.cfg, child.cell, child.speed = cfg, name, {}
+        child.folder = self.root / slug(f"{name}-s{cfg.seed}")
         if cfg.share == "grid":
             child.rank, child.world_size = 0, 1
         result, begin = child.folder / "result.json", time.time()
@@ -351,10 +329,10 @@ class Run:
         with contextlib.suppress(Timeout), lock:
             if not child.gather(result.exists())[0]:
                 child._seed("start")
-                made = {"metrics": work(child), "speed": child.speed, "seconds": time.time() - begin}
+                made = {"metrics": work(cfg, child), "speed": child.speed}
                 if child.rank == 0:
                     write_atomic(result, to_json(made))
-                child.print(f"{child.folder.name}: {made['seconds']:.0f} s")
+                child.print(f"{child.folder.name}: {time.time() - begin:.0f} s")
         return json.loads(result.read_text()) if child.gather(result.exists())[0] else None
 
     def once(self, name: str, make: Callable[[Run], object]) -> Path:
@@ -362,149 +340,109 @@ class Run:
 
         `name` tells apart what depends on a row's settings: a row must not get another row's.
         """
-        root = copy.copy(self)
-        root.folder = self.folder.parent
-        root._make(name, self.cfg, lambda run: {"made": make(run) is None})
+        self._make(name, self.cfg, lambda cfg, child: bool(make(child)))
         self._seed("after", name)  # whether it was made just now or long ago
-        return root.folder / slug(f"{name}-s{self.cfg.seed}")
+        return self.root / slug(f"{name}-s{self.cfg.seed}")
 
     def check(self, claims: Sequence[Claim], table: dict[str, list[dict]]):
         """Judge the claims whose rows are in the table, print them and keep them for results.json."""
-        judged = [judge(claim, table) for claim in claims if {claim.ours, claim.theirs} <= set(table)]
+        judged = [judge(claim, table) for claim in claims if claim.ours in table and claim.theirs in table]
         self.results["claims"] = judged
         keys = ("text", "mean_ours", "mean_theirs", "diff", "ci95", "holds")
         self.print("\n" + tabulate([[row[k] for k in keys] for row in judged], keys, floatfmt=".3g"))
 
-    def figure(self, draw: Callable, *args, size: tuple[float, float] = (9, 4)):
+    def figure(self, draw: Callable, *args, size=(9, 4)):
         """Save `draw(figure, *args)` as <script>.png in the run folder."""
         if self.rank == 0:
             figure = Figure(figsize=size, layout="constrained")
             draw(figure, *args)
-            figure.savefig(self.folder / f"{self.script}.png", dpi=110)
+            figure.savefig(self.root / f"{self.script}.png", dpi=110)
 
     # one cell: steps, checkpoints, numbers
 
     def steps(self, total: int, stage: str = "", /, **state) -> Iterator[int]:
         """Yield the steps still to do; a cell with several loops names them by `stage`.
 
-        Restores `state` (modules, their optimizers, dicts of plain data) from the newest whole checkpoint,
-        seeds each step anew, and saves every cfg.save_every steps and at the end.
+        Restores `state` (modules, optimizers, whatever has a state_dict, dicts of plain data) from the newest
+        whole checkpoint, seeds each step anew, and saves every cfg.save_every steps and at the end.
         """
         self._stage, self._last = self.folder / stage, total - 1
         self._stage.mkdir(parents=True, exist_ok=True)
+        self._metrics = self._stage / "metrics.jsonl"
+        self._metrics.touch()
         first, begin = self._restore(state), time.time()
         bar = dict(total=total, initial=first, desc=f"{self.cell} {stage}", leave=False)
-        self._bar = tqdm(range(first, total), disable=self.rank > 0 or not sys.stderr.isatty(), **bar)
+        self._bar = tqdm(range(first, total), disable=self.rank > 0, **bar)
         try:
             for step in self._bar:
                 self._seed(stage, step)
                 yield step
                 if (step + 1) % self.cfg.save_every == 0 or step == self._last:
-                    self._write_line(step)
                     self._save(step + 1, state)
             self.speed[f"{stage} steps_per_s".strip()] = (total - first) / (time.time() - begin)
         finally:
             self._seed(stage, "end")  # what follows does not depend on where the loop began
 
     def _save(self, step: int, state: dict):
-        """A folder step<N> by torch.distributed.checkpoint, written beside and renamed; the last two stay."""
+        """A folder step<N> by torch.distributed.checkpoint, whole once its .metadata stands; two are kept."""
+        logged = {"bytes": self._metrics.stat().st_size}
         place = self._stage / f"step{step:08d}"
-        beside = place.with_suffix(".tmp")
-        _, _, plain, sharded = parts(state)
-        dcp.save(sharded, checkpoint_id=beside, no_dist=self.world_size == 1)
+        dcp.save(state | {"logged": logged}, checkpoint_id=place, no_dist=self.world_size == 1)
         if self.rank == 0:
-            torch.save(plain, beside / "plain.pt")
-            shutil.rmtree(place, ignore_errors=True)
-            beside.rename(place)
-            for old in self._checkpoints()[:-2]:
+            for old in sorted(self._stage.glob("step*"))[:-2]:
                 shutil.rmtree(old)
-        self.gather("saved")
-
-    def _checkpoints(self) -> list[Path]:
-        return sorted(p for p in self._stage.glob("step*") if not p.suffix)
 
     def _restore(self, state: dict) -> int:
         """Load the newest whole checkpoint into `state`, drop the lines logged after it, return its step."""
-        step, found = 0, self._checkpoints()
-        for place in reversed(found):
+        step, logged, found = 0, {"bytes": 0}, sorted(self._stage.glob("step*/.metadata"))
+        for optimizer in state.values():
+            if found and isinstance(optimizer, torch.optim.Optimizer):
+                _init_optim_state(optimizer)  # moments to load into
+        while found and not step:
+            place = found.pop().parent
             try:
-                modules, optimizers, plain, sharded = parts(state)
-                dcp.load(sharded, checkpoint_id=place, no_dist=self.world_size == 1)
-                states = dict(model_state_dict=sharded["weights"], optim_state_dict=sharded["moments"])
-                set_state_dict(modules, optimizers, **states)
-                loaded = torch.load(place / "plain.pt", map_location=self.device, weights_only=True)
-                for key, value in plain.items():
-                    value.update(loaded[key])
+                dcp.load(state | {"logged": logged}, checkpoint_id=place, no_dist=self.world_size == 1)
                 step = int(place.name[4:])
-                break
             except (Exception, dcp.CheckpointException) as e:  # a torn file raises what its reader likes
                 self.print(f"{place} is torn ({str(e)[:80]!r}); trying the one before")
-        if found and not step:
-            raise UserError(f"no checkpoint in {self._stage} is whole; start without --resume")
-        file = self._stage / "metrics.jsonl"
-        if self.rank == 0 and file.exists():
-            whole = [line for line in file.read_text().split("\n") if line.endswith("}")]
-            write_atomic(file, "".join(f"{x}\n" for x in whole if json.loads(x)["step"] < step))
+                if not found:
+                    raise UserError(f"no checkpoint in {self._stage} is whole; move it away") from None
+        if self.rank == 0:
+            os.truncate(self._metrics, logged["bytes"])
         return step
 
     def log(self, step: int, **numbers: Tensor | float):
         """Every cfg.log_every steps a line of metrics.jsonl, the means over the ranks, with one GPU sync.
 
-        A loss or reward (by its name) that is not finite at any step stops all ranks.
+        A loss or reward (by its name) that is not finite stops all ranks.
         """
-        for name, value in numbers.items():
-            number = torch.as_tensor(value, dtype=torch.float32, device=self.device)
-            self._pending.append((step, name, number.detach().reshape(()).clone()))
-        if step % self.cfg.log_every == 0 or step == self._last:
-            self._write_line(step)
-
-    def _write_line(self, step: int):
-        """Read everything logged since the last line; UserError at a loss that is not finite."""
-        if not self._pending:
+        if step % self.cfg.log_every and step != self._last:
             return
-        steps, names, values = zip(*self._pending, strict=True)
-        self._pending, values = [], self.mean(torch.stack(values)).tolist()
-        for at, name, value in zip(steps, names, values, strict=True):
+        values = [torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in numbers.values()]
+        line = dict(zip(numbers, self.mean(torch.stack(values)).tolist(), strict=True))
+        for name, value in line.items():
             if not math.isfinite(value) and ("loss" in name or "reward" in name):
-                raise UserError(f"{self.folder.name}, step {at}: {name} is {value}; see {self._stage}")
-        numbers = dict(zip(names, values, strict=True))
+                raise UserError(f"{self.folder.name}, step {step}: {name} is {value}; see {self._stage}")
         if self.rank == 0:
-            with open(self._stage / "metrics.jsonl", "a") as file:
-                file.write(to_json({"step": step} | numbers) + "\n")
-        text = ", ".join(f"{k} {v:.4g}" for k, v in list(numbers.items())[:8])
-        self._bar.set_postfix_str(text)
-        if self._bar.disable:
-            self.print(f"{self._stage.relative_to(self.cfg.out)} {step}: {text}")
+            with open(self._metrics, "a") as file:
+                file.write(to_json({"step": step} | line) + "\n")
+        self._bar.set_postfix(line)
 
-    def print(self, *parts):
+    def print(self, text: str):
         """Print on rank 0, above the progress bar."""
         if self.rank == 0:
-            tqdm.write(" ".join(map(str, parts)), file=sys.stdout)
+            tqdm.write(text)
             sys.stdout.flush()
 
 
-def parts(state: dict) -> tuple[nn.ModuleDict, list[torch.optim.Optimizer], dict[str, dict], dict]:
-    """What a checkpoint keeps: modules, their optimizers, dicts of plain data; the state of the first two."""
-    modules = nn.ModuleDict({k: v for k, v in state.items() if isinstance(v, nn.Module)})
-    optimizers = [v for v in state.values() if isinstance(v, torch.optim.Optimizer)]
-    weights, moments = get_state_dict(modules, optimizers)
-    plain = {k: v for k, v in state.items() if isinstance(v, dict)}
-    return modules, optimizers, plain, {"weights": weights, "moments": moments}
-
-
-def launch(ranks: int) -> int:
-    """Run this very command in `ranks` processes under torchrun's agent; returns the exit code."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak themselves
-    place = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="here", max_restarts=0)
-    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=ranks, **place)
+def launch(ranks: int):
+    """Run this very command in `ranks` processes under torchrun's agent, and end as they end."""
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the ranks speak themselves
     try:
-        elastic_launch(config, sys.executable)(*sys.argv)
+        torchrun.run(torchrun.parse_args(["--standalone", f"--nproc_per_node={ranks}", *sys.argv]))
     except ChildFailedError as e:
-        return max(1, *(failure.exitcode for failure in e.failures.values()))
-    return 0
+        sys.exit(e.get_first_failure()[1].exitcode)
+    sys.exit()
 
 
 def use_onednn():
@@ -514,9 +452,8 @@ def use_onednn():
     """
     matmul = torch.backends.mkldnn.matmul
     matmul.fp32_precision = "bf16"
-    a = torch.linspace(-400, 400, 256 * 256).sin().view(256, 256)
-    exact = a.double() @ a.double()
-    if (a @ a - exact).abs().max() > 2e-6 * exact.abs().max():
+    a = torch.arange(65536.0).sin().view(256, 256)
+    if (a @ a - a.double() @ a.double()).abs().max() > 1e-4:  # of products around 8
         matmul.fp32_precision = "none"
 
 
@@ -532,8 +469,8 @@ def tiny_lm(vocab: int, width: int, layers: int, heads: int = 4, context: int = 
     """A transformers LlamaForCausalLM from scratch: what hooks into it hooks into the real ones."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    size = dict(vocab_size=vocab, hidden_size=width, intermediate_size=more.pop("mlp", 4 * width))
-    size |= dict(num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=context)
+    size = dict(vocab_size=vocab, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers)
+    size |= dict(num_attention_heads=heads, max_position_embeddings=context)
     return LlamaForCausalLM(LlamaConfig(**size | dict(bos_token_id=None, eos_token_id=None) | more))
 
 
@@ -562,10 +499,9 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32):
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where)
-    except ImportError as e:
-        raise UserError(f'{name}: {str(e).strip().splitlines()[0]} (pip install -e ".[lm]")') from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{name}: neither a local model nor on the hub ({str(e).splitlines()[0]})") from None
+    except (ImportError, OSError, ValueError) as e:
+        why = str(e).strip().splitlines()[0]
+        raise UserError(f"{name} is no local model, not on the hub, or needs .[lm] ({why})") from None
     if where:  # its weights are whole numbers now, and it may be saved as any other model
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
@@ -574,14 +510,12 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32):
 
 def end_ids(model, tokenizer) -> list[int]:
     """All ids that end an answer: the tokenizer's, generation_config's, the chat template's end of turn."""
-    given = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {None}
+    ends = {tokenizer.eos_token_id, *np.ravel(model.generation_config.eos_token_id)} - {None}
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        first = tokenizer.encode(text.rpartition("A")[2], add_special_tokens=False)[:1]
-        ends |= set(first) & set(tokenizer.all_special_ids)
-    return sorted(ends)
+        rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("A")[2]
+        ends |= {*tokenizer.encode(rest, add_special_tokens=False)[:1]} & {*tokenizer.all_special_ids}
+    return sorted(map(int, ends))
 
 
 def collate(sequences: list[list[int]], device) -> tuple[Tensor, Tensor]:
@@ -592,43 +526,33 @@ def collate(sequences: list[list[int]], device) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def generate(model, prompts: list[list[int]], uniforms: Tensor, ends: list[int], temperature=1.0, **more):
+def generate(model, prompts: list[list[int]], uniforms: Tensor, ends: list[int], temperature=1.0):
     """Sample completions with transformers' own loop; the model's generation_config is not read.
 
     prompts: B lists of ids. uniforms: (B, T) numbers in [0, 1): each picks a token from the CDF of
-    softmax(z / temperature), T tokens at most; temperature 0 is greedy. `more` goes to GenerationConfig.
-    Returns B lists of ids, up to and including the first of `ends`.
+    softmax(z / temperature), T tokens at most; temperature 0 is greedy. Returns B lists of ids, up to and
+    including the first of `ends`.
     """
     from transformers import GenerationConfig
 
-    longest, uniforms = max(map(len, prompts)), uniforms.to(model.device).double()
-    rows = [[-1] * (longest - len(p)) + p for p in prompts]  # left-padded
-    prompt = torch.tensor(rows, device=model.device)
+    ids, mask = (x.flip(1) for x in collate([p[::-1] for p in prompts], model.device))  # left-padded
+    length, uniforms = ids.shape[1], uniforms.to(model.device).double()
 
-    def draw(ids: Tensor, logits: Tensor) -> Tensor:  # leaves one token to choose from
+    def draw(ids, logits):  # leaves one token to choose from
         cdf = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
-        picked = uniforms[:, ids.shape[1] - longest, None] * cdf[:, -1:]
-        token = torch.searchsorted(cdf, picked, right=True).clamp_(max=cdf.shape[1] - 1)
+        picked = uniforms[:, ids.shape[1] - length, None] * cdf[:, -1:]
+        token = torch.searchsorted(cdf, picked, right=True)
         return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
 
-    kept, model.generation_config = (
-        model.generation_config,
-        GenerationConfig(max_new_tokens=uniforms.shape[1], eos_token_id=ends, pad_token_id=0, **more),
-    )
-    inputs = dict(attention_mask=(prompt >= 0).long(), logits_processor=[draw] if temperature else [])
-    tokens = model.generate(prompt.clamp(min=0), **inputs)[:, longest:]
+    def cut(row):
+        return row[: min((row.index(end) for end in ends if end in row), default=len(row)) + 1]
+
+    config = GenerationConfig(max_new_tokens=uniforms.shape[1], eos_token_id=ends, pad_token_id=0)
+    kept, model.generation_config = model.generation_config, config
+    processors = [draw] if temperature else []
+    tokens = model.generate(ids, attention_mask=mask.long(), logits_processor=processors)[:, length:]
     model.generation_config = kept
-    end = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).long()
-    lengths = (end.cumsum(1) == end).sum(1).tolist()
-    return [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)]
-
-
-def _gather_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Log-probs of a chunk from float32 logits: bfloat16 ones are off by 0.06 at magnitude 16."""
-    weights = {name: p.float() for name, p in head.named_parameters()}
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = torch.func.functional_call(head, weights, hidden.float())
-    return (logits / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    return [cut(row) for row in tokens.tolist()]
 
 
 def token_logprobs(
@@ -636,26 +560,25 @@ def token_logprobs(
 ) -> Tensor:
     """fp32 log softmax(z / temperature) of the next tokens: padded ids (B, T) -> (B, T - 1).
 
-    The head runs over `chunk` positions at a time, again in the backward pass: (B, T, V) is never held.
-    ValueError for a model that rescales its logits after the head (Gemma-2, Granite, Cohere).
+    The head runs in float32 (bfloat16 logits are off by 0.06 at magnitude 16) over `chunk` positions at a
+    time, again in the backward pass: (B, T, V) is never held. ValueError for a model that rescales its logits
+    after the head (Gemma-2, Granite, Cohere).
     """
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
-        if getattr(model.config.get_text_config(), name, None) not in (None, 1, 1.0):
+        if getattr(model.config.get_text_config(), name, None) not in (None, 1):
             raise ValueError(f"{type(model).__name__} rescales its logits ({name})")
-    out = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    hidden, targets = out.last_hidden_state[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-    chunks, head = zip(hidden.split(chunk), targets.split(chunk), strict=True), model.get_output_embeddings()
-    parts = [checkpoint(_gather_logprobs, head, *part, temperature, use_reentrant=False) for part in chunks]
+    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    head = model.get_output_embeddings()
+
+    def logprobs(hidden, targets):
+        weights = {name: p.float() for name, p in head.named_parameters()}
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = torch.func.functional_call(head, weights, hidden.float()) / temperature
+        return logits.log_softmax(-1).gather(1, targets[:, None])
+
+    pieces = zip(hidden[:, :-1].flatten(0, 1).split(chunk), ids[:, 1:].flatten().split(chunk), strict=True)
+    parts = [checkpoint(logprobs, *piece, use_reentrant=False) for piece in pieces]
     return torch.cat(parts).view(len(ids), -1).clone()  # FSDP warns of outputs that are views
-
-
-def learning_rate(step: int, total: int, peak: float, warmup: float = 0.0, floor: float = 0.0) -> float:
-    """Linear warm-up over a share of the steps, then a cosine from peak to floor * peak."""
-    share = step / total
-    if share < warmup:
-        return peak * (step + 1) / (warmup * total)
-    cosine = math.cos(math.pi * (share - warmup) / (1 - warmup))
-    return peak * (floor + (1 - floor) * (1 + cosine) / 2)
 
 
 def last_box(text: str) -> str | None:
@@ -679,29 +602,24 @@ def answers_agree(target: str, answer: str) -> bool:
     return verify(*(parse(rf"\boxed{{{x}}}", configs) for x in (target, answer)))
 
 
-def benchmark(
-    model, tokenizer, tasks: Sequence[str], folder: str | None = None, system: str | None = None, **more
-):
-    """lm-eval's {task: {metric: value}} for a model in memory or an lm-eval model, on all ranks.
+def benchmark(model, tokenizer, tasks: Sequence[str], folder: str | None = None, system="", **more) -> dict:
+    """lm-eval's {task: {metric: value}} for a model in memory or an lm-eval model; {} beyond rank 0.
 
     Documents are dealt to the ranks. `folder` has local YAML tasks, `more` goes to simple_evaluate (limit,
     gen_kwargs, ...). The chat template and the system prompt are used where there is a template.
     """
     lm_eval, lm = need("lm_eval", "lm"), model
     if isinstance(model, nn.Module):
-        lm = need("lm_eval.models.huggingface", "lm").HFLM(
-            pretrained=model, tokenizer=tokenizer, batch_size=8
-        )
+        huggingface = need("lm_eval.models.huggingface", "lm")
+        lm = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
     if dist.is_initialized():
         lm._rank, lm._world_size = dist.get_rank(), dist.get_world_size()
         lm.accelerator = need("accelerate", "lm").Accelerator(cpu=not torch.cuda.is_available())
     manager = need("lm_eval.tasks", "lm").TaskManager(include_path=folder, include_defaults=folder is None)
-    chat = dict(apply_chat_template=bool(tokenizer.chat_template), system_instruction=system)
+    chat = dict(apply_chat_template=bool(tokenizer.chat_template), system_instruction=system or None)
     settings = dict(task_manager=manager, bootstrap_iters=0, log_samples=False) | chat | more
-    found = [lm_eval.simple_evaluate(model=lm, tasks=list(tasks), **settings)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)  # lm-eval has them on rank 0 only
-    return found[0]["results"]
+    found = lm_eval.simple_evaluate(model=lm, tasks=list(tasks), **settings)
+    return found["results"] if found else {}
 
 
 def need(package: str, extra: str):
@@ -718,23 +636,22 @@ def load_rows(
     """Rows (dicts) of a .jsonl, .csv or .parquet, a folder or hub id (datasets), or gym:NAME (reasoning-gym).
 
     UserError names file, row and field where a `needed` field is missing, empty or no text. A gym task takes
-    size=, seed= and its own settings; its rows have question, answer and score, a function of an answer.
+    size=, seed= and its own settings; its rows have question, answer and score(answer) in [0, 1].
     """
-    if source.startswith("gym:"):
-        rows = gym_rows(source.removeprefix("gym:"), **gym)
-    else:
-        datasets = need("datasets", "lm")
-        datasets.disable_progress_bars()
-        kind = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(source).suffix)
-        place = (kind, None, None, source) if kind else (source, subset)
-        try:
-            rows = datasets.load_dataset(*place, split=split).to_list()
-        except Exception as e:  # the library raises a dozen kinds
-            why = str(e.__cause__ or e).split("\n")[0][:150]
-            raise UserError(f"{source}: no file, folder or hub id that can be read ({why})") from None
-    need_text(source, rows, needed)
+    kind = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(source).suffix)
+    try:
+        if source.startswith("gym:"):
+            data = need("reasoning_gym", "lm").create_dataset(source[4:], **gym)
+            rows = [row | {"score": functools.partial(data.score_answer, entry=row)} for row in data]
+        else:
+            place = (kind, None, None, source) if kind else (source, subset)
+            rows = need("datasets", "lm").load_dataset(*place, split=split).to_list()
+    except Exception as e:  # the libraries raise a dozen kinds
+        why = str(e.__cause__ or e).split("\n")[0][:150]
+        raise UserError(f"{source}: no file, folder, hub id or gym task that can be read ({why})") from None
     if not rows:
         raise UserError(f"{source}: no rows")
+    need_text(source, rows, needed)
     return rows
 
 
@@ -744,15 +661,6 @@ def need_text(source: str, rows: list[dict], needed: Sequence[str]):
         for field in needed:
             if not isinstance(row.get(field), str) or not row[field].strip():
                 raise UserError(f"{source}, row {number}: field {field!r} is missing, empty or no text")
-
-
-def gym_rows(name: str, **settings) -> list[dict]:
-    """Rows of a reasoning-gym task, each with its scorer: row["score"](answer) is in [0, 1]."""
-    try:
-        data = need("reasoning_gym", "lm").create_dataset(name, **settings)
-    except ValueError as e:
-        raise UserError(f"gym:{name}: {e}") from None
-    return [entry | {"score": functools.partial(data.score_answer, entry=entry)} for entry in data]
 
 
 # --- reinforcement learning ---
@@ -765,49 +673,40 @@ class DmControl(gymnasium.Env):
     is the physics state (float64). UserError for a task that the suite does not have.
     """
 
-    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
-    render_mode = "rgb_array"
-
-    def __init__(self, domain: str, task: str, camera: int = 0, size: int = 84):
+    def __init__(self, domain: str, task: str):
         os.environ.setdefault("MUJOCO_GL", "glfw" if os.environ.get("DISPLAY") else "egl")
         logging.getLogger("absl").setLevel(logging.ERROR)  # MuJoCo's deprecations in the suite's own files
         from dm_control import suite
+        from dm_control.suite.wrappers import action_scale
 
         if (domain, task) not in suite.ALL_TASKS:
             raise UserError(f"{domain}_{task}: dm_control's suite has no such task")
-        self.env, self.camera, self.size = suite.load(domain, task), camera, size
-        spec, shapes = self.env.action_spec(), self.env.observation_spec().values()
-        self.low, self.span = spec.minimum, spec.maximum - spec.minimum
-        width = sum(math.prod(s.shape) for s in shapes)
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (width,), np.float32)
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, spec.shape, np.float32)
+        self.env = action_scale.Wrapper(suite.load(domain, task), -1.0, 1.0)
+        obs, _ = self.reset()
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, self.env.action_spec().shape, np.float32)
 
     def _read(self, step):
         obs = np.concatenate([np.ravel(x) for x in step.observation.values()]).astype(np.float32)
         return obs, {"physics": self.env.physics.get_state()}
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
+    def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         if seed is not None:  # dm_control's tasks draw their starts from a generator of their own
             self.env.task._random = np.random.RandomState(seed)
         return self._read(self.env.reset())
 
     def step(self, action):
-        step = self.env.step(self.low + (np.clip(np.asarray(action, float), -1, 1) + 1) / 2 * self.span)
+        step = self.env.step(np.clip(action, -1, 1))
         terminated = step.last() and step.discount == 0
         obs, info = self._read(step)
         return obs, float(step.reward), terminated, step.last() and not terminated, info
 
-    def render(self):
-        return self.env.physics.render(self.size, self.size, camera_id=self.camera)
 
-
-def vector_env(makers: Sequence[Callable[[], gymnasium.Env]], processes=False, autoreset=True):
-    """Step environments together, here or in a process each. An ended one restarts in the step that ends it,
-    unless `autoreset` is off: then all are reset together."""
+def vector_env(makers: Sequence[Callable], processes=False) -> gymnasium.vector.VectorEnv:
+    """Step environments together, here or in a process each; an ended one restarts in the same step."""
     kind = gymnasium.vector.AsyncVectorEnv if processes else gymnasium.vector.SyncVectorEnv
-    mode = gymnasium.vector.AutoresetMode
-    return kind(list(makers), autoreset_mode=mode.SAME_STEP if autoreset else mode.DISABLED)
+    return kind(list(makers), autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)
 
 
 @torch.no_grad()
@@ -836,14 +735,13 @@ class Replay(nn.Module):
         self.capacity = capacity
         self.register_buffer("added", torch.zeros((), dtype=torch.long))
         for name, value in row.items():
-            self.register_buffer(name, torch.zeros(capacity, *value.shape, dtype=value.dtype))
+            self.register_buffer(name, value.new_zeros(capacity, *value.shape))
 
     def add(self, **rows: Tensor | np.ndarray):
-        """Append n rows, (n, ...) each; the oldest go."""
+        """Append n <= capacity rows, (n, ...) each; the oldest go."""
         for name, values in rows.items():
-            values = torch.as_tensor(values, device=self.added.device)[-self.capacity :]
             place = self.added + torch.arange(len(values), device=self.added.device)
-            self.get_buffer(name)[place % self.capacity] = values
+            self.get_buffer(name)[place % self.capacity] = torch.as_tensor(values, device=place.device)
         self.added += len(values)
 
     def sample(self, count: int) -> dict[str, Tensor]:
@@ -861,20 +759,20 @@ class EnsembleLinear(nn.Module):
 
     def __init__(self, members: int, inputs: int, outputs: int, gain: float = 1.0):
         super().__init__()
-        weights = [nn.init.orthogonal_(torch.empty(outputs, inputs), gain).T for _ in range(members)]
-        self.weight = nn.Parameter(torch.stack(weights))
+        weight = torch.empty(members, outputs, inputs)
+        for member in weight:
+            nn.init.orthogonal_(member, gain)
+        self.weight = nn.Parameter(weight.mT.contiguous())
         self.bias = nn.Parameter(torch.zeros(members, 1, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.baddbmm(self.bias, x, self.weight)
 
 
-@torch.no_grad()
 def soft_update(target: nn.Module, source: nn.Module, tau: float):
     """target <- (1 - tau) target + tau source for all parameters, sharded or not; buffers stay."""
-    ours = [getattr(p, "_local_tensor", p) for p in target.parameters()]
-    theirs = [getattr(p, "_local_tensor", p) for p in source.parameters()]
-    torch._foreach_lerp_(ours, [p.to(ours[0].dtype) for p in theirs], tau)
+    ours, theirs = list(target.parameters()), list(source.parameters())
+    get_ema_multi_avg_fn(1 - tau)(ours, [p.to(ours[0].dtype) for p in theirs], None)
 
 
 def graphed(update: Callable, warmup: int = 3) -> Callable:

@@ -116,11 +116,12 @@ def test_smoke_leaves_a_table_and_a_second_run_skips_what_is_finished(run_script
     assert "mixup-s2" in done.stdout and "mixup-s1:" not in done.stdout
     changed = run_script(EXAMPLE, "--config", "smoke", "--resume", "--width", "8", check=False)
     assert changed.returncode == 2 and "width" in changed.stderr
+    again = run_script(EXAMPLE, "--config", "smoke", check=False)
+    assert again.returncode == 2 and "--resume" in again.stderr and results(tmp_path)["table"] == table
     bad = run_script(EXAMPLE, "--config", "smoke", "--rows", "mixupp", check=False)
-    diverged = run_script(EXAMPLE, "--config", "smoke", "--lr", "1e30", check=False)
+    diverged = run_script(EXAMPLE, "--config", "smoke", "--lr", "1e30", "--out", "other", check=False)
     assert bad.returncode == diverged.returncode == 2 and "'mixupp'" in bad.stderr
-    assert "loss is" in diverged.stderr and "step" in diverged.stderr and diverged.stderr.count("\n") == 1
-    assert results(tmp_path)["table"] == table, "failed commands leave a finished folder alone"
+    assert "loss is" in diverged.stderr and "step" in diverged.stderr and "Traceback" not in diverged.stderr
 
 
 def test_one_rank_is_two_ranks_however_they_are_started(run_script, tmp_path):
@@ -167,7 +168,7 @@ def test_a_killed_run_resumes_bit_identically_and_a_torn_checkpoint_falls_back(t
                 process.send_signal(signal.SIGKILL)
             time.sleep(0.005)
         assert process.wait() == -signal.SIGKILL
-    newest = sorted(p for p in cell.glob("step*") if not p.suffix)[-1]
+    newest = sorted(cell.glob("step*/.metadata"))[-1].parent
     for file in newest.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:50])
     text, _ = start("killed", "--resume").communicate(timeout=120)
@@ -210,8 +211,7 @@ def test_claims_are_judged_by_the_t_interval():
     half = 4.302653 / math.sqrt(3)  # differences 2, 1, 3: sd 1, t(0.975, 2) = 4.3027
     assert judged["diff"] == 2 and judged["ci95"] == pytest.approx(half, rel=1e-6)
     assert not judged["holds"], "two standard errors would have said yes"
-    for better, margin, holds in (("higher", -0.5, True), ("same", 4.5, True), ("same", 4.4, False)):
-        assert common.judge(Claim("", "x", "ours", "theirs", better, margin), table)["holds"] == holds
+    assert common.judge(Claim("", "x", "ours", "theirs", margin=-0.5), table)["holds"]
     assert common.judge(Claim("", "x", "theirs", "ours", "lower", -0.5), table)["holds"]
     one = {row: cells[:1] for row, cells in table.items()}
     assert not common.judge(Claim("", "x", "ours", "theirs"), one)["holds"], "one pair never holds"
