@@ -93,7 +93,7 @@ class Config:
                 raise UserError(f"--{field.name} {value}: must be finite and at least {low}")
 
 
-def parse_config(configs: dict[str, Config], args: Sequence[str] | None = None) -> Config:
+def parse_config(configs: dict[str, Config], args: list[str] | None = None) -> Config:
     """A script's Config from the command line (tyro): `--config NAME` picks a rung, any field can be set.
 
     A bad flag, value or setting ends the process with exit code 2.
@@ -104,8 +104,7 @@ def parse_config(configs: dict[str, Config], args: Sequence[str] | None = None) 
     first.add_argument("--config", default="demo", choices=list(configs))
     name = first.parse_known_args(args)[0].config
     default = replace(configs[name], config=name)
-    about = inspect.getmodule(type(default)).__doc__
-    cfg = tyro.cli(type(default), default=default, args=args, description=about, use_underscores=True)
+    cfg = tyro.cli(type(default), default=default, args=args, use_underscores=True)
     try:
         cfg.check()
     except UserError as e:
@@ -161,7 +160,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return values.mean(), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
 
 
-def judge(claim: Claim, table: dict[str, list[dict]]) -> dict:
+def judge(claim: Claim, table: dict) -> dict:
     """The claim's entry in results.json: difference, half-width of its interval (ci95), whether it holds."""
     ours = np.array([cell[claim.metric] for cell in table[claim.ours]], float)
     theirs = np.array([cell[claim.metric] for cell in table[claim.theirs]], float)
@@ -182,21 +181,19 @@ class Run:
     def __init__(self, cfg: Config, model: str = ""):
         if cfg.ranks > 1 and "RANK" not in os.environ and not cfg.dry_run:
             launch(cfg.ranks)
-        self.cfg, self.script, self.cell = cfg, Path(inspect.getfile(type(cfg))).stem, ""
+        self.cfg, self.script = cfg, Path(inspect.getfile(type(cfg))).stem
         self.started, self.results, self.speed = time.time(), {}, {}
         words = self.script, cfg.config, f"s{cfg.seed}", Path(model).name
         self.root = self.folder = Path(cfg.out) / "-".join(filter(None, words))
         gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
         self.device, self.rank, self.world_size = torch.device("cpu"), 0, 1
-        if gpu:  # ranks that make other cells may share one
-            self.device = torch.device(
-                "cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-            )
+        if gpu:
+            local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+            self.device = torch.device("cuda", local)  # ranks that make other cells may share one
             torch.cuda.set_device(self.device)
         if "RANK" in os.environ:
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=datetime.timedelta(days=1)
-            )
+            backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.amp = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu)
         torch.set_float32_matmul_precision("high" if self.amp else "highest")  # TF32
@@ -210,19 +207,18 @@ class Run:
             time.sleep(3 * bool(self.rank))  # rank 0 tells an error of all ranks: its end ends the others
             sys.stderr.write(f"{self.script}.py: {error}\n")
             sys.exit(2)
-        if kind is None and self.results and self.rank == 0:
-            self._finish()
-        if kind is None and dist.is_initialized():
+        if kind:
+            return
+        if self.results and self.rank == 0:
+            device = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+            seconds = time.time() - self.started
+            head = dict(script=self.script, config=self.cfg.config, seed=self.cfg.seed)
+            head |= dict(world_size=self.world_size, device=device, seconds=seconds)
+            write_atomic(self.root / "results.json", to_json(head | self.results))
+            self.print(f"\n{seconds:.0f} s, {self.world_size} ranks, {device}; see {self.root}")
+        if dist.is_initialized():
             self.gather("finished")
             dist.destroy_process_group()
-
-    def _finish(self):
-        device = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
-        seconds = time.time() - self.started
-        head = dict(script=self.script, config=self.cfg.config, seed=self.cfg.seed)
-        head |= dict(world_size=self.world_size, device=device, seconds=seconds)
-        write_atomic(self.root / "results.json", to_json(head | self.results))
-        self.print(f"\n{seconds:.0f} s, {self.world_size} ranks, {device}; see {self.root}")
 
     # randomness and ranks
 
@@ -276,8 +272,8 @@ class Run:
 
     # the grid: rows of the table x seeds
 
-    def grid(self, rows: dict[str, dict], train: Callable[[Config, Run], dict]) -> dict[str, list[dict]]:
-        """{row: [what `train` returned for each seed]}; ROWS maps a row to the settings that it changes.
+    def grid(self, rows: dict[str, dict], train: Callable) -> dict[str, list[dict]]:
+        """{row: [what train(cfg, run) returned for each seed]}; `rows` maps a row to the settings it changes.
 
         A finished cell leaves result.json and is not made again. Ranks on several nodes need a shared disk.
         """
@@ -293,34 +289,34 @@ class Run:
             made = {row: [self._make(row, cfg, train, wait) for cfg in cells[row]] for row in chosen}
         table = {row: [cell["metrics"] for cell in column] for row, column in made.items()}
         speed = {row: [cell["speed"] for cell in column] for row, column in made.items()}
-        self.results = {"table": table, "claims": [], "speed": speed}
+        self.results = {"table": table, "speed": speed, "claims": []}
         shown = []
         for row, column in table.items():
             means = {k: "{:.3f} +- {:.3f}".format(*interval([cell[k] for cell in column])) for k in column[0]}
             shown.append({"": row} | means)
-        self.print(
-            f"\nmean +- half of the 95 % t-interval over {len(seeds)} seeds\n{tabulate(shown, 'keys')}"
-        )
+        self.print(f"\nmean +- half of the 95 % t-interval over {len(seeds)} seeds")
+        self.print(tabulate(shown, "keys"))
         return table
 
     def _open(self):
         """Make the run folder, or go on in it; UserError where that would mix or overwrite runs."""
-        file, now = self.root / "config.json", json.loads(to_json(asdict(self.cfg)))
+        own = {k: v for k, v in asdict(self.cfg).items() if k not in vars(Config)}
+        file, now = self.root / "config.json", json.loads(to_json(own))
         if file.exists():
             if not self.cfg.resume:
                 raise UserError(f"{self.root} exists: --resume goes on with it, or move it away")
-            before, free = json.loads(file.read_text()), set(Config.__dataclass_fields__) - {"dtype"}
-            if changed := [k for k in now if k not in free and before.get(k) != now[k]]:
+            before = json.loads(file.read_text())
+            if changed := [k for k in now if before.get(k) != now[k]]:
                 raise UserError(f"--resume: {file} has other values of {', '.join(changed)}")
         self.gather("looked")
         if self.rank == 0:
             self.root.mkdir(parents=True, exist_ok=True)
             write_atomic(file, to_json(now))
 
-    def _make(self, name: str, cfg: Config, work: Callable, wait=True) -> dict | None:
+    def _make(self, name: str, cfg: Config, work: Callable, wait=True):
         """Let work(cfg, run) make a cell once, one rank under its lock or all ranks together; its result."""
         child = copy.copy(self)
-        child.cfg, child.cell, child.speed = cfg, name, {}
+        child.cfg, child.speed = cfg, {}
         child.folder = self.root / slug(f"{name}-s{cfg.seed}")
         if cfg.share == "grid":
             child.rank, child.world_size = 0, 1
@@ -335,7 +331,7 @@ class Run:
                 child.print(f"{child.folder.name}: {time.time() - begin:.0f} s")
         return json.loads(result.read_text()) if child.gather(result.exists())[0] else None
 
-    def once(self, name: str, make: Callable[[Run], object]) -> Path:
+    def once(self, name: str, make: Callable) -> Path:
         """The folder that make(child) fills, once a seed: who comes first makes it, others wait.
 
         `name` tells apart what depends on a row's settings: a row must not get another row's.
@@ -344,7 +340,7 @@ class Run:
         self._seed("after", name)  # whether it was made just now or long ago
         return self.root / slug(f"{name}-s{self.cfg.seed}")
 
-    def check(self, claims: Sequence[Claim], table: dict[str, list[dict]]):
+    def check(self, claims: Sequence[Claim], table: dict):
         """Judge the claims whose rows are in the table, print them and keep them for results.json."""
         judged = [judge(claim, table) for claim in claims if claim.ours in table and claim.theirs in table]
         self.results["claims"] = judged
@@ -371,8 +367,8 @@ class Run:
         self._metrics = self._stage / "metrics.jsonl"
         self._metrics.touch()
         first, begin = self._restore(state), time.time()
-        bar = dict(total=total, initial=first, desc=f"{self.cell} {stage}", leave=False)
-        self._bar = tqdm(range(first, total), disable=self.rank > 0, **bar)
+        bar = dict(desc=f"{self.folder.name} {stage}", leave=False, disable=self.rank > 0)
+        self._bar = tqdm(range(first, total), **bar)
         try:
             for step in self._bar:
                 self._seed(stage, step)
@@ -383,7 +379,7 @@ class Run:
         finally:
             self._seed(stage, "end")  # what follows does not depend on where the loop began
 
-    def _save(self, step: int, state: dict):
+    def _save(self, step, state):
         """A folder step<N> by torch.distributed.checkpoint, whole once its .metadata stands; two are kept."""
         logged = {"bytes": self._metrics.stat().st_size}
         place = self._stage / f"step{step:08d}"
@@ -392,7 +388,7 @@ class Run:
             for old in sorted(self._stage.glob("step*"))[:-2]:
                 shutil.rmtree(old)
 
-    def _restore(self, state: dict) -> int:
+    def _restore(self, state):
         """Load the newest whole checkpoint into `state`, drop the lines logged after it, return its step."""
         step, logged, found = 0, {"bytes": 0}, sorted(self._stage.glob("step*/.metadata"))
         for optimizer in state.values():
@@ -471,7 +467,8 @@ def tiny_lm(vocab: int, width: int, layers: int, heads: int = 4, context: int = 
 
     size = dict(vocab_size=vocab, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers)
     size |= dict(num_attention_heads=heads, max_position_embeddings=context)
-    return LlamaForCausalLM(LlamaConfig(**size | dict(bos_token_id=None, eos_token_id=None) | more))
+    size |= dict(bos_token_id=None, eos_token_id=None)
+    return LlamaForCausalLM(LlamaConfig(**size | more))
 
 
 def CharTokenizer(alphabet: str, eos: str):
@@ -493,7 +490,7 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32):
     from transformers import AutoModelForCausalLM, AutoTokenizer, utils
 
     utils.logging.disable_progress_bar()
-    path, source, where = Path(name).expanduser(), name, {}
+    path, source, where = Path(name), name, {}
     if path.suffix == ".gguf":
         source, where = path.parent, {"gguf_file": path.name}
     try:
@@ -602,23 +599,23 @@ def answers_agree(target: str, answer: str) -> bool:
     return verify(*(parse(rf"\boxed{{{x}}}", configs) for x in (target, answer)))
 
 
-def benchmark(model, tokenizer, tasks: Sequence[str], folder: str | None = None, system="", **more) -> dict:
+def benchmark(model, tokenizer, tasks: Sequence[str], folder: str | None = None, **more) -> dict:
     """lm-eval's {task: {metric: value}} for a model in memory or an lm-eval model; {} beyond rank 0.
 
     Documents are dealt to the ranks. `folder` has local YAML tasks, `more` goes to simple_evaluate (limit,
-    gen_kwargs, ...). The chat template and the system prompt are used where there is a template.
+    gen_kwargs, system_instruction, ...). The tokenizer's chat template is used where there is one.
     """
-    lm_eval, lm = need("lm_eval", "lm"), model
-    if isinstance(model, nn.Module):
-        huggingface = need("lm_eval.models.huggingface", "lm")
-        lm = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
+    lm_eval = need("lm_eval", "lm")
+    from accelerate import Accelerator
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8) if isinstance(model, nn.Module) else model
     if dist.is_initialized():
-        lm._rank, lm._world_size = dist.get_rank(), dist.get_world_size()
-        lm.accelerator = need("accelerate", "lm").Accelerator(cpu=not torch.cuda.is_available())
-    manager = need("lm_eval.tasks", "lm").TaskManager(include_path=folder, include_defaults=folder is None)
-    chat = dict(apply_chat_template=bool(tokenizer.chat_template), system_instruction=system or None)
-    settings = dict(task_manager=manager, bootstrap_iters=0, log_samples=False) | chat | more
-    found = lm_eval.simple_evaluate(model=lm, tasks=list(tasks), **settings)
+        lm._rank, lm._world_size, lm.accelerator = dist.get_rank(), dist.get_world_size(), Accelerator()
+    manager = TaskManager(include_path=folder, include_defaults=folder is None)
+    more |= dict(apply_chat_template=bool(tokenizer.chat_template), bootstrap_iters=0, log_samples=False)
+    found = lm_eval.simple_evaluate(model=lm, tasks=list(tasks), task_manager=manager, **more)
     return found["results"] if found else {}
 
 
@@ -674,7 +671,7 @@ class DmControl(gymnasium.Env):
     """
 
     def __init__(self, domain: str, task: str):
-        os.environ.setdefault("MUJOCO_GL", "glfw" if os.environ.get("DISPLAY") else "egl")
+        os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
         logging.getLogger("absl").setLevel(logging.ERROR)  # MuJoCo's deprecations in the suite's own files
         from dm_control import suite
         from dm_control.suite.wrappers import action_scale
@@ -703,19 +700,13 @@ class DmControl(gymnasium.Env):
         return obs, float(step.reward), terminated, step.last() and not terminated, info
 
 
-def vector_env(makers: Sequence[Callable], processes=False) -> gymnasium.vector.VectorEnv:
-    """Step environments together, here or in a process each; an ended one restarts in the same step."""
-    kind = gymnasium.vector.AsyncVectorEnv if processes else gymnasium.vector.SyncVectorEnv
-    return kind(list(makers), autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)
-
-
 @torch.no_grad()
-def evaluate_policy(envs, policy: Callable, seed: int, options: dict | None = None) -> np.ndarray:
+def evaluate_policy(envs, policy: Callable, seed: int) -> np.ndarray:
     """Return of the first episode of each environment of a vector env: (n,), undiscounted.
 
     `policy` maps observations (n, d) to actions (n, m), both numpy; it keeps getting all n rows.
     """
-    obs, _ = envs.reset(seed=seed, options=options)
+    obs, _ = envs.reset(seed=seed)
     total, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
     while running.any():
         obs, reward, terminated, truncated, _ = envs.step(policy(obs))
@@ -771,8 +762,7 @@ class EnsembleLinear(nn.Module):
 
 def soft_update(target: nn.Module, source: nn.Module, tau: float):
     """target <- (1 - tau) target + tau source for all parameters, sharded or not; buffers stay."""
-    ours, theirs = list(target.parameters()), list(source.parameters())
-    get_ema_multi_avg_fn(1 - tau)(ours, [p.to(ours[0].dtype) for p in theirs], None)
+    get_ema_multi_avg_fn(1 - tau)(list(target.parameters()), list(source.parameters()), None)
 
 
 def graphed(update: Callable, warmup: int = 3) -> Callable:

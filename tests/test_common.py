@@ -192,7 +192,7 @@ def test_once_makes_a_thing_once_a_seed_and_leaves_the_caller_its_randomness(tmp
 
     def train(cfg, run):
         def make(child):
-            made.append((child.cell, torch.rand(()).item()))
+            made.append((child.folder.name, torch.rand(()).item()))
             (child.folder / "base").write_text(str(cfg.seed))
 
         folder = run.once("base", make)
@@ -393,7 +393,7 @@ def test_benchmark_runs_a_local_task_on_a_model_in_memory(tmp_path, bpe_tokenize
         "generation_kwargs: {until: ['\\n'], max_gen_toks: 4}\n"
         "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
     )
-    found = common.benchmark(model, bpe_tokenizer, ["words"], str(tmp_path), system="Be brief.")
+    found = common.benchmark(model, bpe_tokenizer, ["words"], str(tmp_path), system_instruction="Be brief.")
     assert found["words"]["exact_match,none"] in (0.0, 1.0)
 
 
@@ -442,7 +442,7 @@ class Countdown(gymnasium.Env):
 
 
 def test_evaluation_counts_each_environments_first_episode_only():
-    envs = common.vector_env([lambda n=n: Countdown(n) for n in (1, 2, 5)])
+    envs = gymnasium.vector.SyncVectorEnv([lambda n=n: Countdown(n) for n in (1, 2, 5)])
     returns = common.evaluate_policy(envs, lambda obs: np.full((3, 1), 0.5, np.float32), seed=0)
     assert returns.tolist() == [0.5, 1.0, 2.5]
 
