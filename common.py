@@ -183,8 +183,8 @@ class Run:
             launch(cfg.ranks)
         self.cfg, self.script = cfg, Path(inspect.getfile(type(cfg))).stem
         self.started, self.results, self.speed = time.time(), {}, {}
-        words = self.script, cfg.config, f"s{cfg.seed}", Path(model).name
-        self.root = self.folder = Path(cfg.out) / "-".join(filter(None, words))
+        name = f"{self.script}-{cfg.config}-s{cfg.seed}" + (model and f"-{Path(model).name}")
+        self.root = self.folder = Path(cfg.out) / name
         gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
         self.device, self.rank, self.world_size = torch.device("cpu"), 0, 1
         if gpu:
@@ -192,8 +192,7 @@ class Run:
             self.device = torch.device("cuda", local)  # ranks that make other cells may share one
             torch.cuda.set_device(self.device)
         if "RANK" in os.environ:
-            backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+            dist.init_process_group(timeout=datetime.timedelta(days=1))  # Gloo for the CPU, NCCL for GPUs
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.amp = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu)
         torch.set_float32_matmul_precision("high" if self.amp else "highest")  # TF32
@@ -644,7 +643,7 @@ def load_rows(
             place = (kind, None, None, source) if kind else (source, subset)
             rows = need("datasets", "lm").load_dataset(*place, split=split).to_list()
     except Exception as e:  # the libraries raise a dozen kinds
-        why = str(e.__cause__ or e).split("\n")[0][:150]
+        why = str(e.__cause__ or e).split("\n")[0]
         raise UserError(f"{source}: no file, folder, hub id or gym task that can be read ({why})") from None
     if not rows:
         raise UserError(f"{source}: no rows")
