@@ -20,7 +20,7 @@ Question q, solution s, explanation t; teacher pi_T, frozen student pi_S; log-pr
 How to run
   python rlt.py                                     the effect in miniature, with baselines, on two CPU cores
   python rlt.py --config text --teacher M --data F  a real model: hub id, folder, .gguf; F: .jsonl or gym:NAME
-  python rlt.py --show                              the trained teacher explains, with the cost of each token
+  python rlt.py --show                              the best explanation of the trained teacher, by tokens
   python rlt.py --score F                           rank (question, solution, reasoning_trace) lines
   torchrun --nproc_per_node=8 rlt.py --config full  Qwen2.5-7B on Bespoke-Stratos-17k, the paper's setting
 
@@ -33,7 +33,8 @@ Departures from the paper and its code
 - Log-softmax in float32, no pad token in any loss, rewards in batches (the code: bfloat16, pads, one by one).
 - The teacher's system prompt is ours, of the same structure. One explanation a question is collected.
   Supervised texts are cut at --context. lm-eval's prompts and graders where the paper used SkyThought's.
-- Samples are an inverse CDF of numbers that all ranks draw alike: their number changes no result.
+- Samples are an inverse CDF of numbers that all ranks draw alike, so their number changes no result (vLLM
+  draws its own).
 - The demo's task, pointer chasing, is ours and was selected: exploration must fail. With half the chains it
   does not, and correctness RL wins: two control rows. Settings were tuned on seeds from 100 on.
 
@@ -491,7 +492,7 @@ class Prompts:
         return Text(text, *self.encode(text), len(head), t, s)
 
     def sections(self, text: str, *sections: tuple) -> tuple:
-        """The text goes on with ((opening tag, closing tag), content)s; returns it and each content's span."""
+        """The text, continued by ((opening tag, closing tag), content)s, and the span of each content."""
         spans = []
         for (opening, closing), content in sections:
             text += opening
@@ -699,15 +700,17 @@ def hf_sampler(name: str, model: LogProbLM, prompts, run) -> Callable:
 
 
 def vllm_sampler(name: str, model: LogProbLM, prompts, run) -> Callable:
-    """The same by a vLLM engine on this rank's GPU, asleep while models train; all prompts in one call."""
+    """The same by a vLLM engine on this rank's GPU, asleep while models train; all prompts in one call.
+
+    Its own random numbers decide, not `uniforms`.
+    """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the weights stay in this process
     vllm, ends = common.need("vllm", "vllm"), common.end_ids(model.lm, prompts.tokenizer)
-    more = {"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}
-    more |= dict(dtype="bfloat16", generation_config="vllm", gpu_memory_utilization=0.4)
     size = sum(p.numel() for p in model.parameters())
     if size not in ENGINES:
-        settings = dict(max_model_len=run.cfg.context, enable_sleep_mode=True, seed=run.rank)
-        ENGINES[size] = vllm.LLM(name, **settings, **more)
+        more = {"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}
+        more |= dict(max_model_len=run.cfg.context, gpu_memory_utilization=0.4, enable_sleep_mode=True)
+        ENGINES[size] = vllm.LLM(name, dtype="bfloat16", generation_config="vllm", seed=run.rank, **more)
     engine = ENGINES[size]
 
     def sample(ids, uniforms, temperature):
@@ -715,9 +718,8 @@ def vllm_sampler(name: str, model: LogProbLM, prompts, run) -> Callable:
         worker = engine.llm_engine.model_executor.driver_worker
         worker.model_runner.model.load_weights(full_weights(model))
         engine.reset_prefix_cache()
-        each = dict(temperature=temperature, top_p=1.0, top_k=0, repetition_penalty=1.0)
-        each |= dict(max_tokens=uniforms.shape[1], stop_token_ids=ends, detokenize=False)
-        params = [vllm.SamplingParams(**each, seed=int(u * 2**31)) for u in uniforms[:, 0]]
+        settings = dict(temperature=temperature, top_p=1.0, top_k=0, repetition_penalty=1.0)
+        params = vllm.SamplingParams(**settings, max_tokens=uniforms.shape[1], stop_token_ids=ends)
         outputs = engine.generate([{"prompt_token_ids": x} for x in ids], params, use_tqdm=False)
         engine.sleep(level=1)
         return [list(o.outputs[0].token_ids) for o in outputs]
@@ -729,20 +731,21 @@ SAMPLERS = {"hf": hf_sampler, "vllm": vllm_sampler}
 ENGINES = {}  # one for each size of model: it holds a GPU, and only the weights differ
 
 
-def rollout(sample, text_of, examples, uniforms, temperature, prompts, run) -> list[Episode]:
-    """This rank's share of the episodes of all examples, in order; uniforms (N, T) of all decide the samples.
+def rollout(sample, text_of, examples, new, temperature, prompts, run, chance=None) -> list[Episode]:
+    """This rank's share of the episodes of all examples, in order, `new` tokens at most each.
 
     text_of(example, t) is continued from where the model's own part begins. Shares are equally large: the
-    last ranks may repeat the first examples.
+    last ranks may repeat the first examples. All ranks draw the numbers of all samples from `chance`.
     """
     n, share = len(examples), math.ceil(len(examples) / run.world_size)
+    uniforms = torch.rand(n, new, generator=chance)
     mine = [i % n for i in range(run.rank * share, (run.rank + 1) * share)]
     texts = [text_of(examples[i], prompts.tags.gap) for i in mine]
     opened = [prompts.encode(x.text[: x.begin])[0] for x in texts]
     episodes = []
-    for i, ids, new in zip(mine, opened, sample(opened, uniforms[mine], temperature), strict=True):
-        text = prompts.tokenizer.decode(new, skip_special_tokens=True)
-        episodes.append(Episode(examples[i], ids + new, len(ids), text))
+    for i, ids, more in zip(mine, opened, sample(opened, uniforms[mine], temperature), strict=True):
+        text = prompts.tokenizer.decode(more, skip_special_tokens=True)
+        episodes.append(Episode(examples[i], ids + more, len(ids), text))
     return episodes
 
 
@@ -769,8 +772,7 @@ def train_grpo(start: str, examples: list[Example], updates: int, explain: bool,
     for step in run.steps(updates, model=policy, optimizer=optimizer, reference=reference):
         rows = distinct_rows(step, cfg.prompts, len(examples), run)
         batch = [examples[i] for i in rows for _ in range(cfg.group)]
-        uniforms = torch.rand(len(batch), cfg.max_new)
-        episodes = rollout(sample, text_of, batch, uniforms, cfg.temperature, prompts, run)
+        episodes = rollout(sample, text_of, batch, cfg.max_new, cfg.temperature, prompts, run)
 
         if explain:
             numbers, _, _ = rlt_reward(episodes, policy, student, prompts, run)
@@ -845,9 +847,9 @@ def fine_tune(name, texts: list[Text], batch: int, steps: int, lr, adam, prompts
 def collect(name: str, examples: list[Example], prompts, run):
     """One raw explanation of each example, with its reward and the numbers of each token: traces.jsonl."""
     cfg, teacher, student = run.cfg, load(name, run), load(run.cfg.student, run)
-    uniforms = torch.rand(len(examples), cfg.max_new, generator=run.generator("collect 0"))
+    chance = run.generator("collect 0")
     sample = SAMPLERS[cfg.sampler](name, teacher, prompts, run)
-    episodes = rollout(sample, prompts.teacher, examples, uniforms, cfg.temperature, prompts, run)
+    episodes = rollout(sample, prompts.teacher, examples, cfg.max_new, cfg.temperature, prompts, run, chance)
     shares = run.gather(spell(episodes, teacher, student, prompts, run))
     write_lines(run.folder / "traces.jsonl", list(itertools.chain(*shares))[: len(examples)], run)
 
@@ -929,15 +931,13 @@ def open_task(base: str, cfg: Config, run: Run) -> tuple[Prompts, list[Example]]
 
     UserError if models and data do not go together.
     """
-    names = {"teacher": base}
-    for role in ("student", "learner"):
-        name = getattr(cfg, role)
-        names[role] = base if name == "self" else name
-    run.cfg = replace(cfg, **names)
+    student, learner = (base if name == "self" else name for name in (cfg.student, cfg.learner))
+    run.cfg = replace(cfg, teacher=base, student=student, learner=learner)
     examples, system = load_examples(cfg, run)
-    tokenizer, *others = [common.load_lm(name)[1] for name in dict.fromkeys(names.values())]
-    if any(x.get_vocab() != tokenizer.get_vocab() for x in others):
-        raise UserError(f"{', '.join(names.values())} tokenize differently; d_j compares the same tokens")
+    _, tokenizer = common.load_lm(base)
+    for name in {student, learner} - {base}:
+        if common.load_lm(name)[1].get_vocab() != tokenizer.get_vocab():
+            raise UserError(f"{name} and {base} tokenize differently; d_j compares the same tokens in both")
     prompts = Prompts(tokenizer, POINTERS if cfg.teacher == "tiny" else TEXT, system, cfg.context)
     fitting = []
     for e in examples:
@@ -955,8 +955,8 @@ def evaluate(name: str, examples: list[Example], prompts, run) -> dict[str, floa
     cfg, n, credits = run.cfg, len(examples), []
     sample = SAMPLERS[cfg.sampler](name, load(name, run), prompts, run)
     for temperature in (0.0, EVAL_TEMPERATURE):
-        uniforms = torch.rand(n, cfg.eval_new, generator=run.generator("answers"))
-        episodes = rollout(sample, prompts.student, examples, uniforms, temperature, prompts, run)
+        chance = run.generator("answers")
+        episodes = rollout(sample, prompts.student, examples, cfg.eval_new, temperature, prompts, run, chance)
         credits.append(np.concatenate(run.gather([e.credit() for e in episodes]))[:n])
     greedy, sampled = credits
     found = {"solved": (greedy == 1).mean(), "credit": greedy.mean(), "sampled": (sampled == 1).mean()}
@@ -964,18 +964,18 @@ def evaluate(name: str, examples: list[Example], prompts, run) -> dict[str, floa
 
 
 def benchmarks(name: str, prompts, run) -> dict[str, float]:
-    """Exact match in lm-eval's tasks, with the student's system prompt."""
+    """Exact match in lm-eval's tasks, with the student's system prompt; each rank decodes a whole model."""
     cfg = run.cfg
     if cfg.sampler == "vllm":
         vllm = common.need("lm_eval.models.vllm_causallms", "vllm")
         lm = vllm.VLLM(name, max_model_len=cfg.context, gpu_memory_utilization=0.4)
     else:
-        lm = common.load_lm(name)[0].to(run.device)  # lm-eval decodes a whole model on each rank
-    decoding = dict(max_gen_toks=cfg.eval_new, do_sample=True, temperature=EVAL_TEMPERATURE)
-    options = dict(system=prompts.system, gen_kwargs=decoding)
+        lm = common.load_lm(name)[0].to(run.device)
+    more = dict(max_gen_toks=cfg.eval_new, do_sample=True, temperature=EVAL_TEMPERATURE)
+    results = common.benchmark(lm, prompts.tokenizer, cfg.bench, system=prompts.system, gen_kwargs=more)
     found = {}
-    for bench, scores in common.benchmark(lm, prompts.tokenizer, cfg.bench, **options).items():
-        found[bench] = next(v for metric, v in scores.items() if metric.startswith("exact_match,"))
+    for task, scores in results.items():
+        found[task] = next(v for metric, v in scores.items() if metric.startswith("exact_match,"))
     return found
 
 
@@ -1044,26 +1044,23 @@ def spell(episodes: list[Episode], teacher, student, prompts, run) -> list[dict]
 
 def rank(cfg: Config, run: Run):
     """--score, --show: rank (question, solution, reasoning_trace) rows by the trained teacher's reward."""
-
-    def made(kind: str) -> Path:
-        return run.folder / common.slug(f"{kind} part={cfg.part}-s{cfg.seed}")
-
-    teacher, base = made(f"teacher lam={cfg.lam}") / "model", cfg.teacher
+    where = f"part={cfg.part}-s{cfg.seed}"
+    teacher = run.folder / common.slug(f"teacher lam={cfg.lam} {where}") / "model"
     if not teacher.exists():
         raise UserError(f"there is no {teacher}: train without --show and --score first")
-    if base == "tiny":
-        base = str(made("base") / "model")
-    file = Path(cfg.score) if cfg.score else made(f"traces lam={cfg.lam}") / "traces.jsonl"
+    base = str(run.folder / f"base_{where}" / "model") if cfg.teacher == "tiny" else cfg.teacher
+    traces = run.folder / common.slug(f"traces lam={cfg.lam} {where}") / "traces.jsonl"
+    file = Path(cfg.score or traces)
     prompts, examples = open_task(base, replace(cfg, data=str(file)), run)
     gap, closing = prompts.tags.gap, prompts.tags.explanation[1]
     episodes = [Episode(e, [], 0, e.trace.removeprefix(gap) + closing) for e in examples if e.trace]
     rows = spell(episodes, load(str(teacher), run), load(run.cfg.student, run), prompts, run)
     rows.sort(key=lambda row: -row["reward"])
-    target = file.with_suffix(".scored.jsonl")
-    write_lines(target, rows, run)
-    for key, value in rows[0].items():
-        run.print(f"{key}: {value}")
-    run.print(f"the best of {len(rows)}; d: log teacher - log student; l: log-prob of s; all: {target}")
+    write_lines(file.with_suffix(".scored.jsonl"), rows, run)
+    run.print(*(f"{key}: {value}\n" for key, value in rows[0].items()))
+    run.print(
+        f"the best of {len(rows)}; d: log teacher - log student, l: log-prob of s; all: {file.stem}.scored"
+    )
 
 
 def draw(figure, run: Run):
@@ -1088,16 +1085,19 @@ def missing(cfg: Config, run: Run) -> list[str]:
     """What this config needs and does not find or cannot use, a line each, with the flag that mends it."""
     from transformers import AutoConfig
 
-    found, names = [], {cfg.teacher, cfg.student, cfg.learner} - {"self", "tiny"}
-    for name in names:
+    found = []
+    for flag in ("teacher", "student", "learner"):
+        name = getattr(cfg, flag)
+        if name in ("self", "tiny") or Path(name).is_file():
+            continue
         try:
-            Path(name).is_file() or AutoConfig.from_pretrained(name)
+            AutoConfig.from_pretrained(name)
         except (OSError, ValueError):
-            found.append(f"{name!r}: not here and not on the hub; --teacher ... take a folder or .gguf, too")
+            found.append(f"--{flag} {name!r}: neither here nor on the hub (hub id, folder or .gguf)")
     try:
         load_examples(cfg, run)
     except UserError as e:
-        found.append(f"--data {e}")
+        found.append(f"--data {e} (.jsonl, hub id or gym:NAME)")
     if cfg.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
         found.append('vllm: pip install -e ".[vllm]", or --sampler hf (a thousand GPU hours in full)')
     return found
@@ -1121,10 +1121,10 @@ def dry_run(cfg: Config, run: Run):
     cache = completions / gpus * cfg.max_new * 4 * config.num_hidden_layers * width  # bytes, at the end
     decode = cfg.max_new * (2 * n + cache / 2) / 3.35e12  # seconds an update
     flops = 14 * n * completions * cfg.max_new  # policy 8 N a token, reference, student and teacher 2 N each
-    seconds = decode + flops / gpus / (0.4 * 989e12)  # at 40 % of an H100's peak
-    memory = 20 * n / gpus + 2 * n + cache  # AdamW's 16 bytes, two frozen models, the copy that decodes
-    run.print(f"{n:,} parameters, {memory / 1e9:.0f} GB on each of {gpus} GPUs, its caches included")
-    hours, share = cfg.updates * seconds / 3600, decode / seconds
+    hours = cfg.updates * (decode + flops / gpus / (0.4 * 989e12)) / 3600  # at 40 % of an H100's peak
+    memory = (20 * n / gpus + 2 * n) / 1e9  # AdamW's 16 bytes, two frozen models; the copy that decodes
+    run.print(f"{n:,} parameters; {memory:.0f} GB on each of {gpus} GPUs, and {cache / 1e9:.0f} GB of cache")
+    share = cfg.updates * decode / 3600 / hours
     run.print(f"{cfg.updates} updates of {completions} completions: {hours:.1f} hours, {share:.0%} decoding")
 
 
@@ -1135,7 +1135,7 @@ def main():
         if cfg.dry_run and cfg.teacher != "tiny":
             dry_run(cfg, run)
         if cfg.dry_run:
-            return run.print(*(f"missing: {line}\n" for line in lacking))
+            return run.print("\n".join(f"missing: {line}" for line in lacking))
         if lacking:
             raise UserError("; ".join(lacking))
         if cfg.score or cfg.show:
