@@ -2,8 +2,10 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -19,29 +21,34 @@ QUESTION = Example("What is 12 plus 30?", "\n\nThe answer is 42.\n\n")
 
 
 @pytest.fixture
-def task(tmp_path):
+def run(tmp_path):
     """The pointer task with two symbols to follow, and no base model yet."""
     cfg = replace(rlt.CONFIGS["smoke"], out=str(tmp_path), temperature=0.7, alpha=0.3, micro_tokens=100)
-    tok = common.CharTokenizer(rlt.SYMBOLS[:6] + "~?!()[]{}$", eos="$")
-    turn = "{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
-    tok.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
     run = Run(cfg)
     run.folder.mkdir(parents=True)
-    return rlt.Task(cfg, run, rlt.Prompts(tok, rlt.POINTERS, "?"), "")
+    return run
 
 
 @pytest.fixture
-def models(task):
+def pointers():
+    tok = common.CharTokenizer(rlt.SYMBOLS[:6] + "~?!()[]{}$", eos="$")
+    turn = "{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    tok.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
+    return rlt.Prompts(tok, rlt.POINTERS, "?", 128)
+
+
+@pytest.fixture
+def models(run):
     torch.manual_seed(3)
-    return [rlt.hop_model(task.cfg).eval() for _ in range(2)]
+    return [rlt.hop_model(run.cfg).eval() for _ in range(2)]
 
 
-def problems(task, n, p_write=0.5):
-    return rlt.make_problems(n, task.cfg, torch.Generator().manual_seed(5), p_write)
+def problems(run, n, p_write=0.5):
+    return rlt.make_problems(n, run.cfg, torch.Generator().manual_seed(5), p_write)
 
 
-def episodes(examples, texts, prompt=()):
-    return [Episode(e, list(prompt), [], text) for e, text in zip(examples, texts, strict=True)]
+def episodes(examples, texts):
+    return [Episode(e, [], 0, text) for e, text in zip(examples, texts, strict=True)]
 
 
 # --- reward
@@ -58,55 +65,52 @@ def test_reduce_scores_is_mean_plus_alpha_extreme_over_the_mask_alone():
         torch.testing.assert_close(rlt.reduce_scores(x, mask, alpha, kind), torch.tensor(expected))
 
 
-def brute_force_reward(e, t, closed, teacher, student, task):
+def brute_force_reward(e, t, closed, teacher, student, prompts, cfg):
     """Eqs. (1) to (3) from whole softmax tables, one token at a time; one symbol is one token here."""
-    cfg = task.cfg
 
     def logp(model, text):
-        ids = torch.tensor([task.prompts.tokenizer.encode(text)])
+        ids = torch.tensor([prompts.tokenizer.encode(text)])
         table = (model.lm(ids).logits[0].double() / cfg.temperature).log_softmax(-1)
         return [None] + [table[i - 1, ids[0, i]].item() for i in range(1, ids.shape[1])]
 
     head_t, head_s = f"!{e.question}[{e.solution}]{{", f"?{e.question}("
     of_teacher = logp(teacher, head_t + t + "}$")
     of_student = logp(student, head_s + t + f")[{e.solution}]$")
-    start = len(head_s) + len(t) + 2
-    ell = of_student[start : start + len(e.solution)]
+    ell = of_student[len(head_s + t) + 2 :][: len(e.solution)]
     d = [of_teacher[len(head_t) + j] - of_student[len(head_s) + j] for j in range(len(t))]
     r_kl = np.mean(d) + cfg.alpha * max(d) if d else 1 + cfg.alpha
     return np.mean(ell) + cfg.alpha * min(ell) - cfg.lam * r_kl + (0 if closed else cfg.penalty)
 
 
-def test_reward_equals_brute_force_from_softmax_tables_alone_and_in_a_batch(task, models):
-    examples = problems(task, 5)
+def test_reward_equals_brute_force_from_softmax_tables_alone_and_in_a_batch(run, pointers, models):
+    examples = problems(run, 5)
     texts = [examples[0].trace + "}$", "ab}$", "ab~c", "}$", "abcabcabc}ab}$"]
     split = [(examples[0].trace, True), ("ab", True), ("ab~c", False), ("", True), ("abcabcabc", True)]
-    numbers, _, _ = rlt.rlt_reward(episodes(examples, texts), *models, task)
-    expected = [brute_force_reward(e, *s, *models, task) for e, s in zip(examples, split, strict=True)]
-    torch.testing.assert_close(numbers["reward"], torch.tensor(expected).float(), rtol=1e-4, atol=1e-4)
-    assert numbers["closed"].tolist() == [1, 1, 0, 1, 1] and numbers["length"].tolist() == [8, 2, 4, 0, 9]
-    alone = [rlt.rlt_reward([e], *models, task)[0]["reward"] for e in episodes(examples, texts)]
-    torch.testing.assert_close(torch.cat(alone), numbers["reward"], rtol=1e-4, atol=1e-4)
+    told = episodes(examples, texts)
+    numbers, _, _ = rlt.rlt_reward(told, *models, pointers, run)
+    assert [(e.t, e.closed) for e in told] == split and numbers["length"].tolist() == [8, 2, 4, 0, 9]
+    expected = [
+        brute_force_reward(e, *s, *models, pointers, run.cfg) for e, s in zip(examples, split, strict=True)
+    ]
+    alone = [rlt.rlt_reward([e], *models, pointers, run)[0]["reward"] for e in told]
+    for found in (numbers["reward"], torch.cat(alone)):
+        torch.testing.assert_close(found, torch.tensor(expected).float(), rtol=1e-4, atol=1e-4)
 
 
-def test_kl_is_zero_when_teacher_and_student_are_one_model_in_one_context(task, models):
+def test_kl_is_zero_when_teacher_and_student_are_one_model_in_one_context(run, pointers, models):
     same = replace(rlt.POINTERS, teacher="?", solution=("", ""), explanation=("(", ")"))
-
-    class NoSolution(rlt.Prompts):
-        def teacher(self, e, t):
-            return super().teacher(replace(e, solution=""), t)
-
-    alike = replace(task, prompts=NoSolution(task.prompts.tokenizer, same, "?"))
-    numbers, _, d = rlt.rlt_reward(episodes(problems(task, 2), ["abc)$", "~"]), models[0], models[0], alike)
+    alike = rlt.Prompts(pointers.tokenizer, same, "?", 128)
+    told = episodes([replace(e, solution="") for e in problems(run, 2)], ["abc)$", "~"])
+    numbers, _, d = rlt.rlt_reward(told, models[0], models[0], alike, run)
     assert numbers["r_kl"].abs().max() < 1e-6 and d.shape == (2, 3)
 
 
 class Lookup(torch.nn.Module):
     """A model that gives each next symbol its log-prob from a function of (text so far, symbol)."""
 
-    def __init__(self, task, rule):
+    def __init__(self, prompts, rule):
         super().__init__()
-        self.tok, self.rule = task.prompts.tokenizer, rule
+        self.tok, self.rule = prompts.tokenizer, rule
 
     def forward(self, ids, mask, temperature):
         logp = torch.zeros(ids.shape[0], ids.shape[1] - 1)
@@ -117,17 +121,18 @@ class Lookup(torch.nn.Module):
         return logp
 
 
-def test_a_student_sure_of_the_solution_has_r_ss_zero_and_the_reading_is_not_off_by_one(task, models):
-    sure = Lookup(task, lambda before, symbol: 0.0 if "[" in before and symbol != "]" else -7.0)
-    shifted = Lookup(task, lambda before, symbol: 0.0 if symbol == "[" or before[-1] == "[" else -7.0)
+def test_a_student_sure_of_the_solution_has_r_ss_zero_and_the_reading_is_not_off_by_one(
+    run, pointers, models
+):
+    sure = Lookup(pointers, lambda before, symbol: 0.0 if "[" in before and symbol != "]" else -7.0)
+    shifted = Lookup(pointers, lambda before, symbol: 0.0 if symbol == "[" or before[-1] == "[" else -7.0)
     for student, expected in ((sure, 0.0), (shifted, -3.5 - 0.3 * 7)):
-        numbers, _, _ = rlt.rlt_reward(
-            episodes([Example("abcdefab", "cd")], ["ab}$"]), models[0], student, task
-        )
+        told = episodes([Example("abcdefab", "cd")], ["ab}$"])
+        numbers, _, _ = rlt.rlt_reward(told, models[0], student, pointers, run)
         assert numbers["r_ss"].item() == pytest.approx(expected)
 
 
-def test_leaking_the_solution_pays_without_kl_and_costs_its_surprise_with_it(task):
+def test_leaking_the_solution_pays_without_kl_and_costs_its_surprise_with_it(run, pointers):
     follows = {"a": "b", "b": "c"}  # the steps that the student can make
 
     def student_rule(before, symbol):
@@ -135,17 +140,16 @@ def test_leaking_the_solution_pays_without_kl_and_costs_its_surprise_with_it(tas
             return -0.01 if before.split("(")[1].split(")")[0].endswith("c") else -3.0
         return -0.1 if before[-1] == "(" or follows.get(before[-1]) == symbol else -4.0
 
-    student, teacher = Lookup(task, student_rule), Lookup(task, lambda before, symbol: -0.05)
+    student, teacher = Lookup(pointers, student_rule), Lookup(pointers, lambda before, symbol: -0.05)
     told = episodes([Example("abcdefab", "c")] * 3, ["}$", "ac}$", "abc}$"])  # nothing, the leak, the steps
-    rewards = {}
+    rewards = []
     for lam in (0.0, 3.0):
-        at = replace(task, cfg=replace(task.cfg, lam=lam))
-        rewards[lam] = rlt.rlt_reward(told, teacher, student, at)[0]["reward"].tolist()
-    nothing, leak, steps = rewards[0.0]
+        run.cfg = replace(run.cfg, lam=lam)
+        rewards.append(rlt.rlt_reward(told, teacher, student, pointers, run)[0]["reward"].tolist())
+    nothing, leak, steps = rewards[0]
     assert leak == pytest.approx(steps) and leak > nothing + 2
     kl_leak, kl_steps = (0.05 + 3.95) / 2 + 0.3 * 3.95, 0.05 + 0.3 * 0.05
-    assert rewards[3.0][1] == pytest.approx(leak - 3 * kl_leak, abs=1e-4)
-    assert rewards[3.0][2] == pytest.approx(steps - 3 * kl_steps, abs=1e-4)
+    assert rewards[1][1:] == pytest.approx([leak - 3 * kl_leak, steps - 3 * kl_steps], abs=1e-4)
 
 
 # --- texts and tokens
@@ -153,28 +157,28 @@ def test_leaking_the_solution_pays_without_kl_and_costs_its_surprise_with_it(tas
 
 @pytest.fixture
 def prompts(bpe_tokenizer):
-    return rlt.Prompts(bpe_tokenizer, rlt.TEXT, rlt.STRATOS_SYSTEM)
+    return rlt.Prompts(bpe_tokenizer, rlt.TEXT, rlt.STRATOS_SYSTEM, 2000)
 
 
 def test_completions_are_split_at_the_first_closing_tag(prompts):
-    split = prompts.split_completion
     tag = "<|end_of_explanation|>"
-    assert split(f"x\n\n{tag}y{tag}") == ("\n\nx\n\n", True)
-    assert split("x") == ("\n\nx", False) and split(tag) == ("\n\n", True) and split("") == ("\n\n", False)
+    texts = [f"x\n\n{tag}y{tag}", "x", tag, ""]
+    told = episodes([QUESTION] * 4, texts)
+    rlt.align(told, prompts)
+    split = [("\n\nx\n\n", True), ("\n\nx", False), ("\n\n", True), ("\n\n", False)]
+    assert [(e.t, e.closed) for e in told] == split
 
 
 def test_spans_hold_t_and_s_although_the_system_prompts_mention_the_tags(prompts):
     e, t = Example("what? <|begin_of_thought|>", "\n\n42\n\n"), "\n\nthink <|end_of_thought|>\n\n"
-    text, (a, b), begin = prompts.teacher(e, t)
-    assert text[a:b] == t and text[a:begin] == "\n\n" and text[:begin] == prompts.teacher_prompt(e)
-    assert text[:a].endswith(
-        "assistant\n<|begin_of_solution|>\n\n42\n\n<|end_of_solution|>\n\n<|begin_of_explanation|>"
-    )
-    text, (a, b), (c, d), turn = prompts.student(e, t)
-    assert text[a:b] == t and text[c:d] == e.solution and text[:turn] == prompts.student_prompt(e)
-    middle = "<|end_of_thought|>\n\n<|begin_of_solution|>"
-    ours = f"<|begin_of_thought|>{t}{middle}{e.solution}<|end_of_solution|><|im_end|>\n"
-    assert text[turn:] == ours
+    told, shown = prompts.teacher(e, t), prompts.student(e, t)
+    for x in (told, shown):
+        assert x.text[slice(*x.t)] == t and x.text[slice(*x.s)] == e.solution
+    solution = f"<|begin_of_solution|>{e.solution}<|end_of_solution|>"
+    ours = f"assistant\n{solution}\n\n<|begin_of_explanation|>\n\n"
+    assert told.text[: told.begin].endswith(ours)
+    ours = f"<|begin_of_thought|>{t}<|end_of_thought|>\n\n{solution}<|im_end|>\n"
+    assert shown.text[shown.begin :] == ours
 
 
 def test_merged_tags_are_dropped_and_both_contexts_hold_the_same_tokens_of_t(prompts):
@@ -183,30 +187,29 @@ def test_merged_tags_are_dropped_and_both_contexts_hold_the_same_tokens_of_t(pro
     for question in (QUESTION, replace(QUESTION, question=t)):  # the second restates the explanation
         (e,) = episodes([question], [t + "\n\n<|end_of_explanation|><|im_end|>\n"])
         rlt.align([e], prompts)
-        in_teacher = [e.teacher_ids[i] for i in e.t_teacher]
-        assert e.closed and e.t == f"\n\n{t}\n\n" and in_teacher == [e.student_ids[i] for i in e.t_student]
+        ids = e.student.ids
+        in_teacher = [e.teacher.ids[i] for i in e.t_teacher]
+        assert in_teacher == [ids[i] for i in e.t_student]
         assert tok.decode(in_teacher).strip() == t, "only paddings may be lost"
         assert len(tok.encode(e.t)) - len(in_teacher) <= 2, "at most a token a side"
-        assert tok.decode([e.student_ids[i] for i in e.s_student]).strip() == "The answer is 42."
-        assert tok.decode(e.student_ids[: e.t_student[0]]).strip().endswith("<|begin_of_thought|>")
+        assert tok.decode([ids[i] for i in e.s_student]).strip() == "The answer is 42."
+        assert tok.decode(ids[: e.t_student[0]]).strip().endswith("<|begin_of_thought|>")
 
 
 def test_templates_that_trim_and_models_without_one_are_carried_others_refused(prompts):
     tok = bpe(["abc"])
     tok.chat_template = tok.chat_template.replace("{{ m.content }}", "{{ m.content | trim }}")  # as Llama-3's
     e = replace(QUESTION, question=" spaced ")
-    assert rlt.Prompts(tok, rlt.TEXT, "S").student(e, "t")[0].endswith("<|end_of_solution|><|im_end|>\n")
+    text = rlt.Prompts(tok, rlt.TEXT, "S", 2000).student(e, "t").text
+    assert text.endswith("<|end_of_solution|><|im_end|>\n")
     tok.chat_template, tok.eos_token = None, "<|im_start|>"  # no <|im_end|> is asked for
-    assert rlt.Prompts(tok, rlt.TEXT, "S").end_of_turn == "<|im_start|>\n"
+    assert rlt.Prompts(tok, rlt.TEXT, "S", 2000).end_of_turn == "<|im_start|>\n"
     tok.chat_template = tok.chat_template.replace("{{ m.content }}", "<think></think>{{ m.content }}")
     special = bpe(["<|begin_of_thought|>"], additional_special_tokens=["<|begin_of_thought|>"])
-    for wrong, words in (
-        (special, "special token"),
-        (tok, "template"),
-        (SimpleNamespace(is_fast=False), "fast"),
-    ):
+    refused = {"special token": special, "template": tok, "fast": SimpleNamespace(is_fast=False)}
+    for words, wrong in refused.items():
         with pytest.raises(UserError, match=words):
-            rlt.Prompts(wrong, rlt.TEXT, "S")
+            rlt.Prompts(wrong, rlt.TEXT, "S", 2000)
 
 
 # --- GRPO and supervised training
@@ -233,95 +236,113 @@ def test_grpo_loss_has_the_stated_value_and_gradient_on_the_mask_alone():
     assert at_ref == 0 and torch.autograd.grad(at_ref, logp)[0].abs().max() == 0
 
 
-def test_no_question_comes_twice_in_an_update_and_all_come_once_an_epoch(task):
-    steps = [rlt.distinct_rows(step, 4, 14, task.run) for step in range(6)]
-    assert all(len(set(rows)) == 4 for rows in steps)
-    epochs = [[row for rows in steps[i : i + 3] for row in rows] for i in (0, 3)]
+def test_no_question_comes_twice_in_an_update_and_all_come_once_an_epoch(run):
+    steps = [rlt.distinct_rows(step, 4, 14, run) for step in range(6)]
+    epochs = [steps[0] + steps[1] + steps[2], steps[3] + steps[4] + steps[5]]
     assert all(len(set(rows)) == 12 for rows in epochs) and epochs[0] != epochs[1]
 
 
-def test_supervised_tokens_are_those_of_the_stated_span(task, models):
-    e, (model, _) = problems(task, 1)[0], models
+def test_supervised_tokens_are_those_of_the_stated_span(run, pointers, models):
+    e, (model, _) = problems(run, 1)[0], models
     text, supervised = f"!{e.question}[{e.solution}]{{{e.trace}}}$", f"{e.trace}}}$"
-    ids = torch.tensor([task.prompts.tokenizer.encode(text)])
+    ids = torch.tensor([pointers.tokenizer.encode(text)])
     logp = model.lm(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    told, _, begin = task.prompts.teacher(e, e.trace)
-    rlt.sft(model, "one", 1, lambda step: [(told, begin)], lambda step: 0.1, task)
-    line = json.loads((task.run.folder / "one" / "metrics.jsonl").read_text())
-    assert told == text and line["loss"] == pytest.approx(-logp[-len(supervised) :].mean().item(), rel=1e-5)
+    told = pointers.teacher(e, e.trace)
+    rlt.sft(model, "one", 1, lambda step: [told], (0.1,), {}, run)
+    line = json.loads((run.folder / "one" / "metrics.jsonl").read_text())
+    assert line["loss"] == pytest.approx(-logp[-len(supervised) :].mean().item(), rel=1e-5)
+
+
+def test_every_rank_has_episodes_and_together_they_are_those_of_one(run, pointers):
+    def sample(ids, uniforms, temperature):
+        return [[int(10 * u)] for u in uniforms[:, 0]]
+
+    examples = problems(run, 3)
+    dealt = []
+    for run.rank, run.world_size in ((0, 1), (0, 4), (1, 4), (2, 4), (3, 4)):
+        dealt.append(
+            rlt.rollout(sample, pointers.student, examples, 1, 1.0, pointers, run, run.generator("x"))
+        )
+    assert dealt[0] == [dealt[i][0] for i in (1, 2, 3)] and all(len(part) == 1 for part in dealt[1:])
 
 
 # --- problems and data
 
 
-def test_problems_are_what_they_say(task):
-    at = replace(task, cfg=replace(task.cfg, symbols=20, chains=8))
-    rows = problems(at, 100, p_write=0.45)
+def test_problems_are_what_they_say(run):
+    run.cfg = replace(run.cfg, symbols=20, chains=8)
+    rows = problems(run, 100, p_write=0.45)
     for e in rows:
         f = dict(zip(rlt.SYMBOLS, e.question[:20], strict=False))
         for i, x in enumerate(e.question[20:]):
             chain, told = [x, f[x], f[f[x]], f[f[f[x]]]], e.trace[4 * i : 4 * i + 4]
-            assert e.solution[i] == chain[3] and all(c in (w, "~") for c, w in zip(told, chain, strict=True))
-            assert told[0] == x and told[3] == chain[3]
-        assert (
-            e.credit(f"(x)[{e.solution}]$") == 1 and e.credit(f"[{e.solution}a]") < 1 and e.credit("no") == 0
-        )
+            assert all(c in (w, "~") for c, w in zip(told, chain, strict=True))
+            assert told[0] == x and told[3] == chain[3] == e.solution[i]
+        credit = [e.judge(e.solution, text) for text in (f"(x)[{e.solution}]$", f"[{e.solution}a]", "no")]
+        assert credit[0] == 1 and 0 < credit[1] < 1 and credit[2] == 0
     assert 1 - sum(e.trace.count("~") for e in rows) / 1600 == pytest.approx(0.45, abs=0.04)
 
 
-def load(task, rows, monkeypatch, data="x.jsonl"):
-    monkeypatch.setattr(common, "load_rows", lambda *a, **k: rows)
-    return rlt.load_examples(replace(task.cfg, data=data), task.run)
+def load(run, *rows):
+    (run.folder / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rlt.load_examples(replace(run.cfg, teacher="lm", data=str(run.folder / "x.jsonl")), run)
 
 
-def test_jsonl_gsm8k_stratos_and_gym_rows(task, monkeypatch):
-    rows, system = load(task, [{"question": "q", "solution": "s", "reasoning_trace": "t"}], monkeypatch)
-    assert rows == [Example("q", "\n\ns\n\n", "\n\nt\n\n")] and system == rlt.STRATOS_SYSTEM
-    (e,), _ = load(task, [{"question": "Q", "answer": "r1\nr2\n#### 1,234"}], monkeypatch)
+BLOCKS = (
+    "<|begin_of_thought|>\n\nT\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nS\n\n<|end_of_solution|>"
+)
+
+
+def stratos(*texts, system="SYS"):
+    return {"system": system, "conversations": [{"from": "x", "value": text} for text in texts]}
+
+
+def test_jsonl_gsm8k_stratos_and_gym_rows(run):
+    found = load(run, {"question": "q", "solution": "s", "reasoning_trace": "t"})
+    assert found == ([Example("q", "\n\ns\n\n", "\n\nt\n\n")], rlt.STRATOS_SYSTEM)
+    (e,), _ = load(run, {"question": "Q", "answer": "r1\nr2\n#### 1,234"})
     assert (e.solution, e.trace) == ("\n\nThe answer is \\boxed{1,234}\n\n", "\n\nr1\nr2\n\n")
-    assert [e.credit(x) for x in (r"\boxed{1234}", r"\boxed{1235}", "1234")] == [1, 0, 0]
-    blocks = (
-        "<|begin_of_thought|>\n\nT\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nS\n\n<|end_of_solution|>"
-    )
-    turns = [{"from": "user", "value": "Q"}, {"from": "assistant", "value": blocks}]
-    found = load(task, [{"system": "SYS", "conversations": turns}], monkeypatch)
-    assert found == ([Example("Q", "\n\nS\n\n", "\n\nT\n\n")], "SYS")
-    two = [{"system": x, "conversations": turns} for x in ("SYS", "OTHER")]
-    with pytest.raises(UserError, match="system varies"):
-        load(task, two, monkeypatch)
-    with pytest.raises(UserError, match="begin_of_thought"):
-        load(task, [{"system": "SYS", "conversations": [turns[0], turns[0]]}], monkeypatch)
-    monkeypatch.undo()
-    rows, _ = rlt.load_examples(replace(task.cfg, data="gym:basic_arithmetic", problems=3), task.run)
-    assert len(rows) == 3 and all(e.credit(e.solution) == 1 and e.credit("none") < 1 for e in rows)
+    assert [e.judge(e.solution, x) for x in (r"\boxed{1234}", r"\boxed{1235}", "1234")] == [1, 0, 0]
+    assert load(run, stratos("Q", BLOCKS)) == ([Example("Q", "\n\nS\n\n", "\n\nT\n\n")], "SYS")
+    cfg = replace(run.cfg, teacher="lm", data="gym:basic_arithmetic", problems=3)
+    rows, _ = rlt.load_examples(cfg, run)
+    assert [e.judge("", e.solution) for e in rows] == [1, 1, 1] and rows[0].judge("", "none") < 1
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (stratos("Q", BLOCKS, system="OTHER"), "system varies"),
+        (stratos("Q", "no blocks"), "row 2: .*begin_of_thought"),
+        (stratos(BLOCKS), "row 2: .*question and an answer"),
+        (stratos("Q", BLOCKS, BLOCKS), "row 2: .*question and an answer"),
+    ],
+)
+def test_odd_conversations_are_refused_by_file_and_row(run, row, words):
+    with pytest.raises(UserError, match=f"x.jsonl.*{words}"):
+        load(run, stratos("Q", BLOCKS), row)
 
 
 # --- the vLLM sampler against a stand-in engine
 
 
-def test_vllm_sets_every_field_takes_all_prompts_at_once_and_gets_the_weights(task, models, monkeypatch):
-    calls = SimpleNamespace(params=[], weights={}, prompts=[])
-    inner = SimpleNamespace(load_weights=lambda pairs: calls.weights.update(pairs))
-    worker = SimpleNamespace(model_runner=SimpleNamespace(model=inner))
-
-    class LLM:
-        def __init__(self, model, **settings):
-            self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
-            self.wake_up = self.reset_prefix_cache = lambda: None
-            self.sleep = lambda level: None
-
-        def generate(self, prompts, params, use_tqdm):
-            calls.prompts.append([p["prompt_token_ids"] for p in prompts])
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=(2,))]) for _ in prompts]
-
-    fake = SimpleNamespace(LLM=LLM, SamplingParams=lambda **k: calls.params.append(k))
-    monkeypatch.setitem(__import__("sys").modules, "vllm", fake)
-    sampler = rlt.VLLMSampler("lm", models[0], task)
-    sampler.refresh(models[0])
-    assert sampler([[1, 2], [3]], torch.rand(2, 5), 0.7) == [[2], [2]] and calls.prompts == [[[1, 2], [3]]]
-    assert set(calls.weights) == {n for n, _ in models[0].lm.named_parameters()}
+def test_vllm_sets_every_field_takes_all_prompts_at_once_and_gets_the_weights(
+    run, pointers, models, monkeypatch
+):
+    engine, module = MagicMock(), MagicMock()
+    module.LLM.return_value = engine
+    engine.generate.return_value = [SimpleNamespace(outputs=[SimpleNamespace(token_ids=(2,))])] * 2
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    sample = rlt.vllm_sampler("lm", models[0], pointers, run)
+    assert sample([[1, 2], [3]], torch.rand(2, 5), 0.7) == [[2], [2]]
+    (prompts, _), _ = engine.generate.call_args
+    assert [p["prompt_token_ids"] for p in prompts] == [[1, 2], [3]]
+    worker = engine.llm_engine.model_executor.driver_worker
+    ((weights,), _) = worker.model_runner.model.load_weights.call_args
+    assert [name for name, _ in weights] == [name for name, _ in models[0].lm.named_parameters()]
     fields = {"max_tokens": 5, "temperature": 0.7, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
-    assert all(fields.items() <= p.items() and p["stop_token_ids"] == sampler.ends for p in calls.params)
+    given = module.SamplingParams.call_args.kwargs
+    assert fields.items() <= given.items() and given["stop_token_ids"] == [15]
 
 
 # --- the script as a user runs it
@@ -337,15 +358,13 @@ def test_smoke_runs_resumes_shows_and_ranks_its_own_traces(run_script, tmp_path)
     run_script(ROOT / "rlt.py", *words, "--resume")
     assert json.loads((folder / "results.json").read_text())["table"] == first["table"]
     assert "log teacher - log student" in run_script(ROOT / "rlt.py", *words, "--show").stdout
-    traces = (folder / "traces_lam=3.0_part=1.0-s0" / "traces-0000000.jsonl").read_text()
-    (tmp_path / "t.jsonl").write_text(traces)
+    traces = folder / "traces_lam=3.0_part=1.0-s0" / "traces.jsonl"
+    (tmp_path / "t.jsonl").write_text(traces.read_text())
     run_script(ROOT / "rlt.py", *words, "--score", "t.jsonl")
-    ranked = [json.loads(x) for x in (tmp_path / "t.scored.jsonl").read_text().splitlines()]
-    before = [r for r in map(json.loads, traces.splitlines()) if r["closed"]]
-    after = {r["question"]: r["reward"] for r in ranked}
-    assert all(after[r["question"]] == pytest.approx(r["reward"], abs=1e-4) for r in before), (
-        "the same reward"
-    )
+    rows = {r["question"]: r["reward"] for r in rlt.read_lines(traces) if r["closed"]}
+    ranked = {r["question"]: r["reward"] for r in rlt.read_lines(tmp_path / "t.scored.jsonl")}
+    assert {q: ranked[q] for q in rows} == pytest.approx(rows, abs=1e-4), "the same reward"
+    assert list(ranked.values()) == sorted(ranked.values(), reverse=True)
 
 
 def test_two_ranks_with_sharded_models_do_what_one_process_does(run_script, tmp_path, text_files):
@@ -355,11 +374,9 @@ def test_two_ranks_with_sharded_models_do_what_one_process_does(run_script, tmp_
         words = [*text_files, "--out", out, "--rows", "RL from a few RLT traces", "distilled from the corpus"]
         run_script(ROOT / "rlt.py", *words, "--micro_tokens", "1000", ranks=ranks)
         folder = tmp_path / out / "rlt-text-s0-lm"
-        files = [
-            folder / f"{x}-s0" / "metrics.jsonl"
-            for x in ("teacher_lam=3.0_part=1.0", "RL_from_a_few_RLT_traces")
-        ]
-        rows = [[list(json.loads(x).values()) for x in f.read_text().splitlines()] for f in files]
+        rows = []
+        for stage in ("teacher_lam=3.0_part=1.0-s0", "RL_from_a_few_RLT_traces-s0"):
+            rows.append([list(line.values()) for line in rlt.read_lines(folder / stage / "metrics.jsonl")])
         found.append(rows)
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=2e-3, atol=2e-3)
@@ -378,23 +395,9 @@ def test_bad_input_is_one_line_with_exit_code_2(run_script, tmp_path, text_files
     for arguments, words in (
         (["--data", "bad.jsonl"], "bad.jsonl, row 1"),
         (["--context", "20"], "too few"),
-        (["--teacher", "nowhere"], "nowhere"),
+        (["--teacher", "nowhere"], "--teacher 'nowhere'"),
         (["--student", "other"], "tokenize differently"),
     ):
         done = run_script(ROOT / "rlt.py", *text_files, *arguments, check=False)
         lines = [x for x in done.stderr.splitlines() if x.startswith("rlt.py")]
         assert done.returncode == 2 and len(lines) == 1 and words in lines[0], (arguments, done.stderr[-500:])
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_losses_follow_the_cpu(tmp_path):
-    losses = []
-    for device in ("cpu", "cuda"):
-        cfg = replace(rlt.CONFIGS["smoke"], out=str(tmp_path / device), device=device, dtype="float32")
-        run = Run(cfg)
-        run.folder.mkdir(parents=True)
-        torch.manual_seed(0)
-        rlt.make_base(cfg, run)
-        lines = (run.folder / "textbook" / "metrics.jsonl").read_text().splitlines()
-        losses.append([json.loads(line)["loss"] for line in lines])
-    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=1e-3)
