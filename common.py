@@ -301,7 +301,7 @@ class Run:
         """Make the run folder, or go on in it; UserError where that would mix or overwrite runs."""
         own = {k: v for k, v in asdict(self.cfg).items() if k not in vars(Config)}
         file, now = self.root / "config.json", json.loads(to_json(own))
-        if file.exists():
+        if {"result.json", ".metadata"} & {path.name for path in self.root.rglob("*")}:  # cells, checkpoints
             if not self.cfg.resume:
                 raise UserError(f"{self.root} exists: --resume goes on with it, or move it away")
             before = json.loads(file.read_text())

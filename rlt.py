@@ -362,12 +362,16 @@ def from_answer(answer: str) -> dict:
 
 def from_turns(row: dict, where: str) -> dict:
     """Bespoke-Stratos has two turns: a question, and an answer of a thought block and a solution block."""
-    texts = [str(turn["value"]) for turn in row["conversations"]]
-    blocks = [re.escape(begin) + "(.*?)" + re.escape(end) for begin, end in (TEXT.thought, TEXT.solution)]
-    found = re.search(".*?".join(blocks), texts[-1], re.DOTALL)
+    texts = [str(turn.get("value")) for turn in row["conversations"]]
+    found = re.search(BLOCKS, texts[-1], re.DOTALL)
     if len(texts) != 2 or not found:
         raise UserError(f"{where}: not a question and an answer of {TEXT.thought} and {TEXT.solution}")
     return row | {"question": texts[0], "reasoning_trace": found[1], "solution": found[2]}
+
+
+BLOCKS = (
+    r"<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>.*?<\|begin_of_solution\|>(.*?)<\|end_of_solution\|>"
+)
 
 
 # --- the two prompts ---
@@ -557,13 +561,12 @@ class LogProbLM(nn.Module):
         return common.token_logprobs(self.lm, ids, mask, temperature)
 
 
-def load(name: str, run: Run, trainable: bool = False) -> LogProbLM:
+def load(name: str, run: Run, trainable=False) -> LogProbLM:
     """A model on this rank's device, or sharded: float32 if it is trained, else bfloat16 on GPUs."""
-    dtype = torch.bfloat16 if run.amp and not trainable else torch.float32
-    lm, _ = common.load_lm(name, dtype)
+    lm, _ = common.load_lm(name, torch.bfloat16 if run.amp and not trainable else torch.float32)
     if trainable and run.cfg.recompute:
         lm.gradient_checkpointing_enable()
-    return run.shard(LogProbLM(lm).requires_grad_(trainable), dtype)
+    return run.shard(LogProbLM(lm).requires_grad_(trainable))
 
 
 def whole(p: Tensor) -> Tensor:
@@ -763,7 +766,7 @@ def train_grpo(start: str, examples: list[Example], updates: int, explain: bool,
     (3); else it answers questions, and a right answer is 1. Groups never straddle ranks.
     """
     cfg = run.cfg
-    policy, reference = load(start, run, trainable=True), load(start, run)
+    policy, reference = (load(start, run, trainable=True) for _ in range(2))
     student = load(cfg.student, run) if explain else None
     text_of = prompts.teacher if explain else prompts.student
     sample = SAMPLERS[cfg.sampler](start, policy, prompts, run)
@@ -797,7 +800,6 @@ def train_grpo(start: str, examples: list[Example], updates: int, explain: bool,
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % cfg.sync_every == 0:
             common.soft_update(reference, policy, cfg.sync_mix)
-        numbers["signal"] = advantage.view(-1, cfg.group).ne(0).any(1)  # groups with something to learn
         run.log(step, loss=total, grad_norm=norm, **{k: v.float().mean() for k, v in numbers.items()})
     return export(policy, prompts, run)
 
@@ -810,9 +812,13 @@ def sft(model, stage: str, steps: int, batch_of: Callable, lr: tuple, adam: dict
 
     lr: peak, share of the steps that warm up, floor of the cosine. stop(step) may end the stage early.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr[0], **adam, fused=run.device.type == "cuda")
+    from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine
+
+    peak, warmup, floor = lr
+    optimizer = torch.optim.AdamW(model.parameters(), peak, **adam, fused=run.device.type == "cuda")
+    schedule = cosine(optimizer, round(warmup * steps), steps, min_lr_rate=floor)
     model.train()
-    for step in run.steps(steps, stage, model=model, optimizer=optimizer):
+    for step in run.steps(steps, stage, model=model, optimizer=optimizer, schedule=schedule):
         batch = batch_of(step)[run.rank :: run.world_size]
         supervised = float(sum(len(x.ids) - x.first for x in batch))
         supervised = run.mean(supervised).to(run.device)  # of a rank: gradients are averaged
@@ -824,8 +830,8 @@ def sft(model, stage: str, steps: int, batch_of: Callable, lr: tuple, adam: dict
             loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = common.learning_rate(step, steps, *lr)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad(set_to_none=True)
         run.log(step, loss=total)
         if stop and stop(step):
@@ -972,7 +978,9 @@ def benchmarks(name: str, prompts, run) -> dict[str, float]:
     else:
         lm = common.load_lm(name)[0].to(run.device)
     more = dict(max_gen_toks=cfg.eval_new, do_sample=True, temperature=EVAL_TEMPERATURE)
-    results = common.benchmark(lm, prompts.tokenizer, cfg.bench, system=prompts.system, gen_kwargs=more)
+    results = common.benchmark(
+        lm, prompts.tokenizer, cfg.bench, system_instruction=prompts.system, gen_kwargs=more
+    )
     found = {}
     for task, scores in results.items():
         found[task] = next(v for metric, v in scores.items() if metric.startswith("exact_match,"))
@@ -986,7 +994,7 @@ def explanations(examples: list[Example], prompts, run) -> tuple[list[Example], 
     if cfg.source == "corpus":
         return traced[: cfg.traces], numbers
     texts, adam = [prompts.teacher(e, e.trace) for e in traced], dict(betas=(0.9, 0.95), weight_decay=1e-4)
-    sizes = cfg.warmup_batch, cfg.warmup_steps, (cfg.sft_lr, 0.05)
+    sizes = cfg.warmup_batch, cfg.warmup_steps, (cfg.sft_lr, 0.05, 0.0)
     teacher = run.once(f"warm {kind}", partial(fine_tune, cfg.teacher, texts, *sizes, adam, prompts))
     if cfg.teach:
         kind, updates = f"lam={cfg.lam} {kind}", math.ceil(cfg.teach * cfg.updates)
@@ -994,7 +1002,7 @@ def explanations(examples: list[Example], prompts, run) -> tuple[list[Example], 
         teacher = run.once(f"teacher {kind}", reinforce)
         lines = read_lines(teacher / "metrics.jsonl")
         late = [line for line in lines if line["step"] >= 0.75 * lines[-1]["step"]]
-        numbers = {key: np.mean([line[key] for line in late]) for key in ("r_ss", "r_kl", "signal")}
+        numbers = {key: np.mean([line[key] for line in late]) for key in ("r_ss", "r_kl")}
     examples = examples[: cfg.traces]
     folder = run.once(f"traces {kind}", partial(collect, str(teacher / "model"), examples, prompts))
     rows = zip(examples, read_lines(folder / "traces.jsonl"), strict=True)
@@ -1010,14 +1018,14 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     heldout, examples = examples[-cfg.holdout :], examples[: -cfg.holdout]
     if len(examples) < cfg.prompts:
         raise UserError(f"{cfg.data}: {len(examples)} problems are too few for --holdout and --prompts")
-    numbers, learner = dict.fromkeys(("written", "r_ss", "r_kl", "signal"), math.nan), run.cfg.learner
+    numbers, learner = dict.fromkeys(("written", "r_ss", "r_kl"), math.nan), run.cfg.learner
     if cfg.distil:
         traces, found = explanations(examples, prompts, run)
         elided = np.mean([letter == "~" for e in traces for letter in e.trace])
         numbers |= found | {"written": 1 - 2 * elided}  # two of four may be elided
         few = traces[: math.ceil(cfg.distil * len(traces))]
         texts, steps = [prompts.student(e, e.trace) for e in few], math.ceil(cfg.distil * cfg.distil_steps)
-        sizes = cfg.distil_batch, steps, (cfg.sft_lr, 0.1)
+        sizes = cfg.distil_batch, steps, (cfg.sft_lr, 0.1, 0.0)
         learner = fine_tune(learner, texts, *sizes, dict(weight_decay=0.0), prompts, run)
     if cfg.solve:
         updates = math.ceil(cfg.solve * cfg.updates)
@@ -1045,28 +1053,32 @@ def spell(episodes: list[Episode], teacher, student, prompts, run) -> list[dict]
 def rank(cfg: Config, run: Run):
     """--score, --show: rank (question, solution, reasoning_trace) rows by the trained teacher's reward."""
     where = f"part={cfg.part}-s{cfg.seed}"
-    teacher = run.folder / common.slug(f"teacher lam={cfg.lam} {where}") / "model"
+    teacher = run.root / common.slug(f"teacher lam={cfg.lam} {where}") / "model"
     if not teacher.exists():
         raise UserError(f"there is no {teacher}: train without --show and --score first")
-    base = str(run.folder / f"base_{where}" / "model") if cfg.teacher == "tiny" else cfg.teacher
-    traces = run.folder / common.slug(f"traces lam={cfg.lam} {where}") / "traces.jsonl"
-    file = Path(cfg.score or traces)
+    base = str(run.root / f"base_{where}" / "model") if cfg.teacher == "tiny" else cfg.teacher
+    file = run.root / common.slug(f"traces lam={cfg.lam} {where}") / "traces.jsonl"
+    if cfg.score:
+        file = Path(cfg.score)
     prompts, examples = open_task(base, replace(cfg, data=str(file)), run)
     gap, closing = prompts.tags.gap, prompts.tags.explanation[1]
     episodes = [Episode(e, [], 0, e.trace.removeprefix(gap) + closing) for e in examples if e.trace]
+    if not episodes:
+        raise UserError(f"{file}: no row has a reasoning_trace that fits")
     rows = spell(episodes, load(str(teacher), run), load(run.cfg.student, run), prompts, run)
     rows.sort(key=lambda row: -row["reward"])
     write_lines(file.with_suffix(".scored.jsonl"), rows, run)
-    run.print(*(f"{key}: {value}\n" for key, value in rows[0].items()))
+    for key, value in rows[0].items():
+        run.print(f"{key}: {value}")
     run.print(
-        f"the best of {len(rows)}; d: log teacher - log student, l: log-prob of s; all: {file.stem}.scored"
+        f"the best of {len(rows)}; d: log teacher - log student, l: log-prob of s; see {file.stem}.scored"
     )
 
 
 def draw(figure, run: Run):
     """r_SS and r_KL of the first seed's teachers, over the updates."""
     axes = figure.subplots()
-    for folder in run.folder.glob(f"teacher_lam*-s{run.cfg.seed}"):
+    for folder in run.root.glob(f"teacher_lam*-s{run.cfg.seed}"):
         lines = read_lines(folder / "metrics.jsonl")
         for key in ("r_ss", "r_kl"):
             values = [line[key] for line in lines]

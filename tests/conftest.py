@@ -46,6 +46,23 @@ def run_script(tmp_path):
     return start
 
 
+@pytest.fixture
+def run_main(tmp_path, monkeypatch, capsys):
+    """run_main(module, *arguments) -> (exit code, stdout, stderr): main() in this process, in tmp_path."""
+
+    def start(module, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return start
+
+
 def bpe(corpus, size=400, **special):
     """A byte-level BPE with offsets and ChatML, trained on `corpus`: small, and true to the real ones.
 
@@ -79,7 +96,9 @@ def bpe_tokenizer():
 def text_files(tmp_path, bpe_tokenizer):
     """A tiny Llama with a BPE tokenizer in a folder, and problems: `full` in miniature."""
     torch.manual_seed(0)
-    common.tiny_lm(len(bpe_tokenizer), 32, 2, context=2048, mlp=48).save_pretrained(tmp_path / "lm")
+    common.tiny_lm(len(bpe_tokenizer), 32, 2, context=2048, intermediate_size=48).save_pretrained(
+        tmp_path / "lm"
+    )
     bpe_tokenizer.save_pretrained(tmp_path / "lm")
     rows = [
         {"question": f"What is {i} plus 30?", "solution": rf"It is \boxed{{{i + 30}}}."} for i in range(9)
