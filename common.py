@@ -433,6 +433,7 @@ class Run:
 def launch(ranks: int):
     """Run this very command in `ranks` processes under torchrun's agent, and end as they end."""
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the ranks speak themselves
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default
     try:
         torchrun.run(torchrun.parse_args(["--standalone", f"--nproc_per_node={ranks}", *sys.argv]))
     except ChildFailedError as e:

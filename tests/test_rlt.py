@@ -100,56 +100,8 @@ def test_reward_equals_brute_force_from_softmax_tables_alone_and_in_a_batch(run,
 def test_kl_is_zero_when_teacher_and_student_are_one_model_in_one_context(run, pointers, models):
     same = replace(rlt.POINTERS, teacher="?", solution=("", ""), explanation=("(", ")"))
     alike = rlt.Prompts(pointers.tokenizer, same, "?", 128)
-    told = episodes([replace(e, solution="") for e in problems(run, 2)], ["abc)$", "~"])
-    numbers, _, d = rlt.rlt_reward(told, models[0], models[0], alike, run)
-    assert numbers["r_kl"].abs().max() < 1e-6 and d.shape == (2, 3)
-
-
-class Lookup(torch.nn.Module):
-    """A model that gives each next symbol its log-prob from a function of (text so far, symbol)."""
-
-    def __init__(self, prompts, rule):
-        super().__init__()
-        self.tok, self.rule = prompts.tokenizer, rule
-
-    def forward(self, ids, mask, temperature):
-        logp = torch.zeros(ids.shape[0], ids.shape[1] - 1)
-        for row, (x, m) in enumerate(zip(ids, mask, strict=True)):
-            text = self.tok.decode(x[m])
-            for i in range(1, len(text)):
-                logp[row, i - 1] = self.rule(text[:i], text[i])
-        return logp
-
-
-def test_a_student_sure_of_the_solution_has_r_ss_zero_and_the_reading_is_not_off_by_one(
-    run, pointers, models
-):
-    sure = Lookup(pointers, lambda before, symbol: 0.0 if "[" in before and symbol != "]" else -7.0)
-    shifted = Lookup(pointers, lambda before, symbol: 0.0 if symbol == "[" or before[-1] == "[" else -7.0)
-    for student, expected in ((sure, 0.0), (shifted, -3.5 - 0.3 * 7)):
-        told = episodes([Example("abcdefab", "cd")], ["ab}$"])
-        numbers, _, _ = rlt.rlt_reward(told, models[0], student, pointers, run)
-        assert numbers["r_ss"].item() == pytest.approx(expected)
-
-
-def test_leaking_the_solution_pays_without_kl_and_costs_its_surprise_with_it(run, pointers):
-    follows = {"a": "b", "b": "c"}  # the steps that the student can make
-
-    def student_rule(before, symbol):
-        if "[" in before:  # the solution: certain if t ends in it
-            return -0.01 if before.split("(")[1].split(")")[0].endswith("c") else -3.0
-        return -0.1 if before[-1] == "(" or follows.get(before[-1]) == symbol else -4.0
-
-    student, teacher = Lookup(pointers, student_rule), Lookup(pointers, lambda before, symbol: -0.05)
-    told = episodes([Example("abcdefab", "c")] * 3, ["}$", "ac}$", "abc}$"])  # nothing, the leak, the steps
-    rewards = []
-    for lam in (0.0, 3.0):
-        run.cfg = replace(run.cfg, lam=lam)
-        rewards.append(rlt.rlt_reward(told, teacher, student, pointers, run)[0]["reward"].tolist())
-    nothing, leak, steps = rewards[0]
-    assert leak == pytest.approx(steps) and leak > nothing + 2
-    kl_leak, kl_steps = (0.05 + 3.95) / 2 + 0.3 * 3.95, 0.05 + 0.3 * 0.05
-    assert rewards[1][1:] == pytest.approx([leak - 3 * kl_leak, steps - 3 * kl_steps], abs=1e-4)
+    told = episodes([Example("abcdef", "")], ["abc)$"])
+    assert rlt.rlt_reward(told, models[0], models[0], alike, run)[0]["r_kl"].abs() < 1e-6
 
 
 # --- texts and tokens
