@@ -1018,11 +1018,11 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     heldout, examples = examples[-cfg.holdout :], examples[: -cfg.holdout]
     if len(examples) < cfg.prompts:
         raise UserError(f"{cfg.data}: {len(examples)} problems are too few for --holdout and --prompts")
-    numbers, learner = dict.fromkeys(("written", "r_ss", "r_kl"), math.nan), run.cfg.learner
+    numbers, learner = {}, run.cfg.learner
     if cfg.distil:
         traces, found = explanations(examples, prompts, run)
         elided = np.mean([letter == "~" for e in traces for letter in e.trace])
-        numbers |= found | {"written": 1 - 2 * elided}  # two of four may be elided
+        numbers = {"written": 1 - 2 * elided} | found  # two of four may be elided
         few = traces[: math.ceil(cfg.distil * len(traces))]
         texts, steps = [prompts.student(e, e.trace) for e in few], math.ceil(cfg.distil * cfg.distil_steps)
         sizes = cfg.distil_batch, steps, (cfg.sft_lr, 0.1, 0.0)

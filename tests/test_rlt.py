@@ -324,7 +324,7 @@ def test_two_ranks_with_sharded_models_do_what_one_process_does(run_script, tmp_
     found = []
     for out, ranks in (("one", 0), ("two", 2)):
         words = [*text_files, "--out", out, "--rows", "RL from a few RLT traces", "distilled from the corpus"]
-        run_script(ROOT / "rlt.py", *words, "--micro_tokens", "1000", ranks=ranks)
+        run_script(ROOT / "rlt.py", *words, "--micro_tokens", "1000", "--sync_every", "1", ranks=ranks)
         folder = tmp_path / out / "rlt-text-s0-lm"
         rows = []
         for stage in ("teacher_lam=3.0_part=1.0-s0", "RL_from_a_few_RLT_traces-s0"):
