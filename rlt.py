@@ -35,7 +35,7 @@ Departures from the paper and its code
   Supervised texts are cut at --context. lm-eval's prompts and graders where the paper used SkyThought's.
 - Samples are an inverse CDF of numbers that all ranks draw alike, so their number changes no result (vLLM
   draws its own).
-- The demo's task, pointer chasing, is ours and was selected: exploration must fail. With half the chains it
+- The demo's task, pointer chasing, is ours and was selected: exploration must fail. With two chains it
   does not, and correctness RL wins: two control rows. Settings were tuned on seeds from 100 on.
 
 Reading order: Config, ROWS, Prompts, align, rlt_reward, grpo_loss, train_grpo, train.
@@ -78,7 +78,6 @@ class Config(common.Config):
     # pointers
     symbols: int = 20  # size of the array (M)
     chains: int = 6  # start symbols to follow (W)
-    part: float = 1.0  # share of the chains that a problem asks for: below 1 the control
     p_write: float = 0.3  # chance that a corpus trace writes an intermediate symbol
     width: int = 64  # of the tiny model
     base_batch: int = 16  # texts a step of its pre-training
@@ -125,8 +124,8 @@ class Config(common.Config):
         super().check()
         if self.group < 2:
             raise UserError("--group must be 2 or more: the advantage compares completions of one question")
-        if not 1 <= self.chains * self.part <= self.symbols <= len(SYMBOLS):
-            raise UserError(f"1 <= --chains * --part <= --symbols <= {len(SYMBOLS)} is needed")
+        if not self.chains <= self.symbols <= len(SYMBOLS):
+            raise UserError(f"--chains <= --symbols <= {len(SYMBOLS)} is needed")
         if self.share == "run" and self.prompts % int(os.environ.get("WORLD_SIZE", 1)):
             raise UserError(f"--prompts {self.prompts} must be a multiple of the ranks: groups stay whole")
         if (self.teacher == "tiny") != (self.data == "pointers"):
@@ -233,8 +232,8 @@ ROWS = {
     "distilled from the corpus": dict(source="corpus"),
     "teacher before RL": dict(teach=0.0),
     "RL from a few RLT traces": dict(distil=0.25, solve=0.4),
-    "half the chains: RLT": dict(part=0.5),
-    "half the chains: correctness RL": dict(part=0.5, distil=0.0, solve=1.0),
+    "two chains: RLT": dict(chains=2),
+    "two chains: correctness RL": dict(chains=2, distil=0.0, solve=1.0),
 }
 CLAIMS = [
     Claim(
@@ -260,10 +259,10 @@ CLAIMS = [
         "correctness RL",
     ),
     Claim(
-        "control, half the chains: correctness RL beats distilling from RLT",
+        "control, two chains: correctness RL beats distilling from RLT",
         "sampled",
-        "half the chains: correctness RL",
-        "half the chains: RLT",
+        "two chains: correctness RL",
+        "two chains: RLT",
     ),
 ]
 
@@ -310,7 +309,7 @@ def make_problems(n: int, cfg: Config, generator: torch.Generator, p_write: floa
     lookup; two at once are beyond two layers, so an elision is a leap that nobody at this size can follow.
     """
     f, order = (torch.rand(n, cfg.symbols, generator=generator).argsort(1) for _ in range(2))
-    hops = [order[:, : round(cfg.chains * cfg.part)]]
+    hops = [order[:, : cfg.chains]]
     for _ in range(3):
         hops.append(f.gather(1, hops[-1]))
     chains = torch.stack(hops, 2)  # (n, W, 4)
@@ -989,7 +988,7 @@ def benchmarks(name: str, prompts, run) -> dict[str, float]:
 
 def explanations(examples: list[Example], prompts, run) -> tuple[list[Example], dict]:
     """What the learner is distilled from, and the teacher's numbers in the last quarter of its RL."""
-    cfg, numbers, kind = run.cfg, {}, f"part={run.cfg.part}"
+    cfg, numbers, kind = run.cfg, {}, f"chains={run.cfg.chains}"
     traced = [e for e in examples if e.trace]
     if cfg.source == "corpus":
         return traced[: cfg.traces], numbers
@@ -1013,7 +1012,7 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     """One cell of the table: teacher, explanations, distilled student, correctness RL, as settings say."""
     base = cfg.teacher
     if base == "tiny":
-        base = str(run.once(f"base part={cfg.part}", make_base) / "model")
+        base = str(run.once(f"base chains={cfg.chains}", make_base) / "model")
     prompts, examples = open_task(base, cfg, run)
     heldout, examples = examples[-cfg.holdout :], examples[: -cfg.holdout]
     if len(examples) < cfg.prompts:
@@ -1052,7 +1051,7 @@ def spell(episodes: list[Episode], teacher, student, prompts, run) -> list[dict]
 
 def rank(cfg: Config, run: Run):
     """--score, --show: rank (question, solution, reasoning_trace) rows by the trained teacher's reward."""
-    where = f"part={cfg.part}-s{cfg.seed}"
+    where = f"chains={cfg.chains}-s{cfg.seed}"
     teacher = run.root / common.slug(f"teacher lam={cfg.lam} {where}") / "model"
     if not teacher.exists():
         raise UserError(f"there is no {teacher}: train without --show and --score first")

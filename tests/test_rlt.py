@@ -310,7 +310,7 @@ def test_smoke_runs_resumes_shows_and_ranks_its_own_traces(run_main, tmp_path):
     assert run_main(rlt, *words, "--resume")[0] == 0
     assert json.loads((folder / "results.json").read_text())["table"] == first["table"]
     assert "log teacher - log student" in run_main(rlt, *words, "--show")[1]
-    traces = folder / "traces_lam=3.0_part=1.0-s0" / "traces.jsonl"
+    traces = folder / "traces_lam=3.0_chains=2-s0" / "traces.jsonl"
     (tmp_path / "t.jsonl").write_text(traces.read_text())
     run_main(rlt, *words, "--score", "t.jsonl")
     rows = {r["question"]: r["reward"] for r in rlt.read_lines(traces) if r["closed"]}
@@ -327,7 +327,7 @@ def test_two_ranks_with_sharded_models_do_what_one_process_does(run_script, tmp_
         run_script(ROOT / "rlt.py", *words, "--micro_tokens", "1000", "--sync_every", "1", ranks=ranks)
         folder = tmp_path / out / "rlt-text-s0-lm"
         rows = []
-        for stage in ("teacher_lam=3.0_part=1.0-s0", "RL_from_a_few_RLT_traces-s0"):
+        for stage in ("teacher_lam=3.0_chains=6-s0", "RL_from_a_few_RLT_traces-s0"):
             rows.append([list(line.values()) for line in rlt.read_lines(folder / stage / "metrics.jsonl")])
         found.append(rows)
     for one, two in zip(*found, strict=True):
