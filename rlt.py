@@ -1074,16 +1074,20 @@ def rank(cfg: Config, run: Run):
     )
 
 
-def draw(figure, run: Run):
-    """r_SS and r_KL of the first seed's teachers, over the updates."""
-    axes = figure.subplots()
-    for folder in run.root.glob(f"teacher_lam*-s{run.cfg.seed}"):
+def draw(figure, table: dict, run: Run):
+    """Left: share solved in each row, a dot a seed. Right: r_SS and r_KL of the first seed's teachers."""
+    left, right = figure.subplots(1, 2)
+    for row, cells in table.items():
+        left.plot([cell["solved"] for cell in cells], [row] * len(cells), "o")
+    left.set(xlabel="held-out problems solved, a dot a seed")
+    left.invert_yaxis()
+    for folder in run.root.glob(f"teacher_lam*_chains={run.cfg.chains}-s{run.cfg.seed}"):
         lines = read_lines(folder / "metrics.jsonl")
         for key in ("r_ss", "r_kl"):
             values = [line[key] for line in lines]
-            axes.plot([line["step"] for line in lines], values, label=f"{key}, {folder.name}")
-    axes.set(xlabel="update", ylabel="nats per token", title="The teacher's reward terms")
-    axes.legend()
+            right.plot([line["step"] for line in lines], values, label=f"{key}, {folder.name}")
+    right.set(xlabel="update", ylabel="nats per token", title="The teacher's reward terms")
+    right.legend()
 
 
 # --- sizes without weights, and what is missing ---
@@ -1151,8 +1155,9 @@ def main():
             raise UserError("; ".join(lacking))
         if cfg.score or cfg.show:
             return rank(cfg, run)
-        run.check(CLAIMS, run.grid(ROWS, train))
-        run.figure(draw, run)
+        table = run.grid(ROWS, train)
+        run.check(CLAIMS, table)
+        run.figure(draw, table, run)
 
 
 if __name__ == "__main__":
