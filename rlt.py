@@ -1118,7 +1118,7 @@ def missing(cfg: Config, run: Run) -> list[str]:
     return found
 
 
-def dry_run(cfg: Config, run: Run):
+def dry_run(cfg: Config, lacking: list[str], run: Run):
     """Print parameters, memory and hours of the RL on H100s, every text of full length.
 
     Decoding is bound by memory bandwidth: each step reads the weights and the cache of all sequences.
@@ -1126,31 +1126,33 @@ def dry_run(cfg: Config, run: Run):
     from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
     try:
-        config = AutoConfig.from_pretrained(cfg.teacher)
+        tiny = cfg.teacher == "tiny"
+        config = hop_model(cfg).lm.config if tiny else AutoConfig.from_pretrained(cfg.teacher)
     except (OSError, ValueError):
         config = Qwen2Config(**QWEN_7B)
     with torch.device("meta"):
         n = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    width = config.hidden_size * config.num_key_value_heads / config.num_attention_heads  # of keys, of values
+    heads = config.num_attention_heads
+    width = config.hidden_size * getattr(config, "num_key_value_heads", heads) / heads  # of keys, of values
     gpus, completions = max(8, run.world_size), cfg.prompts * cfg.group
     cache = completions / gpus * cfg.max_new * 4 * config.num_hidden_layers * width  # bytes, at the end
     decode = cfg.max_new * (2 * n + cache / 2) / 3.35e12  # seconds an update
     flops = 14 * n * completions * cfg.max_new  # policy 8 N a token, reference, student and teacher 2 N each
     hours = cfg.updates * (decode + flops / gpus / (0.4 * 989e12)) / 3600  # at 40 % of an H100's peak
-    memory = (20 * n / gpus + 2 * n) / 1e9  # AdamW's 16 bytes, two frozen models; the copy that decodes
+    memory = (22 * n / gpus + 2 * n) / 1e9  # AdamW 16 bytes, reference 4, student 2; the copy that decodes
     run.print(f"{n:,} parameters; {memory:.0f} GB on each of {gpus} GPUs, and {cache / 1e9:.0f} GB of cache")
     share = cfg.updates * decode / 3600 / hours
     run.print(f"{cfg.updates} updates of {completions} completions: {hours:.1f} hours, {share:.0%} decoding")
+    for line in lacking:
+        run.print(f"missing: {line}")
 
 
 def main():
     cfg = common.parse_config(CONFIGS)
     with Run(cfg, "" if cfg.teacher == "tiny" else cfg.teacher) as run:
         lacking = missing(cfg, run)
-        if cfg.dry_run and cfg.teacher != "tiny":
-            dry_run(cfg, run)
         if cfg.dry_run:
-            return run.print("\n".join(f"missing: {line}" for line in lacking))
+            return dry_run(cfg, lacking, run)
         if lacking:
             raise UserError("; ".join(lacking))
         if cfg.score or cfg.show:
