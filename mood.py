@@ -43,7 +43,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -111,7 +110,7 @@ class Config(common.Config):
     episodes: int = 8  # episodes of an evaluation, each 1000 physics steps
     # collecting
     collect: bool = False  # only fill the folder --data, an agent of each task and one of novelty a domain
-    collector: Literal["gait", "td3"] = "gait"  # evolved gaits (cheetah), or agents that learn online
+    gaits: bool = True  # without --data: evolve gaits of the cheetah, whose trajectories are the data
     collect_episodes: int = 30  # episodes an agent, each 1000 physics steps
     generations: int = 16  # of the evolution of a gait
     population: int = 40  # gaits a generation
@@ -123,8 +122,6 @@ class Config(common.Config):
             raise UserError("--share run: these networks are small; ranks make cells (--share grid)")
         if unknown := [t for t in self.tasks if t not in TASKS and not self.collect]:
             raise UserError(f"--tasks {unknown[0]}: there are {', '.join(TASKS)}")
-        if self.collector == "gait" and not self.data and any("cheetah" not in t for t in self.tasks):
-            raise UserError("--collector gait knows the cheetah only; --collector td3 takes all")
         if not (self.beta and self.std) or max(self.discount, self.held_out) >= 1:
             raise UserError("--beta and --std must be positive, --discount and --held_out below 1")
 
@@ -190,13 +187,10 @@ CONFIGS = {
         rows=(),
         ranks=8,
         tasks=("cheetah_run_backward", "cheetah_run"),
-        small_critic=256,
-        large_critic=1024,
         large_actor=256,
-        modern_actor=256,
         updates=20_000,
-        batch=512,
-        lr=3e-4,
+        batch=256,
+        lr=1e-3,
         collect_episodes=200,
         generations=40,
         population=64,
@@ -223,7 +217,7 @@ CONFIGS = {
         decay=False,
         standardize=False,
         episodes=50,
-        collector="td3",
+        gaits=False,
         collect_episodes=1000,
         save_every=200,
     ),
@@ -417,6 +411,7 @@ class Agent(nn.Module):
         self.critic = network(cfg.critics, obs + actions, 1, critic, root2)
         self.value = network(1, obs, 1, critic, root2) if cfg.algo == "iql" else None
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.critic.requires_grad_(cfg.algo != "bc")
         self.register_buffer("logits", torch.zeros(rows, dtype=torch.float64))  # g of eq. (7)
         self.register_buffer("centre", torch.zeros(obs))
         self.register_buffer("scale", torch.ones(obs))
@@ -505,11 +500,11 @@ def td3bc(q: Tensor, mean: Tensor, a: Tensor, alpha: float) -> Tensor:
     return -q.mean() + alpha * q.abs().mean().detach() * ((mean - a) ** 2).mean()
 
 
-def weighted_rows(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Rows with P(i) = softmax(logits)_i, eq. (7), by a stratified inverse CDF: (n,), (B,) -> (B,)."""
+def weighted_rows(logits: Tensor, count: int) -> Tensor:
+    """Rows with P(i) = softmax(logits)_i, eq. (7), by a stratified inverse CDF: (n,) -> (count,)."""
     cdf = logits.softmax(0).cumsum(0)
-    place = (torch.arange(len(uniform), device=uniform.device) + uniform.double()) / len(uniform)
-    return torch.searchsorted(cdf, place * cdf[-1], right=True).clamp(max=len(logits) - 1)
+    place = torch.arange(count, device=cdf.device) + torch.rand_like(cdf[:1].expand(count))
+    return torch.searchsorted(cdf, place / count * cdf[-1], right=True).clamp(max=len(logits) - 1)
 
 
 # --- an update: value, critic, actor, targets ---
@@ -570,11 +565,10 @@ def update(agent: Agent, optimizer, batch: Batch, actor_batch: Batch, noise: Ten
 
 
 def adam(agent: Agent, cfg: Config) -> torch.optim.Adam:
-    """Fused Adam for the networks that learn; its rate is a tensor, which a CUDA graph can read."""
-    nets = [agent.actor, *[agent.critic] * (cfg.algo != "bc"), *[agent.value] * bool(agent.value)]
-    rate = torch.tensor(cfg.lr, device=agent.scale.device)
-    groups = [dict(params=list(net.parameters())) for net in nets]
-    return torch.optim.Adam(groups, rate, fused=True, capturable=rate.is_cuda)
+    """Fused Adam for what learns; its rate is a tensor, which a CUDA graph can read."""
+    learning = [p for p in agent.parameters() if p.requires_grad]
+    rate = torch.tensor(cfg.lr, device=learning[0].device)
+    return torch.optim.Adam(learning, rate, fused=True, capturable=rate.is_cuda)
 
 
 # --- data ---
@@ -593,13 +587,14 @@ def agents(root: Path) -> list[str]:
 def prepare(task: str, run: Run):
     """data.pt in the run's folder: all agents' transitions with the task's reward, and whose they are."""
     cfg, (domain, _, own), parts = run.cfg, task.partition("_"), {}
+    root = Path(cfg.data or run.folder).expanduser() / domain
     if one_set(cfg.data):
         own, parts = "data", {"data": common.load_episodes(cfg.data)}
         parts["data"]["reward"] -= float("antmaze" in cfg.data.lower())  # 0 and 1 become -1 and 0
-    root = Path(cfg.data or run.folder).expanduser() / domain
-    for name in () if cfg.data else (*DOMAINS[domain], "rnd"):
-        collect_gait(root / name, name, run)
-    for name in () if parts else agents(root):
+    elif not cfg.data:
+        for name in (*DOMAINS[domain], "rnd"):
+            collect_gait(root / name, name, run)
+    for name in agents(root):
         part = parts[name] = common.load_episodes(str(root / name))
         count, steps = int(part["episode"].max()) + 1, len(part["episode"])
         if "physics" not in part or steps * cfg.hold != 1000 * count:
@@ -634,12 +629,13 @@ def load_data(task: str, run: Run) -> dict:
 
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
-    """One cell: train on each task; the mean of what is measured, and each task's return if they are many."""
+    """One cell: train on each task; the means over the tasks, and each one's return if they are many."""
     for task in cfg.tasks:
         load_data(task, run)  # all are checked before the first one is trained on
-    found = {task: train_task(task, cfg, run) for task in cfg.tasks}
-    means = {k: float(np.mean([x[k] for x in found.values()])) for k in found[cfg.tasks[0]]}
-    return means | ({f"return {task}": x["return"] for task, x in found.items()} if len(found) > 1 else {})
+    found = [train_task(task, cfg, run) for task in cfg.tasks]
+    means = {key: float(np.mean([numbers[key] for numbers in found])) for key in found[0]}
+    several = zip(cfg.tasks, found, strict=True) if len(found) > 1 else ()
+    return means | {task: numbers["return"] for task, numbers in several}
 
 
 def train_task(task: str, cfg: Config, run: Run) -> dict[str, float]:
@@ -648,13 +644,17 @@ def train_task(task: str, cfg: Config, run: Run) -> dict[str, float]:
     own, rnd, held_out = data["own"], data["rnd"], data["held_out"]
     mixtures = {"same": own, "cross": ~(own | rnd), "mixed": ~rnd, "all": own | ~own}
     train, test = mixtures[cfg.mixture] & ~held_out, own & held_out
-    make, low, high = scoring(task, cfg.data, cfg.hold)
+    envs, low, high = scoring(task, cfg.data, cfg.hold, cfg.episodes)
     if cfg.algo == "behaviour":
         mine = own & train
         total = data["reward"][mine].sum() / len(data["episode"][mine].unique())
         return {"return": float(100 * (total - low) / (high - low)), "error": math.nan}
     x = {key: value[train].to(device) for key, value in data.items()}
     n, width = x["action"].shape
+    if envs and envs.single_observation_space.shape != x["observation"].shape[1:]:
+        raise UserError(
+            f"{cfg.data}: observations are not those of the environment, {envs.observation_space}"
+        )
     agent = Agent(cfg, x["observation"].shape[1], width, n * (cfg.algo == "asac")).to(device)
     if cfg.standardize:
         agent.centre, agent.scale = x["observation"].mean(0), x["observation"].std(0) + 1e-3
@@ -667,11 +667,11 @@ def train_task(task: str, cfg: Config, run: Run) -> dict[str, float]:
     def gather(index: Tensor) -> Batch:
         return Batch(*(column[index] for column in rows))
 
-    def iterate(index: Tensor, uniform: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def iterate(index: Tensor, noise: Tensor) -> dict[str, Tensor]:
         if cfg.algo != "asac":
             batch = gather(index)
             return update(agent, optimizer, batch, batch, noise, cfg)
-        drawn = weighted_rows(agent.logits, uniform)
+        drawn = weighted_rows(agent.logits, cfg.batch)
         losses = update(agent, optimizer, gather(index), gather(drawn), noise, cfg)
         both = torch.cat([index, drawn])
         batch, noise = gather(both), noise[1:].repeat(1, 2, 1)
@@ -679,14 +679,13 @@ def train_task(task: str, cfg: Config, run: Run) -> dict[str, float]:
         return losses
 
     iterate = common.graphed(iterate)  # on a GPU one CUDA graph
-    shape = (cfg.block, cfg.batch)
     for step in run.steps(cfg.updates // cfg.block, task, agent=agent, optimizer=optimizer):
         share = step * cfg.block / cfg.updates
         for group in optimizer.param_groups:
             group["lr"].fill_(cfg.lr * (min(1.0, 2 - 2 * share) if cfg.decay else 1.0))
-        index, uniform = torch.randint(n, shape, device=device), torch.rand(shape, device=device)
+        index = torch.randint(n, (cfg.block, cfg.batch), device=device)
         noise = cfg.std * torch.randn(cfg.block, 1 + cfg.samples, cfg.batch, width, device=device)
-        for draws in zip(index, uniform, noise, strict=True):
+        for draws in zip(index, noise, strict=True):
             losses = iterate(*draws)
         run.log(step, **losses)
 
@@ -694,7 +693,7 @@ def train_task(task: str, cfg: Config, run: Run) -> dict[str, float]:
     with torch.no_grad():
         guess = agent.mean(agent.standard(data["observation"][test].to(device))).cpu()
     error = F.mse_loss(guess, data["action"][test]).item()
-    score = evaluate(agent, make, cfg, run) if make else math.nan
+    score = evaluate(agent, envs, cfg, run) if envs else math.nan
     return {"return": 100 * (score - low) / (high - low), "error": error}
 
 
@@ -708,30 +707,27 @@ D4RL = {  # environment of gymnasium, returns of a random and of an expert polic
 
 
 @functools.lru_cache
-def scoring(task: str, path: str, hold: int) -> tuple[Callable | None, float, float]:
-    """What makes the environment, if there is one here, and the returns that count 0 and 100.
+def scoring(task: str, path: str, hold: int, count: int) -> tuple[gymnasium.vector.VectorEnv, float, float]:
+    """`count` environments, None if there are none here, and the returns that count 0 and 100.
 
-    MOOD's tasks count up to 1000, whatever --hold is.
+    MOOD's tasks count up to 1000, whatever --hold is. Made once a rank; many step in processes.
     """
+    make, low, high = functools.partial(MoodEnv, task, hold), 0.0, 100 / hold
     if path.startswith("minari:"):
         data = common.need("minari", "data").load_dataset(path.removeprefix("minari:"), download=True)
-        known = data.storage.metadata
+        low, high = (
+            data.storage.metadata.get(f"ref_{k}_score", x) for k, x in (("min", 0.0), ("max", 100.0))
+        )
 
         def make() -> gymnasium.Env:
             env = data.recover_environment(eval_env=True)
             return gymnasium.wrappers.FlattenObservation(gymnasium.wrappers.RescaleAction(env, -1.0, 1.0))
 
-        return make, known.get("ref_min_score", 0.0), known.get("ref_max_score", 100.0)
-    for name, (env, low, high) in D4RL.items():
-        if one_set(path) and name in Path(path).name.lower():
-            return functools.partial(gymnasium.make, env), low, high
-    return None if one_set(path) else functools.partial(MoodEnv, task, hold), 0.0, 100 / hold
-
-
-@functools.lru_cache(maxsize=16)
-def environments(make: Callable, count: int) -> gymnasium.vector.VectorEnv:
-    """They are compiled once a rank, and step in processes where there are many."""
-    return common.vector_env([make] * count, processes=count > 8)
+    elif one_set(path):
+        found = [values for name, values in D4RL.items() if name in Path(path).name.lower()]
+        name, low, high = found[0] if found else (None, 0.0, 100.0)
+        make = functools.partial(gymnasium.make, name) if name else None
+    return make and common.vector_env([make] * count, processes=count > 8), low, high
 
 
 @torch.no_grad()
@@ -749,7 +745,7 @@ def act(agent: Agent, s: Tensor, count: int, cfg: Config) -> Tensor:
     return actions[best, torch.arange(len(s), device=s.device)]
 
 
-def evaluate(agent: Agent, make: Callable, cfg: Config, run: Run) -> float:
+def evaluate(agent: Agent, envs: gymnasium.vector.VectorEnv, cfg: Config, run: Run) -> float:
     """Mean return of the policy over cfg.episodes episodes."""
 
     def policy(obs: np.ndarray) -> np.ndarray:
@@ -757,7 +753,7 @@ def evaluate(agent: Agent, make: Callable, cfg: Config, run: Run) -> float:
         return act(agent, s, cfg.es, cfg).cpu().numpy()
 
     seed = common.stable_seed(cfg.seed, "starts") % 2**31
-    return common.evaluate_policy(environments(make, cfg.episodes), policy, seed).mean()
+    return common.evaluate_policy(envs, policy, seed).mean()
 
 
 # --- collecting: agents that learn online ---
@@ -826,10 +822,7 @@ def collect(cfg: Config, run: Run) -> dict[str, float]:
     """A cell of --collect: one agent's episodes and settings.json in DATA/<domain>/<agent>."""
     domain, _, source = cfg.tasks[0].partition("_")
     folder = Path(cfg.data).expanduser() / domain / source
-    if cfg.collector == "gait":
-        collect_gait(folder, source, run)
-    else:
-        learn_online(folder, cfg.tasks[0], cfg, run)
+    learn_online(folder, cfg.tasks[0], cfg, run)
     common.write_atomic(folder / "settings.json", common.to_json(asdict(cfg)))
     return {"episodes": len(list(folder.glob("*.npz")))}
 
@@ -840,7 +833,7 @@ def collect(cfg: Config, run: Run) -> dict[str, float]:
 def missing(cfg: Config) -> list[str]:
     """What the chosen rows need of --data and do not find, a line each."""
     path, found = Path(cfg.data).expanduser(), []
-    if not cfg.data and cfg.collector == "td3":
+    if not cfg.data and not (cfg.gaits and all("cheetah" in task for task in cfg.tasks)):
         found.append("--data FOLDER: MOOD's data are not public; ExORL's, or first --collect --data FOLDER")
     if one_set(cfg.data) and "minari:" not in cfg.data and not path.is_file():
         found.append(f"--data {cfg.data}: no such file")

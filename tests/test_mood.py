@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import h5py
@@ -23,14 +24,11 @@ SMOKE = mood.CONFIGS["smoke"]
 # --- equations
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", [1, 2, 5])
 def test_pessimism_is_the_mean_minus_p_mean_pair_differences(n):
     q = torch.randn(n, 7)
-    pairs = [abs(q[i] - q[j]) for i, j in itertools.permutations(range(n), 2)] or [torch.zeros(7)]
-    for p in (0.0, 0.5, 0.9):
-        torch.testing.assert_close(mood.pessimistic(q, p), q.mean(0) - p * sum(pairs) / len(pairs))
-    if n == 2:
-        torch.testing.assert_close(mood.pessimistic(q, 0.5), q.amin(0))
+    pairs = [abs(a - b) for a, b in itertools.permutations(q, 2)] or [torch.zeros(7)]
+    torch.testing.assert_close(mood.pessimistic(q, 0.4), q.mean(0) - 0.4 * sum(pairs) / len(pairs))
 
 
 # --- a tabular MDP: two states, two clusters of actions (a < 0, a > 0)
@@ -146,33 +144,20 @@ def test_the_modern_actor_of_the_paper_has_2132998_parameters():
 @pytest.mark.parametrize("shift", [0.0, 1e3, -1e3])
 def test_rows_are_drawn_from_the_softmax_stratified(shift):
     logits = torch.randn(3000, dtype=torch.float64) * 2
-    rows = mood.weighted_rows(logits + shift, torch.rand(20_000))
+    rows = mood.weighted_rows(logits + shift, 20_000)
     counts, expected = torch.bincount(rows, minlength=3000), 20_000 * logits.softmax(0)
     assert ((counts >= expected.floor() - 1) & (counts <= expected.ceil() + 1)).all()
 
 
-class Quadratic:
-    """A critic -|a - best|^2 and a policy around zero."""
-
-    best = torch.tensor([0.3, -0.2])
-
-    def mean(self, s):
-        return torch.zeros(len(s), 2)
-
-    def q(self, s, a, target=False):
-        return -((a - self.best) ** 2).sum(-1)[None]
-
-
 def test_evaluation_sampling_takes_the_best_sample_and_one_sample_is_the_mean():
-    agent, s, cfg = Quadratic(), torch.zeros(3, 4), mood.Config()
-    assert torch.equal(mood.act(agent, s, 1, cfg), torch.zeros(3, 2))
+    best, s = torch.tensor([0.3, -0.2]), torch.zeros(3, 4)
+    agent = SimpleNamespace(mean=lambda s: s[:, :2], q=lambda s, a: -((a - best) ** 2).sum(-1)[None])
+    assert torch.equal(mood.act(agent, s, 1, mood.Config()), torch.zeros(3, 2))
     torch.manual_seed(5)
     samples = (0.2 * torch.randn(50, 3, 2)).clamp(-1, 1)
+    nearest = (samples - best).norm(dim=-1).argmin(0)
     torch.manual_seed(5)
-    a = mood.act(agent, s, 50, cfg)
-    for i in range(3):
-        best = max(samples[:, i], key=lambda x: -((x - agent.best) ** 2).sum())
-        assert torch.equal(a[i], best)
+    assert torch.equal(mood.act(agent, s, 50, mood.Config()), samples[nearest, range(3)])
 
 
 # --- tasks
@@ -190,20 +175,17 @@ def test_rewards_are_those_of_the_environment_computed_from_physics(domain):
             rewards.append(reward)
         found = mood.relabel(torch.tensor(np.stack(states)), torch.from_numpy(actions), f"{domain}_{task}")
         np.testing.assert_allclose(found[:, 0], rewards, atol=1e-5)
-        assert min(rewards) >= 0 and max(rewards) <= 1
 
 
 def test_open_loop_rollouts_equal_stepping_and_an_episode_lasts_a_thousand_physics_steps():
-    env, steps, over = mood.MoodEnv("cheetah_walk", hold=50), 0, False
-    start = env.reset(seed=1)[1]["physics"]
+    env, over = mood.MoodEnv("cheetah_walk", hold=50), False
+    start, states = env.reset(seed=1)[1]["physics"], []
     actions = np.random.default_rng(1).uniform(-1, 1, (1, 20, 6))
-    physics, _ = mood.simulate(env, start[None], actions, 50)
     while not over:
-        obs, _, terminated, over, info = env.step(actions[0, steps])
-        steps += 1
-        np.testing.assert_allclose(info["physics"], physics[0, steps], atol=1e-6)
-        np.testing.assert_allclose(obs, physics[0, steps, 1:], atol=1e-5)
-    assert steps == 20 and not terminated
+        _, _, terminated, over, info = env.step(actions[0, len(states)])
+        states.append(info["physics"])
+    np.testing.assert_allclose(mood.simulate(env, start[None], actions, 50)[0][0, 1:], states, atol=1e-6)
+    assert not terminated
 
 
 # --- data
@@ -290,18 +272,17 @@ def test_a_broken_file_is_one_line_that_names_it(tmp_path, name):
 
 
 def test_a_minari_set_is_flattened_with_its_achieved_goal_and_rescaled(monkeypatch):
-    observations = {k: np.full((4, 2), i) for i, k in enumerate(("observation", "achieved_goal"))}
-    nested = {"goal": observations, "a": np.zeros(4)}
-    e = dict(actions=np.array([[0.0], [4.0], [2.0]]), rewards=np.zeros(3), terminations=np.zeros(3))
-    sets = {"x/antmaze-v1": nested, "bad": {k: v[:3] for k, v in observations.items()}}
-    box = SimpleNamespace(low=np.zeros(1), high=np.full(1, 4.0))
+    goal = {k: np.full((4, 2), i) for i, k in enumerate(("observation", "achieved_goal"))}
+    sets = {"good": {"goal": goal, "a": np.zeros(4)}, "bad": {"a": np.zeros(3)}}
+    more = dict(actions=np.array([[0.0], [4.0], [2.0]]), rewards=np.zeros(3), terminations=np.zeros(3))
 
     def load_dataset(name, download):
-        made = SimpleNamespace(observations=sets[name], **e)
-        return SimpleNamespace(action_space=box, iterate_episodes=lambda: [made])
+        episodes = [SimpleNamespace(observations=sets[name], **more)]
+        box = SimpleNamespace(low=np.zeros(1), high=np.full(1, 4.0))
+        return SimpleNamespace(action_space=box, iterate_episodes=lambda: episodes)
 
     monkeypatch.setattr("minari.load_dataset", load_dataset)
-    data = common.load_episodes("minari:x/antmaze-v1")
+    data = common.load_episodes("minari:good")
     assert data["observation"][0].tolist() == [0, 1, 1, 0, 0]  # a, achieved_goal, observation
     assert data["action"][:, 0].tolist() == [-1, 1, 0]
     with pytest.raises(UserError, match="minari:bad, episode 0"):
@@ -334,7 +315,7 @@ def test_rows_of_smoke_end_alike_when_resumed_and_on_two_ranks(run_script, tmp_p
 
 def test_what_online_agents_collect_is_read_as_exorls(run_script, tmp_path):
     line = ["--config", "smoke", "--tasks", "walker_walk", "--data", "d", "--hold", "100", "--seeds", "1"]
-    run_script(ROOT / "mood.py", *line, "--collect", "--collector", "td3")
+    run_script(ROOT / "mood.py", *line, "--collect")
     assert len(list((tmp_path / "d" / "walker" / "rnd").glob("*_10.npz"))) == 3
     assert json.loads((tmp_path / "d/walker/spin/settings.json").read_text())["hold"] == 100
     run_script(ROOT / "mood.py", *line, "--rows", "behaviour", "target's data")
@@ -358,7 +339,7 @@ def test_a_run_whose_seeds_all_diverge_does_not_end_as_if_it_had_worked(run_scri
 
 def test_settings_that_make_no_sense_are_one_line(capsys):
     bad = {"--tasks cheetah_runn": "there are cheetah_run", "--beta 0": "--beta and --std"}
-    for line, words in (bad | {"--tasks walker_walk": "--collector td3"}).items():
+    for line, words in bad.items():
         with pytest.raises(SystemExit):
             common.parse_config(mood.CONFIGS, line.split())
         assert words in capsys.readouterr().err
@@ -368,7 +349,7 @@ def test_what_is_missing_is_said_before_anything_is_computed(tmp_path):
     def said(**more):
         return " ".join(mood.missing(replace(SMOKE, **more)))
 
-    assert "--data FOLDER" in said(collector="td3", tasks=mood.TASKS)
+    assert "--data FOLDER" in said(tasks=("walker_walk",)) and said(gaits=False)
     assert "no such file" in said(data="nowhere.hdf5")
     write(tmp_path / "cheetah" / "run" / "0_0_6.npz", E)
     both = dict(data=str(tmp_path), tasks=("cheetah_run", "cheetah_walk"))
@@ -384,16 +365,14 @@ def test_the_dry_run_of_full_says_hours_and_memory(capsys):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_cuda_graph_gives_the_updates_of_eager_code():
-    cfg, ends = replace(SMOKE, algo="awac"), []
+    ends = []
     for wrap in (lambda update: update, common.graphed):
         torch.manual_seed(0)
-        agent = mood.Agent(cfg, 3, 2).cuda()
-        optimizer, batch = (
-            mood.adam(agent, cfg),
-            mood.Batch(*(torch.randn(16, n).squeeze(1).cuda() for n in (3, 2, 1, 3, 1))),
-        )
-        step = wrap(lambda noise, a=agent, o=optimizer, b=batch: mood.update(a, o, b, b, noise, cfg))
-        for _ in range(6):
-            step(torch.randn(1 + cfg.samples, 16, 2, device="cuda"))
+        agent = mood.Agent(SMOKE, 3, 2).cuda()
+        optimizer, widths = mood.adam(agent, SMOKE), [(3,), (2,), (), (3,), ()]
+        batch = mood.Batch(*(torch.randn(16, *width, device="cuda") for width in widths))
+        step = wrap(partial(mood.update, agent, optimizer, batch, batch, cfg=SMOKE))
+        for noise in torch.randn(6, 3, 16, 2, device="cuda"):
+            step(noise)
         ends.append(torch.cat([p.flatten() for p in agent.parameters()]))
     torch.testing.assert_close(*ends)
