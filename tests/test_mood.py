@@ -299,17 +299,17 @@ def results(folder):
 def test_rows_of_smoke_end_alike_when_resumed_and_on_two_ranks(run_script, tmp_path):
     line = ["--config", "smoke", "--seeds", "1", "--save_every", "1"]
     run_script(ROOT / "mood.py", *line)
-    folder = tmp_path / "out" / "mood-smoke-s10"
+    folder = tmp_path / "out" / "mood-smoke-s20"
     before = results(folder)
     assert set(before["table"]) == set(mood.ROWS) and len(before["claims"]) == len(mood.CLAIMS)
     for row in ("mixture_ASAC", "mixture_IQL"):
-        (folder / f"{row}-s10" / "result.json").unlink()
-        shutil.rmtree(folder / f"{row}-s10" / "cheetah_run_backward" / "step00000002")
+        (folder / f"{row}-s20" / "result.json").unlink()
+        shutil.rmtree(folder / f"{row}-s20" / "cheetah_run_backward" / "step00000002")
     (folder / "results.json").unlink()
     run_script(ROOT / "mood.py", *line, "--resume")
     assert results(folder)["table"] == before["table"]
     run_script(ROOT / "mood.py", *line, "--rows", "behaviour", "mixture", "--out", "two", ranks=2)
-    table = results(tmp_path / "two" / "mood-smoke-s10")["table"]
+    table = results(tmp_path / "two" / "mood-smoke-s20")["table"]
     assert table == {row: before["table"][row] for row in ("behaviour", "mixture")}
 
 
@@ -319,7 +319,7 @@ def test_what_online_agents_collect_is_read_as_exorls(run_script, tmp_path):
     assert len(list((tmp_path / "d" / "walker" / "rnd").glob("*_10.npz"))) == 3
     assert json.loads((tmp_path / "d/walker/spin/settings.json").read_text())["hold"] == 100
     run_script(ROOT / "mood.py", *line, "--rows", "behaviour", "target's data")
-    table = results(tmp_path / "out" / "mood-smoke-s10-d")["table"]
+    table = results(tmp_path / "out" / "mood-smoke-s20-d")["table"]
     assert all(0 < cells[0]["return"] < 1000 for cells in table.values())
 
 
@@ -327,7 +327,7 @@ def test_a_d4rl_file_is_scored_in_gymnasium_between_random_and_expert(run_script
     write(tmp_path / "hopper_medium-v2.hdf5", d4rl(200))
     line = ["--config", "smoke", "--data", "hopper_medium-v2.hdf5", "--seeds", "1", "--rows"]
     run_script(ROOT / "mood.py", *line, "mixture, IQL")
-    ((cell,),) = results(tmp_path / "out" / "mood-smoke-s10-hopper_medium-v2.hdf5")["table"].values()
+    ((cell,),) = results(tmp_path / "out" / "mood-smoke-s20-hopper_medium-v2.hdf5")["table"].values()
     assert 0 < cell["return"] < 5  # per cent of an expert
 
 
