@@ -36,8 +36,8 @@ Departures from the paper and its code
   ones for every seed, actions held for 4 physics steps; walking gaits walk at the task's speed.
 - The demo's settings (temperature, rate, batch, small actor of 5 units, 2000 updates) were tuned on seeds 1,
   2 and 200 to 205, the same for all rows, but chosen for the gap between the actors; it runs from seed 20 on.
-- From resets all gaits share one pose, where an actor may stand still for ever (as on seeds 10 to 17); so there
-  are returns from states of the target's own held-out episodes, too (`own`).
+- From resets all gaits share one pose, where an actor may stand still for ever (as on seeds 10 to 17); hence
+  returns from states of the target's own held-out episodes, too (`own`).
 - float32 with TF32 products on a GPU, an update there is one CUDA graph.
 
 Reading order: ROWS, Agent, the losses, update, train_task, act, evolve.
