@@ -79,9 +79,7 @@ class Config(common.Config):
     # data
     tasks: tuple[str, ...] = ("cheetah_run_backward",)  # targets; their rewards relabel all trajectories
     data: str = ""  # folder of ExORL's layout, D4RL .hdf5 or minari:ID; empty: gaits, made by this run
-    mixture: Literal["same", "cross", "mixed", "all"] = (
-        "all"  # whose: the task's agent, others, all but rnd, all
-    )
+    mixture: Literal["same", "cross", "mixed", "all"] = "all"  # the task's agent, others, all but rnd, all
     shuffle: bool = False  # control: the rewards in a random order
     held_out: float = 0.1  # share of each agent's episodes that is not trained on
     hold: int = 4  # physics steps an action is held
