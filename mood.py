@@ -141,8 +141,8 @@ ROWS = {
     "mixture, best of 50": dict(es=50),
     SHUFFLED: dict(actor="large", shuffle=True),
     "mixture, BC, larger actor": dict(algo="bc", actor="large"),
-    "mixture, BC": dict(algo="bc"),
     "target's data, larger actor": dict(mixture="same", actor="large"),
+    "mixture, BC": dict(algo="bc"),
     "mixture, IQL": dict(algo="iql"),
     "mixture, IQL, larger actor": dict(algo="iql", actor="large"),
     "mixture, TD3+BC": dict(algo="td3bc"),
@@ -735,7 +735,10 @@ def scoring(task: str, path: str, hold: int, count: int) -> tuple[gymnasium.vect
         found = [values for name, values in D4RL.items() if name in Path(path).name.lower()]
         name, low, high = found[0] if found else (None, 0.0, 100.0)
         make = functools.partial(gymnasium.make, name) if name else None
-    return make and common.vector_env([make] * count, processes=count > 8), low, high
+    try:
+        return make and common.vector_env([make] * count, processes=count > 8), low, high
+    except gymnasium.error.Error as e:
+        raise UserError(f"{path}: its environment cannot be made here ({e})") from None
 
 
 @torch.no_grad()
