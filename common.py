@@ -742,6 +742,90 @@ class Replay(nn.Module):
         return {name: b[rows] for name, b in self.named_buffers() if name != "added"}
 
 
+def read_exorl(file: Path) -> Iterator[tuple]:
+    """The episode of an ExORL .npz, in which row t of action, reward and discount belongs to t - 1 -> t."""
+    with np.load(file) as f:
+        yield f["observation"], f["action"][1:], f["reward"][1:], f["discount"][1:] == 0, f.get("physics")
+
+
+def read_d4rl(file: str) -> Iterator[tuple]:
+    """Episodes of a D4RL .hdf5; a step before a timeout goes if the file does not say what follows."""
+    with need("h5py", "data").File(file) as f:
+        keys = ("observations", "actions", "rewards", "terminals", "timeouts")
+        obs, action, reward, terminal, timeout = (f[k][()] for k in keys)
+        following = f["next_observations"][()] if "next_observations" in f else None
+    for part in np.split(np.arange(len(obs)), np.flatnonzero((terminal != 0) | (timeout != 0)) + 1):
+        rows, last = part, part[-1:]
+        if following is None and not terminal[last].any():
+            rows = part[:-1]
+        if len(rows):
+            end = (obs if following is None else following)[last]  # nobody looks beyond a terminal
+            yield np.concatenate([obs[rows], end]), action[rows], reward[rows], terminal[rows], None
+
+
+def read_minari(name: str) -> Iterator[tuple]:
+    """Episodes of a Minari data set, actions scaled from their range to [-1, 1]."""
+    data = need("minari", "data").load_dataset(name.removeprefix("minari:"), download=True)
+    low, high = data.action_space.low, data.action_space.high
+    for e in data.iterate_episodes():
+        action = 2 * (e.actions - low) / (high - low) - 1
+        yield flatten(e.observations), action, e.rewards, e.terminations, None
+
+
+def flatten(x: dict | np.ndarray) -> np.ndarray:
+    """Nested dictionaries of (T, ...) side by side, (T, d), sorted as gymnasium's FlattenObservation does."""
+    parts = [flatten(x[k]) for k in sorted(x)] if isinstance(x, dict) else [x.reshape(len(x), -1)]
+    return np.concatenate(parts, 1)
+
+
+def load_episodes(source: str) -> dict[str, Tensor]:
+    """Offline RL data as flat tensors: a folder of ExORL's .npz files, a D4RL .hdf5, or minari:ID.
+
+    The n steps of all episodes in order, float32: observation (n, d), action (n, m), reward (n, 1),
+    next_observation (n, d), terminated (n, 1); episode (n,), from 0; physics after the step (n, p), float64,
+    where files have it. UserError names file and episode.
+    """
+    path, tables, physics = Path(source).expanduser(), [], []
+    files, read = [source], read_minari if source.startswith("minari:") else read_d4rl
+    if path.is_dir():
+        files, read = sorted(path.rglob("*.npz")), read_exorl
+    for file in files:
+        begin = len(tables)
+        try:
+            for obs, action, reward, terminated, states in read(file):
+                columns = (
+                    obs[:-1],
+                    action,
+                    np.reshape(reward, (-1, 1)),
+                    obs[1:],
+                    np.reshape(terminated, (-1, 1)),
+                )
+                table = np.concatenate(columns, 1).astype(np.float32)  # ValueError where lengths differ
+                if not len(table) or not np.isfinite(table).all():
+                    raise ValueError("no step, or a number that is not finite")
+                if table.shape[1] != (tables or [table])[0].shape[1]:
+                    raise ValueError(
+                        f"widths {[x.shape[1] for x in columns]} are not those of the first episode"
+                    )
+                tables.append(table)
+                physics += [] if states is None else [states[1:]]
+        except Exception as e:  # files from outside raise a dozen kinds
+            raise UserError(f"{file}, episode {len(tables) - begin}: {e}") from None
+    if not tables:
+        raise UserError(f"{source}: no episodes")
+    names = ("observation", "action", "reward", "next_observation", "terminated")
+    widths = [x.shape[1] for x in columns]
+    data = dict(zip(names, torch.from_numpy(np.concatenate(tables)).split(widths, 1), strict=True))
+    data["episode"] = torch.arange(len(tables)).repeat_interleave(torch.tensor([*map(len, tables)]))
+    if physics:
+        data["physics"] = torch.from_numpy(np.concatenate(physics))
+    steps = (data["next_observation"] - data["observation"]).norm(dim=1)
+    if read is read_d4rl and steps.max() > 25 * steps.median():
+        text = f"the longest step is {steps.max():.3g}, the median {steps.median():.3g}: are timeouts late?"
+        sys.stderr.write(f"{source}: {text}\n")
+    return data
+
+
 class EnsembleLinear(nn.Module):
     """`members` linear layers as one batched product: (members, B, inputs) -> (members, B, outputs).
 

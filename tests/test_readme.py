@@ -25,7 +25,7 @@ SCRIPTS = {
     "transformer2.py": transformer2.CONFIGS,
 }
 
-NEW = {"rlt.py"}  # scripts on the new common.py
+NEW = {"mood.py", "rlt.py"}  # scripts on the new common.py
 
 
 def commands():
