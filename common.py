@@ -674,14 +674,14 @@ class DmControl(gymnasium.Env):
         os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
         logging.getLogger("absl").setLevel(logging.ERROR)  # MuJoCo's deprecations in the suite's own files
         from dm_control import suite
-        from dm_control.suite.wrappers import action_scale
 
         if (domain, task) not in suite.ALL_TASKS:
             raise UserError(f"{domain}_{task}: dm_control's suite has no such task")
-        self.env = action_scale.Wrapper(suite.load(domain, task), -1.0, 1.0)
-        obs, _ = self.reset()
+        self.env = suite.load(domain, task)
+        spec, (obs, _) = self.env.action_spec(), self.reset()
+        self.low, self.span = spec.minimum, spec.maximum - spec.minimum
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, self.env.action_spec().shape, np.float32)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, spec.shape, np.float32)
 
     def _read(self, step):
         obs = np.concatenate([np.ravel(x) for x in step.observation.values()]).astype(np.float32)
@@ -694,19 +694,19 @@ class DmControl(gymnasium.Env):
         return self._read(self.env.reset())
 
     def step(self, action):
-        step = self.env.step(np.clip(action, -1, 1))
+        step = self.env.step(self.low + (np.clip(action, -1, 1) + 1) / 2 * self.span)
         terminated = step.last() and step.discount == 0
         obs, info = self._read(step)
         return obs, float(step.reward), terminated, step.last() and not terminated, info
 
 
 @torch.no_grad()
-def evaluate_policy(envs, policy: Callable, seed: int) -> np.ndarray:
+def evaluate_policy(envs, policy: Callable, seed: int, options: dict | None = None) -> np.ndarray:
     """Return of the first episode of each environment of a vector env: (n,), undiscounted.
 
     `policy` maps observations (n, d) to actions (n, m), both numpy; it keeps getting all n rows.
     """
-    obs, _ = envs.reset(seed=seed)
+    obs, _ = envs.reset(seed=seed, options=options)
     total, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
     while running.any():
         obs, reward, terminated, truncated, _ = envs.step(policy(obs))
@@ -821,8 +821,7 @@ def load_episodes(source: str) -> dict[str, Tensor]:
         data["physics"] = torch.from_numpy(np.concatenate(physics))
     steps = (data["next_observation"] - data["observation"]).norm(dim=1)
     if read is read_d4rl and steps.max() > 25 * steps.median():
-        text = f"the longest step is {steps.max():.3g}, the median {steps.median():.3g}: are timeouts late?"
-        sys.stderr.write(f"{source}: {text}\n")
+        sys.stderr.write(f"{source}: one step is 25 times the median step: are timeouts late?\n")
     return data
 
 

@@ -636,7 +636,10 @@ def load_data(task: str, run: Run) -> dict:
     """A task's transitions: made anew for every seed, or, from --data, prepared once for all seeds."""
     keeper = copy.copy(run)
     keeper.cfg = replace(run.cfg, seed=0) if run.cfg.data else run.cfg
-    return read_data(keeper.once(f"data {task}", lambda child: prepare(task, child)) / "data.pt")
+    folder = keeper.once(f"data {task}", lambda child: prepare(task, child))
+    if run.cfg.data:  # what follows is drawn anew for every seed
+        torch.manual_seed(common.stable_seed(run.cfg.seed, task))
+    return read_data(folder / "data.pt")
 
 
 # --- a cell of the table ---
@@ -736,7 +739,8 @@ def scoring(task: str, path: str, hold: int, count: int) -> tuple[gymnasium.vect
         name, low, high = found[0] if found else (None, 0.0, 100.0)
         make = functools.partial(gymnasium.make, name) if name else None
     try:
-        return make and common.vector_env([make] * count, processes=count > 8), low, high
+        kind = gymnasium.vector.AsyncVectorEnv if count > 8 else gymnasium.vector.SyncVectorEnv
+        return make and kind([make] * count), low, high
     except gymnasium.error.Error as e:
         raise UserError(f"{path}: its environment cannot be made here ({e})") from None
 
