@@ -4,7 +4,6 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import h5py
@@ -132,12 +131,6 @@ def test_stacked_networks_equal_separate_torch_networks_with_torchs_spectral_nor
         torch.testing.assert_close(block.inner.u[k, :, 0], inner.weight_u)
 
 
-def test_the_modern_actor_of_the_paper_has_2132998_parameters():
-    with torch.device("meta"):
-        net = mood.network(1, 24, 6, 1024, 1.0, modern=True)
-    assert sum(p.numel() for p in net.parameters()) == 2_132_998
-
-
 # --- ASAC and acting
 
 
@@ -175,17 +168,6 @@ def test_rewards_are_those_of_the_environment_computed_from_physics(domain):
             rewards.append(reward)
         found = mood.relabel(torch.tensor(np.stack(states)), torch.from_numpy(actions), f"{domain}_{task}")
         np.testing.assert_allclose(found[:, 0], rewards, atol=1e-5)
-
-
-def test_open_loop_rollouts_equal_stepping_and_an_episode_lasts_a_thousand_physics_steps():
-    env, over = mood.MoodEnv("cheetah_walk", hold=50), False
-    start, states = env.reset(seed=1)[1]["physics"], []
-    actions = np.random.default_rng(1).uniform(-1, 1, (1, 20, 6))
-    while not over:
-        _, _, terminated, over, info = env.step(actions[0, len(states)])
-        states.append(info["physics"])
-    np.testing.assert_allclose(mood.simulate(env, start[None], actions, 50)[0][0, 1:], states, atol=1e-6)
-    assert not terminated
 
 
 # --- data
@@ -293,48 +275,42 @@ def test_a_minari_set_is_flattened_with_its_achieved_goal_and_rescaled(monkeypat
 
 
 def results(folder):
-    return json.loads((folder / "results.json").read_text())
+    return json.loads((folder / "results.json").read_text())["table"]
 
 
-def test_rows_of_smoke_end_alike_when_resumed_and_on_two_ranks(run_script, tmp_path):
+def test_rows_of_smoke_end_alike_when_resumed_and_on_two_ranks(run_main, run_script, tmp_path):
     line = ["--config", "smoke", "--seeds", "1", "--save_every", "1"]
-    run_script(ROOT / "mood.py", *line)
+    run_main(mood, *line)
     folder = tmp_path / "out" / "mood-smoke-s20"
     before = results(folder)
-    assert set(before["table"]) == set(mood.ROWS) and len(before["claims"]) == len(mood.CLAIMS)
+    assert set(before) == set(mood.ROWS)
     for row in ("mixture_ASAC", "mixture_IQL"):
         (folder / f"{row}-s20" / "result.json").unlink()
         shutil.rmtree(folder / f"{row}-s20" / "cheetah_run_backward" / "step00000002")
-    (folder / "results.json").unlink()
-    run_script(ROOT / "mood.py", *line, "--resume")
-    assert results(folder)["table"] == before["table"]
+    run_main(mood, *line, "--resume")
+    assert results(folder) == before
     run_script(ROOT / "mood.py", *line, "--rows", "behaviour", "mixture", "--out", "two", ranks=2)
-    table = results(tmp_path / "two" / "mood-smoke-s20")["table"]
-    assert table == {row: before["table"][row] for row in ("behaviour", "mixture")}
+    table = results(tmp_path / "two" / "mood-smoke-s20")
+    assert table == {row: before[row] for row in ("behaviour", "mixture")}
 
 
-def test_what_online_agents_collect_is_read_as_exorls(run_script, tmp_path):
+def test_what_online_agents_collect_is_read_as_exorls(run_main, tmp_path):
     line = ["--config", "smoke", "--tasks", "walker_walk", "--data", "d", "--hold", "100", "--seeds", "1"]
-    run_script(ROOT / "mood.py", *line, "--collect")
+    run_main(mood, *line, "--collect")
     assert len(list((tmp_path / "d" / "walker" / "rnd").glob("*_10.npz"))) == 3
     assert json.loads((tmp_path / "d/walker/spin/settings.json").read_text())["hold"] == 100
-    run_script(ROOT / "mood.py", *line, "--rows", "behaviour", "target's data")
-    table = results(tmp_path / "out" / "mood-smoke-s20-d")["table"]
+    run_main(mood, *line, "--rows", "behaviour", "target's data")
+    table = results(tmp_path / "out" / "mood-smoke-s20-d")
     assert all(0 < cells[0]["return"] < 1000 for cells in table.values())
 
 
-def test_a_d4rl_file_is_scored_in_gymnasium_between_random_and_expert(run_script, tmp_path):
+def test_a_d4rl_file_is_scored_in_gymnasium_between_random_and_expert(run_main, tmp_path):
     write(tmp_path / "hopper_medium-v2.hdf5", d4rl(200))
-    line = ["--config", "smoke", "--data", "hopper_medium-v2.hdf5", "--seeds", "1", "--rows"]
-    run_script(ROOT / "mood.py", *line, "mixture, IQL")
-    ((cell,),) = results(tmp_path / "out" / "mood-smoke-s20-hopper_medium-v2.hdf5")["table"].values()
-    assert 0 < cell["return"] < 5  # per cent of an expert
-
-
-def test_a_run_whose_seeds_all_diverge_does_not_end_as_if_it_had_worked(run_script):
-    line = ["--config", "smoke", "--rows", "mixture", "--lr", "1e30"]
-    done = run_script(ROOT / "mood.py", *line, check=False)
-    assert done.returncode == 2 and "_loss is nan" in done.stderr and "Traceback" not in done.stderr
+    line = ["--config", "smoke", "--data", "hopper_medium-v2.hdf5", "--rows"]
+    run_main(mood, *line, "mixture, IQL")
+    ((one, two),) = results(tmp_path / "out" / "mood-smoke-s20-hopper_medium-v2.hdf5").values()
+    assert 0 < one["return"] < 5, "per cent of an expert"
+    assert one["return"] != two["return"], "seeds share the data, not the agent"
 
 
 def test_settings_that_make_no_sense_are_one_line(capsys):
@@ -361,18 +337,3 @@ def test_the_dry_run_of_full_says_hours_and_memory(capsys):
     run = SimpleNamespace(print=print, world_size=1)
     mood.dry_run(replace(mood.CONFIGS["full"], tasks=("cheetah_run",), rows=("mixture",)), run)
     assert "GPU hours" in (text := capsys.readouterr().out) and "GB on the GPU" in text
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_cuda_graph_gives_the_updates_of_eager_code():
-    ends = []
-    for wrap in (lambda update: update, common.graphed):
-        torch.manual_seed(0)
-        agent = mood.Agent(SMOKE, 3, 2).cuda()
-        optimizer, widths = mood.adam(agent, SMOKE), [(3,), (2,), (), (3,), ()]
-        batch = mood.Batch(*(torch.randn(16, *width, device="cuda") for width in widths))
-        step = wrap(partial(mood.update, agent, optimizer, batch, batch, cfg=SMOKE))
-        for noise in torch.randn(6, 3, 16, 2, device="cuda"):
-            step(noise)
-        ends.append(torch.cat([p.flatten() for p in agent.parameters()]))
-    torch.testing.assert_close(*ends)
