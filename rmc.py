@@ -49,7 +49,7 @@ import functools
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import gymnasium
 import numpy as np
@@ -89,14 +89,14 @@ class Config(common.Config):
     live: int = 2  # steps of a training chain whose parameters get gradients (B)
     length: int = 0  # of training chains (L); 0: as many as acting needs, ceil(kbar)
     unbiased: bool = False  # leave a_i's own kernel out of log p(a_i)
-    actor_start: Literal["target", "replay"] = "target"  # a_0 of eq. (5): last action of eq. (4), or replayed
+    start_replayed: bool = False  # a_0 of eq. (5) is the replayed action, not the last one of eq. (4)
     particles: int = 64  # parallel chains when acting (M)
     max_steps: int = 16  # of reasoning for an action
     threshold: float = 1.1  # of R_k, to stop
     # learning
     updates: int = 4  # critic updates a step of the environments
     actor_every: int = 2  # critic updates to an update of actor and temperature
-    batch: int = 128  # transitions an update
+    batch: int = 256  # transitions an update
     lr: float = 1e-3  # Adam, for all
     tau: float = 0.01  # share of the critics that the target takes up in an update
     clip: float = 40.0  # largest norm of the actor's gradient; 0: any
@@ -130,9 +130,11 @@ ENTROPY = {
 }
 
 ONE_STEP_TASKS = ("bandit", "tracking")  # ours; their value is exact, so they have no critics to learn
-ONE_STEP = dict(discount=0.0, reward_scale=1.0, updates=1, actor_every=1, random_steps=1, eval_every=10**6)
+ONE_STEP = dict(discount=0.0, reward_scale=1.0, updates=2, actor_every=1, random_steps=1, eval_every=10**6)
 BANDIT = ONE_STEP | dict(env="bandit", alpha=20.0, anneal=0.6, log_std=(-5.0, 1.0))
-TRACKING = ONE_STEP | dict(env="tracking", envs=4, alpha=10.0, anneal=0.5, log_std=(-5.0, -1.5), length=4)
+TRACKING = ONE_STEP | dict(
+    env="tracking", envs=4, updates=1, alpha=10.0, anneal=0.5, log_std=(-5.0, -1.5), length=4
+)
 # a row of the table is the settings that it changes: the difference of two rows is an idea of the paper
 ROWS = {
     "SSPG": {},
@@ -158,7 +160,6 @@ FULL = replace(
     width=256,
     updates=20,
     actor_every=20,
-    batch=256,
     lr=3e-4,
     tau=0.005,
     alpha=1.0,
@@ -169,7 +170,7 @@ FULL = replace(
 )
 CONFIGS = {
     "smoke": replace(
-        DEMO, ranks=1, seeds=1, rows=tuple(ROWS), steps=8, random_steps=2, particles=8, width=16, batch=8
+        DEMO, ranks=1, seeds=1, rows=tuple(ROWS), steps=8, random_steps=2, particles=8, width=16, episodes=4
     ),
     "demo": DEMO,
     "gpu": replace(FULL, steps=30_000, rows=("SSPG", "GPL-SAC"), seeds=2, ranks=4, eval_every=5000),
@@ -187,7 +188,7 @@ CONFIGS = {
         capacity=100_000,
         critics=2,
         width=1024,
-        actor_start="replay",
+        start_replayed=True,
         updates=1,
         actor_every=1,
         lr=1e-4,
@@ -415,11 +416,11 @@ class Encoder(nn.Sequential):
         return super().forward(picture.flatten(1, 2) / 255 - 0.5)
 
 
-def random_shift(picture: Tensor, pad: int = 4) -> Tensor:
-    """The frames (S, 3, H, W) of each example moved by up to `pad` pixels both ways, the border repeated."""
+def random_shift(picture: Tensor) -> Tensor:
+    """The frames (S, 3, H, W) of each example moved by up to 4 pixels both ways, the border repeated."""
     for _ in range(2):  # rows, then columns
         size = picture.shape[-2]
-        shift = torch.randint(-pad, pad + 1, (len(picture), 1), device=picture.device)
+        shift = torch.randint(-4, 5, (len(picture), 1), device=picture.device)
         where = (torch.arange(size, device=picture.device) + shift).clamp(0, size - 1)
         picture = picture.gather(-2, where[:, None, None, :, None].expand_as(picture)).mT
     return picture
@@ -627,10 +628,10 @@ def think(
 
     An environment's particles stay what they were at its own k.
     """
-    count, chains, _ = particles.shape
-    state = state.repeat_interleave(chains, 0)
+    state = state.repeat_interleave(particles.shape[1], 0)
     now, visited = particles, []
-    running, steps = torch.ones(count, dtype=torch.bool), torch.zeros(count, dtype=torch.float64)
+    running = torch.ones(len(particles), dtype=torch.bool)
+    steps = torch.zeros(len(particles), dtype=torch.float64)
     for k in range(1, cfg.max_steps + 1 if cfg.chain else 2):
         mean, log_std = kernel(state, now.flatten(0, 1))
         now = (mean + log_std.exp() * torch.randn_like(mean)).tanh().view_as(particles)
@@ -707,7 +708,7 @@ def update(
         logs["critic_loss"] = loss.detach()
 
     if with_actor:
-        start = chain[:, -1] if cfg.actor_start == "target" else batch.action
+        start = batch.action if cfg.start_replayed else chain[:, -1]
         features = features.detach()
         chain, logp = unroll(agent.kernel, frozen, agent.trunk(features), start, length, cfg)
         loss = actor_loss(judge(features, chain), logp, alpha, cfg.beta_actor)
@@ -725,8 +726,8 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     dims = envs.single_action_space.shape[0]
     measure = {"bandit": measure_bandit, "tracking": measure_tracking}.get(cfg.env, measure_control)
     agent = Agent(cfg, envs, device)
-    learned = [p for p in agent.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(learned, cfg.lr, fused=True, capturable=device.type == "cuda")
+    capturable = device.type == "cuda"
+    optimizer = torch.optim.Adam(agent.parameters(), cfg.lr, fused=True, capturable=capturable)
     frame, flag = torch.as_tensor(envs.reset(seed=0)[0])[:, -1], torch.zeros(count, dtype=torch.bool)
     row = dict(frame=frame, action=uniform(count, dims), reward=torch.zeros(count), age=flag.long())
     replay = common.Replay(min(cfg.capacity // count, cfg.steps), **row, terminated=flag, done=flag)

@@ -1,8 +1,8 @@
 """Our inner loops beside those of the papers' public code, on the same work: python tests/bench.py rmc DIR
 
-DIR is a folder of a checkout. rmc: sspg_dmc of markov-chain-reasoning; an update of encoder, critics, actor and
-temperature from pixels at the paper's sizes, batch 32, chains of 4 steps. Numbers are medians of calls in turn:
-slow minutes hit both alike.
+DIR is a folder of a checkout. rmc: sspg_dmc of markov-chain-reasoning; an update of encoder, critics, actor
+and temperature from pixels at the paper's sizes, batch 32, chains of 4 steps. Numbers are medians of calls in
+turn: slow minutes hit both alike.
 """
 
 import itertools
@@ -81,8 +81,7 @@ def bench_rmc(folder: str, batch: int = 32, dims: int = 12) -> None:
         single_action_space=Box(-1.0, 1.0, (dims,)),
     )
     agent = rmc.Agent(cfg, spaces, torch.device("cpu"))
-    learned = [p for p in agent.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(learned, cfg.lr, fused=True)
+    optimizer = torch.optim.Adam(agent.parameters(), cfg.lr, fused=True)
     frames, next_frames = (torch.as_tensor(x).unflatten(1, (3, 3)) for x in (obs, following))
     columns = [torch.as_tensor(x) for x in (action, reward[:, 0], discount[:, 0])]
     row = rmc.Batch(frames, *columns, next_frames, torch.ones(batch))
