@@ -70,17 +70,17 @@ class Config(common.Config):
     # task
     env: str = "Pendulum-v1"  # gymnasium id, dm:domain_task, or ours: bandit, tracking
     envs: int = 8  # environments that step together (E)
-    steps: int = 1000  # steps of all of them
-    random_steps: int = 125  # of these, with uniform actions and no updates
+    steps: int = 900  # steps of all of them
+    random_steps: int = 100  # of these, with uniform actions and no updates
     pixels: int = 0  # side of the camera's picture, for dm: tasks; 0: the state
     stack: int = 1  # frames in an observation
     repeat: int = 1  # times that a dm: task repeats an action
     nstep: int = 1  # rewards in a target
-    discount: float = 0.99  # gamma
+    discount: float = 0.97  # gamma
     reward_scale: float = 0.1  # factor on rewards in training
     capacity: int = 1_000_000  # observations kept, over all environments
     # networks
-    critics: int = 3  # ensemble (N)
+    critics: int = 2  # ensemble (N)
     width: int = 64  # of hidden layers
     features: int = 50  # that actor and critics read from a picture
     log_std: tuple[float, float] = (-10.0, 2.0)  # range of log sigma
@@ -109,7 +109,7 @@ class Config(common.Config):
     entropy_start: float = 0.5  # H an action dimension at first, with entropy_steps
     entropy_steps: int = 0  # steps of H from there to its final value; 0: none
     # evaluation
-    eval_every: int = 250  # steps between two evaluations
+    eval_every: int = 450  # steps between two evaluations
     episodes: int = 16  # an evaluation
     best: bool = False  # act by the particle of highest value in evaluation, not by a random one
 
@@ -147,7 +147,7 @@ ROWS = {
     "tracking: unrestricted": TRACKING,
 }
 DEMO_ROWS = tuple(row for row in ROWS if row != "SAC")
-DEMO = Config(seeds=4, ranks=2, rows=DEMO_ROWS, log_every=50, save_every=500)
+DEMO = Config(seeds=4, ranks=2, rows=DEMO_ROWS, log_every=50, save_every=450)
 FULL = replace(
     DEMO,
     ranks=1,
@@ -157,6 +157,7 @@ FULL = replace(
     steps=125_000,
     random_steps=5000,
     reward_scale=1.0,
+    discount=0.99,
     critics=10,
     width=256,
     updates=20,
@@ -174,7 +175,7 @@ CONFIGS = {
         DEMO, ranks=1, seeds=1, rows=tuple(ROWS), steps=8, random_steps=2, particles=8, width=16, episodes=4
     ),
     "demo": DEMO,
-    "gpu": replace(FULL, steps=30_000, rows=("SSPG", "GPL-SAC"), seeds=2, ranks=4, eval_every=5000),
+    "gpu": replace(FULL, steps=30_000, rows=("SSPG", "GPL-SAC"), seeds=2, ranks=4),
     "full": FULL,
     "pixels": replace(
         FULL,
