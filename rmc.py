@@ -147,7 +147,7 @@ ROWS = {
     "tracking: unrestricted": TRACKING,
 }
 DEMO_ROWS = tuple(row for row in ROWS if row != "SAC")
-DEMO = Config(seeds=4, ranks=2, rows=DEMO_ROWS, log_every=50, save_every=450)
+DEMO = Config(seeds=3, ranks=2, rows=DEMO_ROWS, log_every=50, save_every=450)
 FULL = replace(
     DEMO,
     ranks=1,
