@@ -1,27 +1,33 @@
-"""Updates a second of mood.py beside CORL's own iql.py and awac.py: python tests/bench.py DIR
+"""Our inner loops beside those of the papers' public code, on the same work: python tests/bench.py NAME DIR
 
-DIR is the folder algorithms/offline of a checkout of CORL. Sizes are CORL's: observations of 17, actions of
-6, batch 256, two critics, hidden layers 256x2, for AWAC too (CORL's third is taken out). Medians of seven
-intervals, in turn, so that slow minutes hit all alike.
+NAME mood: DIR is algorithms/offline of a checkout of CORL. Sizes are CORL's: observations of 17, actions of
+6, batch 256, two critics, hidden layers 256x2, for AWAC too (CORL's third is taken out). NAME rmc: DIR is
+sspg_dmc of markov-chain-reasoning; an update of encoder, critics, actor and temperature from pixels at the
+paper's sizes, batch 32, chains of 4 steps. Medians of seven intervals, in turn, so that slow minutes hit all
+alike.
 """
 
 import contextlib
 import importlib.util
+import itertools
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
-from tabulate import tabulate
+from gymnasium.spaces import Box
 
 import common
 import mood
+import rmc
 
 OBS, ACTIONS, ROWS = 17, 6, 100_000
 
@@ -94,24 +100,79 @@ def our_step(name: str, data: mood.Batch, device) -> Callable:
     return step
 
 
-def main():
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
-    run = common.Run(common.Config())  # for its device, its precision and oneDNN's products
+def bench_rmc(folder: Path, run: common.Run, batch: int = 32, dims: int = 12):
+    """rmc.update beside SSPG.update of the public PyTorch code; both get a ready batch."""
+    for name in ("omegaconf", "skimage", "skimage.util", "skimage.util.shape"):
+        sys.modules[name] = mock.MagicMock()  # imported there, not used here
+    sys.path.insert(0, str(folder))
+    from drqsac import GPCritic
+    from drqsac_fsres import ReasoningStochasticActor
+    from drqsac_fsres_ada import SSPG
+    from drqv2 import Encoder
+    from fsres_ada_utils import StepsUpdater
+
+    StepsUpdater.__init__.__defaults__ = (0.99, "cpu")
+    torch.manual_seed(0)
+    encoder = Encoder((9, 84, 84))
+    actor = ReasoningStochasticActor(encoder, (dims,), 50, 1024, -10, 2)
+    critic = GPCritic(2, encoder, (dims,), 50, 1024, 0.75)
+    shared = dict(training_steps=4, target_steps=4, exploration_steps=4, test_steps=4, num_chains=64)
+    shared |= dict(training_chain_init="rb_action", target_chain_init="rb_action", training_chain_mode="all")
+    shared |= dict(target_chain_mode="last", exploration_chain_mode="last", deterministic_test_sampling=True)
+    shared |= dict(
+        training_chain_perturb=False, training_chain_perturb_prob=0, training_chain_perturb_coeff=1
+    )
+    shared |= dict(encoder=encoder, actor=actor, critic=critic, obs_shape=(9, 84, 84), action_shape=(dims,))
+    shared |= dict(device="cpu", lr=1e-4, feature_dim=50, hidden_dim=1024, critic_target_tau=0.01)
+    shared |= dict(num_expl_steps=0, update_every_steps=1, init_temperature=0.1, target_entropy=-1.0)
+    shared |= dict(per_dim_target_entropy=True, nstep=3, discount=0.99, nstep_entropy_correction=False)
+    kinds = ("gelman_rubin", 16, 1.1, "mean_floor", "mean_ceil", "mean_ceil")
+    with contextlib.redirect_stdout(None):
+        reference = SSPG(*kinds, use_tb=False, chain_backprop=2, **shared)
+
+    generator = np.random.default_rng(0)
+    obs, following = (generator.integers(0, 256, (batch, 9, 84, 84), dtype=np.uint8) for _ in range(2))
+    action = generator.uniform(-1, 1, (batch, dims)).astype(np.float32)
+    reward, discount = np.ones((batch, 1), np.float32), np.full((batch, 1), 0.97, np.float32)
+    stream = itertools.repeat((obs, action, reward, discount, following))
+
+    cfg = replace(rmc.CONFIGS["pixels"], batch=batch)
+    spaces = SimpleNamespace(
+        single_observation_space=Box(0, 255, (3, 3, 84, 84), np.uint8),
+        single_action_space=Box(-1.0, 1.0, (dims,)),
+    )
+    agent = rmc.Agent(cfg, spaces, torch.device("cpu"))
+    optimizer = torch.optim.Adam(agent.parameters(), cfg.lr, fused=True)
+    frames, next_frames = (torch.as_tensor(x).unflatten(1, (3, 3)) for x in (obs, following))
+    columns = [torch.as_tensor(x) for x in (action, reward[:, 0], discount[:, 0])]
+    row = rmc.Batch(frames, *columns, next_frames, torch.ones(batch))
+
+    entropy = torch.tensor(-float(dims))
+    steps = {"ours": lambda: rmc.update(agent, optimizer, row, 4, True, entropy, cfg)}
+    report("rmc", median_rates(steps | {"theirs": lambda: reference.update(stream, 0)}, run.device))
+
+
+def bench_mood(folder: Path, run: common.Run):
+    """mood.update beside CORL's."""
     g = torch.Generator().manual_seed(0)
     widths = ((ROWS, OBS), (ROWS, ACTIONS), (ROWS,), (ROWS, OBS))
     s, a, reward, next_s = (torch.randn(*width, generator=g).to(run.device) for width in widths)
     data = mood.Batch(s, a.tanh(), reward, next_s, torch.ones_like(reward))
-    steps = {}
     for name in ("iql", "awac"):
-        steps[f"CORL {name}"] = corl_step(folder, name, data, run.device)
-        steps[f"ours {name}"] = our_step(name, data, run.device)
-    rates = median_rates(steps, run.device)
-    lines = [
-        [name, rates[f"ours {name}"], rates[f"CORL {name}"], rates[f"ours {name}"] / rates[f"CORL {name}"]]
-        for name in ("iql", "awac")
-    ]
-    print(tabulate(lines, ["updates a second", "ours", "CORL", "ratio"], floatfmt=".2f"))
+        steps = {
+            "ours": our_step(name, data, run.device),
+            "theirs": corl_step(folder, name, data, run.device),
+        }
+        report(name, median_rates(steps, run.device))
+
+
+def report(name: str, rates: dict[str, float]):
+    ours, theirs = rates["ours"], rates["theirs"]
+    print(f"{name}: {ours:.2f} updates a second, theirs {theirs:.2f}: {ours / theirs:.2f} x")
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) != 3 or sys.argv[1] not in ("mood", "rmc"):
+        sys.exit("python tests/bench.py mood|rmc DIR")
+    here = common.Run(common.Config())  # for its device, its precision and oneDNN's products
+    {"mood": bench_mood, "rmc": bench_rmc}[sys.argv[1]](Path(sys.argv[2]), here)

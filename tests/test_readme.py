@@ -13,6 +13,7 @@ import common
 import mood
 import namm
 import rlt
+import rmc
 import sudoku_bench
 import transformer2
 
@@ -21,11 +22,12 @@ SCRIPTS = {
     "mood.py": mood.CONFIGS,
     "namm.py": namm.CONFIGS,
     "rlt.py": rlt.CONFIGS,
+    "rmc.py": rmc.CONFIGS,
     "sudoku_bench.py": sudoku_bench.CONFIGS,
     "transformer2.py": transformer2.CONFIGS,
 }
 
-NEW = {"mood.py", "rlt.py"}  # scripts on the new common.py
+NEW = {"mood.py", "rlt.py", "rmc.py"}  # scripts on the new common.py
 
 
 def commands():
