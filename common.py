@@ -88,8 +88,10 @@ class Config:
             raise UserError("--device cuda: torch sees no CUDA device here")
         for field in fields(self):
             value, default = getattr(self, field.name), field.default
-            low = min(default, 1) if type(default) is int else 0
-            if type(default) in (int, float) and default >= 0 and not low <= value < math.inf:
+            if type(default) not in (int, float):
+                continue
+            low = -math.inf if default < 0 else min(default, 1) if type(default) is int else 0
+            if not math.isfinite(value) or value < low:
                 raise UserError(f"--{field.name} {value}: must be finite and at least {low}")
 
 
@@ -380,7 +382,7 @@ class Run:
 
     def _save(self, step, state):
         """A folder step<N> by torch.distributed.checkpoint, whole once its .metadata stands; two are kept."""
-        logged = {"bytes": self._metrics.stat().st_size}
+        logged = {"bytes": self.gather(self._metrics.stat().st_size)[0]}  # rank 0 has written its line
         place = self._stage / f"step{step:08d}"
         dcp.save(state | {"logged": logged}, checkpoint_id=place, no_dist=self.world_size == 1)
         if self.rank == 0:
@@ -392,11 +394,15 @@ class Run:
         step, logged, found = 0, {"bytes": 0}, sorted(self._stage.glob("step*/.metadata"))
         for optimizer in state.values():
             if found and isinstance(optimizer, torch.optim.Optimizer):
-                _init_optim_state(optimizer)  # moments to load into
+                _init_optim_state(optimizer)  # moments to load into; some may never have been saved
+                for moments in optimizer.state.values():
+                    moments.get("step", torch.zeros(())).zero_()
         while found and not step:
             place = found.pop().parent
             try:
-                dcp.load(state | {"logged": logged}, checkpoint_id=place, no_dist=self.world_size == 1)
+                planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+                more = dict(planner=planner, no_dist=self.world_size == 1)
+                dcp.load(state | {"logged": logged}, checkpoint_id=place, **more)
                 step = int(place.name[4:])
             except (Exception, dcp.CheckpointException) as e:  # a torn file raises what its reader likes
                 self.print(f"{place} is torn ({str(e)[:80]!r}); trying the one before")
@@ -558,12 +564,12 @@ def token_logprobs(
     """fp32 log softmax(z / temperature) of the next tokens: padded ids (B, T) -> (B, T - 1).
 
     The head runs in float32 (bfloat16 logits are off by 0.06 at magnitude 16) over `chunk` positions at a
-    time, again in the backward pass: (B, T, V) is never held. ValueError for a model that rescales its logits
+    time, again in the backward pass: (B, T, V) is never held. UserError for a model that rescales its logits
     after the head (Gemma-2, Granite, Cohere).
     """
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(model.config.get_text_config(), name, None) not in (None, 1):
-            raise ValueError(f"{type(model).__name__} rescales its logits ({name})")
+            raise UserError(f"{type(model).__name__} rescales its logits ({name})")
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
 
@@ -599,7 +605,7 @@ def answers_agree(target: str, answer: str) -> bool:
     return verify(*(parse(rf"\boxed{{{x}}}", configs) for x in (target, answer)))
 
 
-def benchmark(model, tokenizer, tasks: Sequence[str], folder: str | None = None, **more) -> dict:
+def benchmark(model, tokenizer, tasks: Sequence[str], run: Run, folder: str | None = None, **more) -> dict:
     """lm-eval's {task: {metric: value}} for a model in memory or an lm-eval model; {} beyond rank 0.
 
     Documents are dealt to the ranks. `folder` has local YAML tasks, `more` goes to simple_evaluate (limit,
@@ -611,8 +617,8 @@ def benchmark(model, tokenizer, tasks: Sequence[str], folder: str | None = None,
     from lm_eval.tasks import TaskManager
 
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8) if isinstance(model, nn.Module) else model
-    if dist.is_initialized():
-        lm._rank, lm._world_size, lm.accelerator = dist.get_rank(), dist.get_world_size(), Accelerator()
+    if run.world_size > 1:
+        lm._rank, lm._world_size, lm.accelerator = run.rank, run.world_size, Accelerator()
     manager = TaskManager(include_path=folder, include_defaults=folder is None)
     more |= dict(apply_chat_template=bool(tokenizer.chat_template), bootstrap_iters=0, log_samples=False)
     found = lm_eval.simple_evaluate(model=lm, tasks=list(tasks), task_manager=manager, **more)
@@ -786,7 +792,7 @@ def load_episodes(source: str) -> dict[str, Tensor]:
     where files have it. UserError names file and episode.
     """
     path, tables, physics = Path(source).expanduser(), [], []
-    files, read = [source], read_minari if source.startswith("minari:") else read_d4rl
+    files, read = [str(path)], read_minari if source.startswith("minari:") else read_d4rl
     if path.is_dir():
         files, read = sorted(path.rglob("*.npz")), read_exorl
     for file in files:
@@ -817,6 +823,8 @@ def load_episodes(source: str) -> dict[str, Tensor]:
     widths = [x.shape[1] for x in columns]
     data = dict(zip(names, torch.from_numpy(np.concatenate(tables)).split(widths, 1), strict=True))
     data["episode"] = torch.arange(len(tables)).repeat_interleave(torch.tensor([*map(len, tables)]))
+    if sum(map(len, physics)) not in (0, len(data["episode"])):
+        raise UserError(f"{source}: some episodes have no physics, or not a state for each step")
     if physics:
         data["physics"] = torch.from_numpy(np.concatenate(physics))
     steps = (data["next_observation"] - data["observation"]).norm(dim=1)

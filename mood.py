@@ -124,7 +124,12 @@ class Config(common.Config):
         super().check()
         if self.share == "run":
             raise UserError("--share run: these networks are small; ranks make cells (--share grid)")
-        if unknown := [t for t in self.tasks if t not in TASKS and not self.collect]:
+        if self.updates % self.block:
+            raise UserError("--updates must be a multiple of --block")
+        if self.collect and not self.data:
+            raise UserError("--collect fills the folder --data")
+        known = ["_".join((d, t)) for d in DOMAINS for t in (*DOMAINS[d], "rnd")]
+        if unknown := [t for t in self.tasks if t not in known]:
             raise UserError(f"--tasks {unknown[0]}: there are {', '.join(TASKS)}")
         if not (self.beta and self.std) or max(self.discount, self.held_out) >= 1:
             raise UserError("--beta and --std must be positive, --discount and --held_out below 1")
@@ -666,6 +671,8 @@ def train_task(task: str, cfg: Config, run: Run) -> dict[str, float]:
         mine = own & train
         total = data["reward"][mine].sum() / len(data["episode"][mine].unique())
         return {"return": float(100 * (total - low) / (high - low)), "own": math.nan, "error": math.nan}
+    if not train.any():
+        raise UserError(f"--mixture {cfg.mixture}: {cfg.data} has no such trajectories of {task}")
     x = {key: value[train].to(device) for key, value in data.items()}
     n, width = x["action"].shape
     if envs and envs.single_observation_space.shape != x["observation"].shape[1:]:
@@ -773,7 +780,7 @@ def measure(agent: Agent, task: str, data: dict, cfg: Config, run: Run) -> dict[
     guess = agent.mean(agent.standard(data["observation"][test].to(run.device))).cpu()
     error = F.mse_loss(guess, data["action"][test]).item()
     numbers, starts = {"return": math.nan, "own": math.nan, "error": error}, {"return": None}
-    if "physics" in data:
+    if "physics" in data and test.any():
         starts["own"] = {"physics": data["physics"][test].numpy()}
     for name, options in starts.items() if envs else ():
         returns = common.evaluate_policy(envs, policy, seed, options)
@@ -811,7 +818,8 @@ def learn_online(folder: Path, task: str, cfg: Config, run: Run):
     width, m = env.observation_space.shape[0], env.action_space.shape[0]
     agent, novelty = Agent(cfg, width, m).to(device), Novelty(width).to(device)
     optimizer = adam(agent, cfg)
-    optimizer.add_param_group(dict(params=list(novelty.guess.parameters())))
+    if source == "rnd":
+        optimizer.add_param_group(dict(params=list(novelty.guess.parameters())))
     row = Batch(torch.zeros(width), torch.zeros(m), torch.zeros(()), torch.zeros(width), torch.ones(()))
     replay = common.Replay(cfg.collect_episodes * 1000 // cfg.hold, **row._asdict()).to(device)
 
@@ -876,6 +884,8 @@ def dry_run(cfg: Config, run: Run):
     env = MoodEnv(cfg.tasks[-1])
     width, m = env.observation_space.shape[0], env.action_space.shape[0]
     for row in cfg.rows or ROWS:
+        if row not in ROWS:
+            raise UserError(f"--rows: {row!r} is none of {', '.join(ROWS)}")
         c = replace(cfg, **{"algo": "awac"} | ROWS[row])
         if c.algo == "behaviour":
             continue
@@ -914,7 +924,7 @@ def main():
         if cfg.collect:
             domains = dict.fromkeys(task.partition("_")[0] for task in cfg.tasks)
             names = [f"{domain}_{agent}" for domain in domains for agent in (*DOMAINS[domain], "rnd")]
-            run.cfg = replace(cfg, seeds=1)
+            run.cfg = replace(cfg, seeds=1, rows=())
             return run.grid({name: dict(tasks=(name,)) for name in names}, collect)
         if found := missing(cfg):
             raise UserError("; ".join(found))

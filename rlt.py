@@ -122,11 +122,13 @@ class Config(common.Config):
 
     def check(self):
         super().check()
+        if not self.temperature:
+            raise UserError("--temperature must be positive: log-probs are taken at it")
         if self.group < 2:
             raise UserError("--group must be 2 or more: the advantage compares completions of one question")
         if not self.chains <= self.symbols <= len(SYMBOLS):
             raise UserError(f"--chains <= --symbols <= {len(SYMBOLS)} is needed")
-        if self.share == "run" and self.prompts % int(os.environ.get("WORLD_SIZE", 1)):
+        if self.share == "run" and self.prompts % int(os.environ.get("WORLD_SIZE", self.ranks)):
             raise UserError(f"--prompts {self.prompts} must be a multiple of the ranks: groups stay whole")
         if (self.teacher == "tiny") != (self.data == "pointers"):
             raise UserError("--data pointers goes with --teacher tiny, other data with another teacher")
@@ -338,13 +340,13 @@ def load_examples(cfg: Config, run: Run) -> tuple[list[Example], str]:
         common.need_text(source, rows, ["answer"])
         rows = [row | from_answer(row["answer"]) for row in rows]
     common.need_text(source, rows, ["question", "solution"])
-    examples, systems = [], {row.get("system", tags.student) for row in rows}
+    examples, systems = [], {row.get("system") or tags.student for row in rows}
     if len(systems) > 1:
         raise UserError(f"{source}: the column system varies, so there is no one student prompt")
     for row in rows:
         judge = partial(gym_score, row["score"]) if gym else right_box
         trace = row.get("reasoning_trace")
-        trace = padded(trace, tags.gap) if trace else None
+        trace = padded(trace, tags.gap) if isinstance(trace, str) and trace else None
         examples.append(Example(row["question"], padded(row["solution"], tags.gap), trace, judge))
     return examples, systems.pop()
 
@@ -361,9 +363,9 @@ def from_answer(answer: str) -> dict:
 
 def from_turns(row: dict, where: str) -> dict:
     """Bespoke-Stratos has two turns: a question, and an answer of a thought block and a solution block."""
-    texts = [str(turn.get("value")) for turn in row["conversations"]]
-    found = re.search(BLOCKS, texts[-1], re.DOTALL)
-    if len(texts) != 2 or not found:
+    texts = [str(turn.get("value")) for turn in row["conversations"] or ()]
+    found = re.search(BLOCKS, texts[-1], re.DOTALL) if len(texts) == 2 else None
+    if not found:
         raise UserError(f"{where}: not a question and an answer of {TEXT.thought} and {TEXT.solution}")
     return row | {"question": texts[0], "reasoning_trace": found[1], "solution": found[2]}
 
@@ -505,7 +507,10 @@ class Prompts:
 
     def encode(self, text: str) -> tuple[list[int], np.ndarray]:
         """Ids and character offsets (T, 2), `context` of them at most."""
-        code = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        try:
+            code = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        except Exception as e:  # a character that the alphabet lacks
+            raise UserError(f"the tokenizer refuses {text[-40:]!r} ({e})") from None
         return code.ids[: self.context], np.array(code.offsets)[: self.context]
 
 
@@ -784,7 +789,7 @@ def train_grpo(start: str, examples: list[Example], updates: int, explain: bool,
         advantage = group_advantage(numbers["reward"], cfg.group)
 
         total = 0.0
-        policy.train()  # recomputes activations; no model here has dropout
+        policy.train(cfg.recompute)  # needed to recompute activations; dropout stays off elsewhere
         for group, ids, valid, mask in micro_batches(episodes, run):
             with run.autocast():
                 with torch.no_grad():
@@ -816,7 +821,7 @@ def sft(model, stage: str, steps: int, batch_of: Callable, lr: tuple, adam: dict
     peak, warmup, floor = lr
     optimizer = torch.optim.AdamW(model.parameters(), peak, **adam, fused=run.device.type == "cuda")
     schedule = cosine(optimizer, round(warmup * steps), steps, min_lr_rate=floor)
-    model.train()
+    model.train(run.cfg.recompute)
     for step in run.steps(steps, stage, model=model, optimizer=optimizer, schedule=schedule):
         batch = batch_of(step)[run.rank :: run.world_size]
         supervised = float(sum(len(x.ids) - x.first for x in batch))
@@ -978,11 +983,12 @@ def benchmarks(name: str, prompts, run) -> dict[str, float]:
         lm = common.load_lm(name)[0].to(run.device)
     more = dict(max_gen_toks=cfg.eval_new, do_sample=True, temperature=EVAL_TEMPERATURE)
     results = common.benchmark(
-        lm, prompts.tokenizer, cfg.bench, system_instruction=prompts.system, gen_kwargs=more
+        lm, prompts.tokenizer, cfg.bench, run=run, system_instruction=prompts.system, gen_kwargs=more
     )
     found = {}
     for task, scores in results.items():
-        found[task] = next(v for metric, v in scores.items() if metric.startswith("exact_match,"))
+        exact = [value for metric, value in scores.items() if metric.startswith("exact_match,")]
+        found[task] = exact[0] if exact else math.nan
     return found
 
 
@@ -1062,6 +1068,8 @@ def rank(cfg: Config, run: Run):
     prompts, examples = open_task(base, replace(cfg, data=str(file)), run)
     gap, closing = prompts.tags.gap, prompts.tags.explanation[1]
     episodes = [Episode(e, [], 0, e.trace.removeprefix(gap) + closing) for e in examples if e.trace]
+    align(episodes, prompts)
+    episodes = [e for e in episodes if max(len(e.teacher.ids), len(e.student.ids)) < cfg.context]
     if not episodes:
         raise UserError(f"{file}: no row has a reasoning_trace that fits")
     rows = spell(episodes, load(str(teacher), run), load(run.cfg.student, run), prompts, run)
@@ -1110,9 +1118,11 @@ def missing(cfg: Config, run: Run) -> list[str]:
         except (OSError, ValueError):
             found.append(f"--{flag} {name!r}: neither here nor on the hub (hub id, folder or .gguf)")
     try:
-        load_examples(cfg, run)
+        load_examples(replace(cfg, data=cfg.score or cfg.data), run)
     except UserError as e:
         found.append(f"--data {e} (.jsonl, hub id or gym:NAME)")
+    if cfg.bench and importlib.util.find_spec("lm_eval") is None:
+        found.append('lm_eval: pip install -e ".[lm]"')
     if cfg.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
         found.append('vllm: pip install -e ".[vllm]", or --sampler hf (a thousand GPU hours in full)')
     return found
@@ -1149,6 +1159,8 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
 
 def main():
     cfg = common.parse_config(CONFIGS)
+    if cfg.show or cfg.score:
+        cfg = replace(cfg, ranks=1)
     with Run(cfg, "" if cfg.teacher == "tiny" else cfg.teacher) as run:
         lacking = missing(cfg, run)
         if cfg.dry_run:

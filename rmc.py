@@ -131,8 +131,18 @@ ENTROPY = {
 }
 
 ONE_STEP_TASKS = ("bandit", "tracking")  # ours; their value is exact, so they have no critics to learn
-ONE_STEP = dict(discount=0.0, reward_scale=1.0, updates=2, actor_every=1, random_steps=1, eval_every=10**6)
-BANDIT = ONE_STEP | dict(env="bandit", alpha=20.0, anneal=0.6, log_std=(-5.0, 1.0))
+ONE_STEP = dict(
+    pixels=0,
+    stack=1,
+    nstep=1,
+    discount=0.0,
+    reward_scale=1.0,
+    updates=2,
+    actor_every=1,
+    random_steps=1,
+    eval_every=10**6,
+)
+BANDIT = ONE_STEP | dict(env="bandit", envs=8, alpha=20.0, anneal=0.6, log_std=(-5.0, 1.0))
 TRACKING = ONE_STEP | dict(
     env="tracking", envs=4, updates=1, alpha=10.0, anneal=0.5, log_std=(-5.0, -1.5), length=4
 )
@@ -140,7 +150,7 @@ TRACKING = ONE_STEP | dict(
 ROWS = {
     "SSPG": {},
     "GPL-SAC": dict(chain=False),
-    "SAC": dict(chain=False, critics=2, beta_target=0.5, updates=1, actor_every=1),
+    "SAC": dict(chain=False, critics=2, beta_target=0.5, beta_actor=0.5, updates=1, actor_every=1),
     "bandit: chain": BANDIT,
     "bandit: Gaussian": BANDIT | dict(chain=False),
     "tracking: bounded": TRACKING | dict(bound=0.3),
@@ -253,7 +263,7 @@ SPREAD, RADIUS = 0.1, 0.65  # of a goal's Gaussian, of the circle that goals lie
 
 def goal_places(obs: Tensor) -> Tensor:
     """Goals (..., 8, 2) of observations (..., 6): n places on a circle, each 8 / n times."""
-    n = obs[..., :4] @ obs.new_tensor(MODES)
+    n = 2.0 ** obs[..., :4].argmax(-1)
     slot = torch.arange(max(MODES), device=obs.device)
     angle = torch.atan2(obs[..., 5], obs[..., 4])[..., None] + 2 * math.pi * slot / n[..., None]
     return RADIUS * torch.stack([angle.cos(), angle.sin()], -1)
@@ -479,7 +489,7 @@ class Kernel(nn.Module):
         self.chain, self.bound, self.range = cfg.chain, cfg.bound, cfg.log_std
         self.net = make_net(1, inputs + dims * cfg.chain, 2 * dims, 1.0, cfg)
 
-    def forward(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, state: Tensor, action: Tensor) -> tuple:
         x = torch.cat([state, action], -1) if self.chain else state
         mean, z = self.net(x[None])[0].chunk(2, -1)
         low, high = self.range
@@ -544,7 +554,7 @@ class Agent(nn.Module):
 
 def unroll(
     kernel: nn.Module, frozen: nn.Module, state: Tensor, action: Tensor, length: int, cfg: Config
-) -> tuple[Tensor, Tensor]:
+) -> tuple:
     """Eqs. (1), (2): a chain from `action` (B, A) at `state` (B, Z) -> actions (B, L, A), log-probs (B, L).
 
     Gradients flow through all actions, and into the parameters of the first `cfg.live` steps.
@@ -623,9 +633,7 @@ def psrf(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def think(
-    kernel: nn.Module, state: Tensor, particles: Tensor, shortest: int, cfg: Config
-) -> tuple[Tensor, Tensor]:
+def think(kernel: nn.Module, state: Tensor, particles: Tensor, shortest: int, cfg: Config) -> tuple:
     """Reason at `state` (E, Z) from `particles` (E, M, A) until chains agree -> particles, steps k (E,).
 
     An environment's particles stay what they were at its own k.
@@ -653,9 +661,7 @@ def uniform(*shape: int, device=None) -> Tensor:
 
 
 @torch.no_grad()
-def act(
-    agent: Agent, obs: Tensor, memory: Tensor, kbar: float, cfg: Config, best: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def act(agent: Agent, obs: Tensor, memory: Tensor, kbar: float, cfg: Config, best: bool = False) -> tuple:
     """Observations (E, ...) and memory (E, M, A) -> actions (E, A), the new memory, steps k (E,)."""
     features = agent.encoder(obs)
     memory, steps = think(agent.kernel, agent.trunk(features), memory, math.floor(kbar) - 1, cfg)
@@ -743,8 +749,11 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
 
         return common.graphed(learn) if cfg.compile else learn
 
+    obs = None
     for step in run.steps(cfg.steps, agent=agent, replay=replay, mind=mind, optimizer=optimizer):
-        if step % cfg.save_every == 0:  # where a resumed run begins, all runs begin new episodes
+        if (
+            obs is None or step % cfg.save_every == 0
+        ):  # where a resumed run begins, all runs begin new episodes
             obs, _ = envs.reset(seed=int(torch.randint(2**31, ())))
             age, ended = np.zeros(count, int), np.zeros(count, bool)
         now = torch.as_tensor(obs, device=device)
@@ -768,7 +777,7 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
         entropy = torch.tensor(target_entropy(step, dims, cfg), device=device)
         length = (cfg.length or math.ceil(mind["kbar"])) if cfg.chain else 1
         for i in range(cfg.updates if step >= max(cfg.random_steps, cfg.nstep) else 0):
-            logs |= learner(length, (i + 1) % cfg.actor_every == 0)(entropy)
+            logs |= learner(length, (step * cfg.updates + i + 1) % cfg.actor_every == 0)(entropy)
         if step % cfg.eval_every == 0:
             logs |= measure(agent, tests, mind["kbar"], cfg, run)
         run.log(step, alpha=agent.log_alpha.exp(), **logs)
@@ -787,7 +796,7 @@ def average_steps(kbar: float, steps: Tensor) -> float:
 # --- evaluation ---
 
 
-def measure_control(agent: Agent, envs, kbar: float, cfg: Config, run: Run) -> dict[str, float]:
+def measure_control(agent: Agent, envs, kbar: float, cfg: Config, run: Run) -> dict:
     """Return of an episode of each environment and steps of reasoning k, with particles of its own."""
     dims, steps = envs.single_action_space.shape[0], []
     memory = uniform(envs.num_envs, cfg.particles, dims, device=run.device)
@@ -810,7 +819,7 @@ def w2(x: Tensor, y: Tensor) -> float:
 
 
 @torch.no_grad()
-def measure_bandit(agent: Agent, envs: Goals, kbar: float, cfg: Config, run: Run) -> dict[str, float]:
+def measure_bandit(agent: Agent, envs: Goals, kbar: float, cfg: Config, run: Run) -> dict:
     """Soft-value gap E[log p(a) - r(a)] (the KL to the best policy, nats), W2, and how a_i+1 follows a_i.
 
     log p has the kernels of 2048 chains after 32 steps; the 512 actions come from other chains. lag_1 is the
@@ -837,7 +846,7 @@ def measure_bandit(agent: Agent, envs: Goals, kbar: float, cfg: Config, run: Run
 
 
 @torch.no_grad()
-def measure_tracking(agent: Agent, envs: Goals, kbar: float, cfg: Config, run: Run) -> dict[str, float]:
+def measure_tracking(agent: Agent, envs: Goals, kbar: float, cfg: Config, run: Run) -> dict:
     """Steps k after the goal has turned by d, from particles that had settled, and from uniform ones."""
     device = run.device
     phi = uniform(64, device=device) * math.pi
@@ -859,7 +868,7 @@ def measure_tracking(agent: Agent, envs: Goals, kbar: float, cfg: Config, run: R
 # --- figure, main ---
 
 
-def draw(figure, table: dict, run: Run) -> None:
+def draw(figure, table: dict, run: Run):
     """Actions for 2, 4 and 8 goals of the first seed; the gap over goals and k over turns, with intervals."""
     *pictures, gap, reasoning = figure.subplots(1, 4)
     for axis, row in zip(pictures, ("bandit: chain", "bandit: Gaussian"), strict=True):
