@@ -283,13 +283,13 @@ class MoodEnv(common.DmControl):
         )
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        """options={"physics": (n, p)}: start in one of these states."""
+        """options={"physics": (n, p)}: start in one of these states, drawn by the seed."""
         obs, info = super().reset(seed=seed)
         if not options:
             return obs, info
         states, physics = options["physics"], self.env.physics
         with physics.reset_context():
-            physics.set_state(states[seed % len(states)])
+            physics.set_state(states[np.random.default_rng(seed).integers(len(states))])
         return self._read(dm_env.restart(self.env.task.get_observation(physics)))
 
 
