@@ -32,7 +32,8 @@ Departures from the paper and its code
   its ids, so it finds the question if the explanation only repeats that.
 - Log-softmax in float32, no pad token in any loss, rewards in batches (the code: bfloat16, pads, one by one).
 - The teacher's system prompt is ours, of the same structure. One explanation a question is collected.
-  Supervised texts are cut at --context. lm-eval's prompts and graders where the paper used SkyThought's.
+  Supervised texts are cut at --context; dropout is off unless activations are recomputed; a warm-up's first
+  step has rate 0 (transformers' schedule). lm-eval's prompts and graders where the paper used SkyThought's.
 - Samples are an inverse CDF of numbers that all ranks draw alike, so their number changes no result (vLLM
   draws its own).
 - The demo's task, pointer chasing, is ours and was selected: exploration must fail. With two chains it

@@ -32,9 +32,10 @@ Departures from the paper's code
   Even i.i.d. samples need k > 2 in many dimensions: this floor is measured beside k (k_iid).
 - The pixel code thinks adaptively, discards it and acts by a fixed chain of 4; it counts evaluation and
   random steps in kbar, too. Here one chain acts, and training decisions alone are counted.
-- Actions are fed as [-1, 1]; ensemble members are orthogonal each; target networks are not projected (means
-  of norm 1 have norm <= 1); eqs. (4) and (6) are alike in both settings. What the code sets for single tasks
-  (walker_*: batch 512, one-step targets; humanoid_*: lr 8e-5, 100 features) are flags here.
+- Actions are fed as [-1, 1]; ensemble members are orthogonal each; target networks are not projected: they
+  start at norm sqrt 2 and become means of norm 1 at the rate tau; eqs. (4) and (6) are alike in both
+  settings. What the code sets for single tasks (walker_*: batch 512, one-step targets; humanoid_*: lr 8e-5,
+  100 features) are flags here.
 - Evaluation starts from fresh particles; the best of the last M is taken where the code searches all k M.
 - An observation is stored once. Every --save_every steps all episodes start anew, so that resuming is exact.
 - The demo's bandit and tracking tasks have exact critics and a temperature that falls to 1, for the Gaussian,
