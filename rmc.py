@@ -824,7 +824,7 @@ def measure_bandit(agent: Agent, envs: Goals, kbar: float, cfg: Config, run: Run
     """Soft-value gap E[log p(a) - r(a)] (the KL to the best policy, nats), W2, and how a_i+1 follows a_i.
 
     log p has the kernels of 2048 chains after 32 steps; the 512 actions come from other chains. lag_1 is the
-    correlation of two successive actions about the circle's centre. Means are over several modes.
+    correlation of two successive actions about the circle's centre, all n together. Other means: n > 1.
     """
     obs = torch.as_tensor(make_envs(cfg, len(MODES)).reset()[0][:, 0], device=run.device)
     state, action = obs.repeat_interleave(2560, 0), uniform(len(MODES) * 2560, 2, device=run.device)
