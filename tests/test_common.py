@@ -515,3 +515,13 @@ def test_cuda_graphed_update_is_the_eager_one():
             step(torch.randn(16, 8, device="cuda"))
         weights.append(model.weight.detach().clone())
     torch.testing.assert_close(*weights)
+
+
+def test_episodes_of_which_some_lack_physics_are_refused(tmp_path):
+    rows = dict(observation=np.zeros((3, 2)), action=np.zeros((3, 1)), reward=np.zeros((3, 1)))
+    rows |= dict(discount=np.ones((3, 1)))
+    np.savez(tmp_path / "a.npz", **rows, physics=np.zeros((3, 4)))
+    assert common.load_episodes(str(tmp_path))["physics"].shape == (2, 4)
+    np.savez(tmp_path / "b.npz", **rows)
+    with pytest.raises(UserError, match="no physics"):
+        common.load_episodes(str(tmp_path))
