@@ -60,6 +60,7 @@ import torch
 from scipy.signal import lfilter
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
@@ -174,10 +175,6 @@ CONFIGS = {
         rows=(),
         seeds=2,
         ranks=1,
-        small_critic=8,
-        large_critic=16,
-        large_actor=16,
-        modern_actor=8,
         updates=20,
         block=10,
         batch=16,
@@ -188,7 +185,6 @@ CONFIGS = {
         held_out=0.34,
         generations=2,
         population=8,
-        log_every=1,
     ),
     "demo": DEMO,
     "gpu": replace(
@@ -271,16 +267,12 @@ class MoodEnv(common.DmControl):
     """A task of MOOD, 1000 physics steps an episode, each action held for `hold` of them."""
 
     def __init__(self, name: str, hold: int = 1):
-        from dm_control.rl import control
-
         domain, _, task = name.partition("_")
         super().__init__(domain, "run" if name in OWN_REWARDS else task)
         if name in OWN_REWARDS:
             self.env.task.get_reward = OWN_REWARDS[name]
-        step = self.env.control_timestep()
-        self.env = control.Environment(
-            self.env.physics, self.env.task, time_limit=1000 * step, control_timestep=hold * step
-        )
+        self.env._n_sub_steps *= hold  # dm_control's own argument for it does not know a task's time step
+        self.env._step_limit /= hold
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         """options={"physics": (n, p)}: start in one of these states, drawn by the seed."""
@@ -377,44 +369,33 @@ def write_episode(folder: Path, number: int, action: np.ndarray, **arrays: np.nd
 # --- networks, with a leading axis of ensemble members ---
 
 
-class SpectralLinear(EnsembleLinear):
-    """Square layers over their largest singular value, one power iteration a forward pass in training mode.
-
-    u (members, width, 1) is a buffer; the gradient flows through sigma = v^T W u.
+class Block(nn.Module):
+    """x + W2 relu(W1 LN(x)), both matrices over their largest singular value, which torch keeps track of by a
+    power iteration each forward pass in training mode.
     """
 
-    def __init__(self, members: int, width: int, gain: float):
-        super().__init__(members, width, width, gain)
-        self.register_buffer("u", F.normalize(torch.randn(members, width, 1), dim=1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            v = F.normalize(self.weight @ self.u, dim=1)
-            if self.training:
-                self.u.copy_(F.normalize(self.weight.mT @ v, dim=1))
-        sigma = v.mT @ self.weight @ self.u.clone()  # a further pass before the backward one moves u
-        return torch.baddbmm(self.bias, x, self.weight / sigma)
-
-
-class Block(nn.Module):
-    """x + W2 relu(W1 LN(x)), both matrices spectrally normalised."""
-
-    def __init__(self, members: int, width: int, gain: float):
+    def __init__(self, width: int):
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(members, 1, width))
-        self.shift = nn.Parameter(torch.zeros(members, 1, width))
-        self.inner, self.outer = (SpectralLinear(members, width, gain) for _ in range(2))
+        inner, outer = nn.Linear(width, width), nn.Linear(width, width)
+        for layer in (inner, outer):
+            nn.init.orthogonal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.change = nn.Sequential(
+            nn.LayerNorm(width), spectral_norm(inner), nn.ReLU(), spectral_norm(outer)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        normal = F.layer_norm(x, x.shape[-1:]) * self.scale + self.shift
-        return x + self.outer(self.inner(normal).relu())
+        return x + self.change(x)
 
 
 def network(members: int, inputs: int, outputs: int, width: int, gain: float, modern=False) -> nn.Sequential:
-    """Two hidden ReLU layers; modern: one, then a residual block. (members, B, i) -> (members, B, o)."""
+    """Two hidden ReLU layers; modern: one, then a residual block that all members share.
+
+    (members, B, i) -> (members, B, o).
+    """
     hidden = [EnsembleLinear(members, width, width, gain), nn.ReLU()]
     if modern:
-        hidden = [Block(members, width, gain)]
+        hidden = [Block(width)]
     first, last = EnsembleLinear(members, inputs, width, gain), EnsembleLinear(members, width, outputs, gain)
     return nn.Sequential(first, nn.ReLU(), *hidden, last)
 
@@ -430,7 +411,6 @@ class Agent(nn.Module):
         self.critic = network(cfg.critics, obs + actions, 1, critic, root2)
         self.value = network(1, obs, 1, critic, root2) if cfg.algo == "iql" else None
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.critic.requires_grad_(cfg.algo != "bc")
         self.register_buffer("logits", torch.zeros(rows, dtype=torch.float64))  # g of eq. (7)
         self.register_buffer("centre", torch.zeros(obs))
         self.register_buffer("scale", torch.ones(obs))
@@ -550,18 +530,11 @@ def by_critic(agent: Agent, batch: Batch, noise: Tensor, cfg: Config) -> Tensor:
 ACTOR_LOSS = {"bc": cloning, "asac": cloning, "awac": by_advantage, "iql": by_advantage, "td3bc": by_critic}
 
 
-@functools.lru_cache(maxsize=8)
-def weights(net: nn.Module) -> list[nn.Parameter]:
-    return list(net.parameters())  # collecting them takes as long as a small layer
-
-
 def descend(loss: Tensor, net: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
     """One step of Adam on the parameters of `net` alone; returns the loss."""
-    for p, gradient in zip(weights(net), torch.autograd.grad(loss, weights(net)), strict=True):
-        p.grad = gradient
+    loss.backward(inputs=list(net.parameters()))
     optimizer.step()  # what has no gradient stays
-    for p in weights(net):
-        p.grad = None
+    optimizer.zero_grad()
     return loss.detach()
 
 
@@ -584,13 +557,15 @@ def update(agent: Agent, optimizer, batch: Batch, actor_batch: Batch, noise: Ten
 
 
 def adam(agent: Agent, cfg: Config) -> torch.optim.Adam:
-    """Fused Adam for what learns; its rate is a tensor, which a CUDA graph can read."""
-    learning = [p for p in agent.parameters() if p.requires_grad]
-    rate = torch.tensor(cfg.lr, device=learning[0].device)
-    return torch.optim.Adam(learning, rate, fused=True, capturable=rate.is_cuda)
+    """Fused Adam whose rate is a tensor, which a CUDA graph can read; targets have no gradient and stay."""
+    rate = torch.tensor(cfg.lr, device=agent.centre.device)
+    return torch.optim.Adam(agent.parameters(), rate, fused=True, capturable=rate.is_cuda)
 
 
 # --- data ---
+
+
+OWN, OTHER, RND = range(3)  # whose transitions they are: the task's agent's, another's, novelty's
 
 
 def one_set(path: str) -> bool:
@@ -623,8 +598,9 @@ def prepare(task: str, run: Run):
         count = int(part["episode"].max()) + 1
         test = round(cfg.held_out * count) if len(parts) > 1 else 0
         part["held_out"] = part["episode"] >= count - test
-        part |= {key: torch.full_like(part["held_out"], name == key) for key in (own, "rnd")}
-        part["own"] = part.pop(own)
+        part["whose"] = torch.full_like(
+            part["episode"], OWN if name == own else RND if name == "rnd" else OTHER
+        )
     data = {key: torch.cat([part[key] for part in parts.values()]) for key in part}
     if data["action"].abs().max() > 1.001:
         raise UserError(f"{cfg.data}: actions reach {data['action'].abs().max():.4g}, beyond [-1, 1]")
@@ -647,32 +623,37 @@ def load_data(task: str, run: Run) -> dict:
     return read_data(folder / "data.pt")
 
 
+def mixture_of(data: dict, task: str, cfg: Config) -> Tensor:
+    """Which transitions are trained on, (n,); UserError if there are none."""
+    mixtures = {"same": [OWN], "cross": [OTHER], "mixed": [OWN, OTHER], "all": [OWN, OTHER, RND]}
+    rows = torch.isin(data["whose"], torch.tensor(mixtures[cfg.mixture])) & ~data["held_out"]
+    if not rows.any():
+        raise UserError(f"--mixture {cfg.mixture}: {cfg.data} has no such trajectories of {task}; --collect?")
+    return rows
+
+
 # --- a cell of the table ---
 
 
-def train(cfg: Config, run: Run) -> dict[str, float]:
+def train(cfg: Config, run: Run) -> dict:
     """One cell: train on each task; the means over the tasks, and each one's return if they are many."""
-    for task in cfg.tasks:
-        load_data(task, run)  # all are checked before the first one is trained on
+    for task in cfg.tasks:  # all are checked before the first one is trained on
+        mixture_of(load_data(task, run), task, cfg)
     found = [train_task(task, cfg, run) for task in cfg.tasks]
     means = {key: float(np.mean([numbers[key] for numbers in found])) for key in found[0]}
     several = zip(cfg.tasks, found, strict=True) if len(found) > 1 else ()
     return means | {task: numbers["return"] for task, numbers in several}
 
 
-def train_task(task: str, cfg: Config, run: Run) -> dict[str, float]:
+def train_task(task: str, cfg: Config, run: Run) -> dict:
     """Train an agent on one task's data; its return and its error on held-out actions of the task's agent."""
     data, device = load_data(task, run), run.device
-    own, rnd, held_out = data["own"], data["rnd"], data["held_out"]
-    mixtures = {"same": own, "cross": ~(own | rnd), "mixed": ~rnd, "all": own | ~own}
-    train = mixtures[cfg.mixture] & ~held_out
+    train = mixture_of(data, task, cfg)
     envs, low, high = scoring(task, cfg.data, cfg.hold, cfg.episodes)
     if cfg.algo == "behaviour":
-        mine = own & train
+        mine = (data["whose"] == OWN) & train
         total = data["reward"][mine].sum() / len(data["episode"][mine].unique())
         return {"return": float(100 * (total - low) / (high - low)), "own": math.nan, "error": math.nan}
-    if not train.any():
-        raise UserError(f"--mixture {cfg.mixture}: {cfg.data} has no such trajectories of {task}")
     x = {key: value[train].to(device) for key, value in data.items()}
     n, width = x["action"].shape
     if envs and envs.single_observation_space.shape != x["observation"].shape[1:]:
@@ -691,7 +672,7 @@ def train_task(task: str, cfg: Config, run: Run) -> dict[str, float]:
     def gather(index: Tensor) -> Batch:
         return Batch(*(column[index] for column in rows))
 
-    def iterate(index: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def iterate(index: Tensor, noise: Tensor) -> dict:
         if cfg.algo != "asac":
             batch = gather(index)
             return update(agent, optimizer, batch, batch, noise, cfg)
@@ -753,29 +734,29 @@ def scoring(task: str, path: str, hold: int, count: int) -> tuple[gymnasium.vect
 
 
 @torch.no_grad()
-def act(agent: Agent, s: Tensor, count: int, cfg: Config) -> Tensor:
-    """Mean action for count = 1, else evaluation sampling, eq. (8): of `count` samples the best by P(Q).
+def act(agent: Agent, s: Tensor, cfg: Config) -> Tensor:
+    """Mean action for es = 1, else evaluation sampling, eq. (8): of `es` samples the best by P(Q).
 
     (B, d) -> (B, m). The noise is not clipped.
     """
     mean = agent.mean(s)
-    if count == 1:
+    if cfg.es == 1:
         return mean
-    actions = squash(mean, cfg.std * torch.randn(count, *mean.shape, device=s.device))
-    q = pessimistic(agent.q(s.repeat(count, 1), actions.flatten(0, 1)), cfg.pessimism)
-    best = q.view(count, -1).argmax(0)
+    actions = squash(mean, cfg.std * torch.randn(cfg.es, *mean.shape, device=s.device))
+    q = pessimistic(agent.q(s.repeat(cfg.es, 1), actions.flatten(0, 1)), cfg.pessimism)
+    best = q.view(cfg.es, -1).argmax(0)
     return actions[best, torch.arange(len(s), device=s.device)]
 
 
 @torch.no_grad()
-def measure(agent: Agent, task: str, data: dict, cfg: Config, run: Run) -> dict[str, float]:
+def measure(agent: Agent, task: str, data: dict, cfg: Config, run: Run) -> dict:
     """Mean returns from resets and from the target's own held-out states, error on its held-out actions."""
     envs, low, high = scoring(task, cfg.data, cfg.hold, cfg.episodes)
-    test, seed = data["own"] & data["held_out"], common.stable_seed(cfg.seed, "starts") % 2**31
+    test, seed = (data["whose"] == OWN) & data["held_out"], common.stable_seed(cfg.seed, "starts") % 2**31
 
     def policy(obs: np.ndarray) -> np.ndarray:
         s = agent.standard(torch.as_tensor(obs, dtype=torch.float32, device=run.device))
-        return act(agent, s, cfg.es, cfg).cpu().numpy()
+        return act(agent, s, cfg).cpu().numpy()
 
     guess = agent.mean(agent.standard(data["observation"][test].to(run.device))).cpu()
     error = F.mse_loss(guess, data["action"][test]).item()
@@ -823,7 +804,7 @@ def learn_online(folder: Path, task: str, cfg: Config, run: Run):
     row = Batch(torch.zeros(width), torch.zeros(m), torch.zeros(()), torch.zeros(width), torch.ones(()))
     replay = common.Replay(cfg.collect_episodes * 1000 // cfg.hold, **row._asdict()).to(device)
 
-    def learn(noise: Tensor) -> dict[str, Tensor]:
+    def learn(noise: Tensor) -> dict:
         batch = Batch(**replay.sample(cfg.batch))
         if source == "rnd":
             batch = batch._replace(reward=novelty(batch.next_s, optimizer))
@@ -851,7 +832,7 @@ def learn_online(folder: Path, task: str, cfg: Config, run: Run):
         run.log(step, episode_return=total, **losses)
 
 
-def collect(cfg: Config, run: Run) -> dict[str, float]:
+def collect(cfg: Config, run: Run) -> dict:
     """A cell of --collect: one agent's episodes and settings.json in DATA/<domain>/<agent>."""
     domain, _, source = cfg.tasks[0].partition("_")
     folder = Path(cfg.data).expanduser() / domain / source
@@ -864,56 +845,46 @@ def collect(cfg: Config, run: Run) -> dict[str, float]:
 
 
 def missing(cfg: Config) -> list[str]:
-    """What the chosen rows need of --data and do not find, a line each."""
+    """What is needed of --data and is not there, a line each."""
     path, found = Path(cfg.data).expanduser(), []
     if not cfg.data and not (cfg.gaits and all("cheetah" in task for task in cfg.tasks)):
         found.append("--data FOLDER: MOOD's data are not public; ExORL's, or first --collect --data FOLDER")
     if one_set(cfg.data) and "minari:" not in cfg.data and not path.is_file():
         found.append(f"--data {cfg.data}: no such file")
-    mixtures = {replace(cfg, **ROWS.get(row, {})).mixture for row in cfg.rows or ROWS}
-    for task in () if one_set(cfg.data) or not cfg.data else cfg.tasks:
-        domain, _, own = task.partition("_")
-        names = agents(path / domain)
-        if not names or (own not in names and mixtures != {"all"}):
-            found.append(f"{path / domain}: no episodes of {own}, only of {names}; --collect makes them")
+    domains = dict.fromkeys(task.partition("_")[0] for task in cfg.tasks)
+    for domain in () if one_set(cfg.data) or not cfg.data else domains:
+        if not agents(path / domain):
+            found.append(f"{path / domain}: no agent's folder of episodes; --collect makes them")
     return found
 
 
 def dry_run(cfg: Config, run: Run):
-    """Parameters and hours of each row, memory of the data, what is missing; no device is used."""
-    env = MoodEnv(cfg.tasks[-1])
+    """Parameters and hours with large networks, memory of the data, what is missing; no device is used."""
+    env, rows = MoodEnv(cfg.tasks[-1]), cfg.rows or tuple(ROWS)
     width, m = env.observation_space.shape[0], env.action_space.shape[0]
-    for row in cfg.rows or ROWS:
-        if row not in ROWS:
-            raise UserError(f"--rows: {row!r} is none of {', '.join(ROWS)}")
-        c = replace(cfg, **{"algo": "awac"} | ROWS[row])
-        if c.algo == "behaviour":
-            continue
-        with torch.device("meta"), FlopCounterMode(display=False) as flops:
-            agent, s, number = Agent(c, width, m), torch.zeros(c.batch, width), torch.zeros(c.batch)
-            batch = Batch(s, torch.zeros(c.batch, m), number, s, number)
-            noise = torch.zeros(1 + c.samples, c.batch, m)
-            update(agent, torch.optim.SGD(agent.parameters()), batch, batch, noise, c)
-        hours = max(flops.get_total_flops() / 2e14, 2e-4) * cfg.updates * len(cfg.tasks) * cfg.seeds / 3600
-        size = sum(p.numel() for p in agent.parameters())
-        run.print(f"{row}: {size:,} parameters, {hours:.1f} GPU hours at 200 TFLOP/s")
+    cfg = replace(cfg, actor="large", critic="large")
+    with torch.device("meta"), FlopCounterMode(display=False) as flops:
+        agent, s, number = Agent(cfg, width, m), torch.zeros(cfg.batch, width), torch.zeros(cfg.batch)
+        batch = Batch(s, torch.zeros(cfg.batch, m), number, s, number)
+        noise = torch.zeros(1 + cfg.samples, cfg.batch, m)
+        update(agent, torch.optim.SGD(agent.parameters()), batch, batch, noise, cfg)
+    size, seconds = sum(p.numel() for p in agent.parameters()), max(flops.get_total_flops() / 2e14, 2e-4)
+    hours = seconds * cfg.updates * len(cfg.tasks) * cfg.seeds / 3600
+    run.print(f"{size:,} parameters; {hours:.1f} GPU hours a row at 200 TFLOP/s, {len(rows)} rows")
     steps = cfg.collect_episodes * 1000 // cfg.hold
-    memory = steps * (2 * width + m + 2) * 4e-9
-    run.print(f"{steps:,} transitions an agent, {memory:.2f} GB on the GPU for each")
+    run.print(f"{steps:,} transitions an agent, {steps * (2 * width + m + 2) * 4e-9:.2f} GB on the GPU each")
     for line in missing(cfg):
         run.print(f"missing: {line}")
 
 
-def draw(figure, table: dict[str, list[dict]]):
-    """Returns and errors of each row, a dot a seed."""
-    labels = {"return": "return from resets", "own": "... from the target's own states"}
-    labels["error"] = "error on the target's actions"
-    for axes, metric in zip(figure.subplots(1, 3, sharey=True), labels, strict=True):
+def draw(figure, table: dict):
+    """Returns and errors of each row, a dot a seed, a bar the mean."""
+    for axes, metric in zip(figure.subplots(1, 3, sharey=True), ("return", "own", "error"), strict=True):
         for row, cells in reversed(table.items()):
             values = [cell[metric] or math.nan for cell in cells]
             axes.plot(values, [row] * len(cells), "o", alpha=0.5)
             axes.plot(np.mean(values), row, "k|", markersize=16)
-        axes.set_xlabel(labels[metric])
+        axes.set_xlabel(metric)
 
 
 def main():
