@@ -220,6 +220,9 @@ class Run:
         if dist.is_initialized():
             self.gather("finished")
             dist.destroy_process_group()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)  # the interpreter's own end aborts now and then: Gloo's threads still hold tensors
 
     # randomness and ranks
 
