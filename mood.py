@@ -48,7 +48,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -61,7 +61,6 @@ from scipy.signal import lfilter
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils.flop_counter import FlopCounterMode
 
 import common
 from common import Claim, EnsembleLinear, Run, UserError
@@ -129,9 +128,8 @@ class Config(common.Config):
             raise UserError("--updates must be a multiple of --block")
         if self.collect and not self.data:
             raise UserError("--collect fills the folder --data")
-        known = ["_".join((d, t)) for d in DOMAINS for t in (*DOMAINS[d], "rnd")]
-        if unknown := [t for t in self.tasks if t not in known]:
-            raise UserError(f"--tasks {unknown[0]}: there are {', '.join(TASKS)}")
+        if unknown := set(self.tasks) - set(TASKS) - {f"{domain}_rnd" for domain in DOMAINS}:
+            raise UserError(f"--tasks {unknown.pop()}: there are {', '.join(TASKS)}")
         if not (self.beta and self.std) or max(self.discount, self.held_out) >= 1:
             raise UserError("--beta and --std must be positive, --discount and --held_out below 1")
 
@@ -168,7 +166,7 @@ CLAIMS = [
     Claim("control: shuffled rewards return less", "return", SHUFFLED, LARGE, "lower"),
 ]
 
-DEMO = Config(seed=20, seeds=8, ranks=2, rows=tuple(ROWS)[:8], log_every=10, save_every=1000)
+DEMO = Config(seed=20, seeds=8, ranks=2, rows=tuple(ROWS)[:8])
 CONFIGS = {
     "smoke": replace(
         DEMO,
@@ -307,13 +305,13 @@ def gait(x: np.ndarray, steps: int, hold: int) -> np.ndarray:
     return np.clip(0.4 * centre + 1.2 * np.abs(amplitude) * np.sin(angle), -1, 1)
 
 
-def simulate(env: MoodEnv, start: np.ndarray, action: np.ndarray, hold: int) -> tuple[np.ndarray, np.ndarray]:
+def simulate(env: MoodEnv, start: np.ndarray, action: np.ndarray, hold: int) -> tuple:
     """Physics (E, T + 1, 18) from start (E, 18) and held actions (E, T, 6); velocity at each physics step.
 
     The sensor lags one step: good enough for evolution, while rewards are computed from physics.
     """
     model = env.env.physics.model.ptr
-    begin = np.concatenate([np.zeros((len(start), 1)), start], 1)  # time, qpos, qvel
+    begin = np.pad(start, ((0, 0), (1, 0)))  # time, qpos, qvel
     states, sensors = mujoco.rollout.rollout(model, [mujoco.MjData(model)], begin, action.repeat(hold, 1))
     velocity = sensors[..., model.sensor("torso_subtreelinvel").adr[0]]
     return np.concatenate([start[:, None], states[:, hold - 1 :: hold, 1:]], 1), velocity
@@ -349,10 +347,8 @@ def collect_gait(folder: Path, source: str, run: Run):
         action = gait(x, steps, cfg.hold) + 0.1 * noise
     action = np.clip(action, -1, 1)
     physics, _ = simulate(env, starts[rng.integers(len(starts), size=count)], action, cfg.hold)
-    for number in range(count):
-        write_episode(
-            folder, number, action[number], observation=physics[number, :, 1:], physics=physics[number]
-        )
+    for number, (a, states) in enumerate(zip(action, physics, strict=True)):
+        write_episode(folder, number, a, observation=states[:, 1:], physics=states)
 
 
 def write_episode(folder: Path, number: int, action: np.ndarray, **arrays: np.ndarray):
@@ -530,7 +526,7 @@ def by_critic(agent: Agent, batch: Batch, noise: Tensor, cfg: Config) -> Tensor:
 ACTOR_LOSS = {"bc": cloning, "asac": cloning, "awac": by_advantage, "iql": by_advantage, "td3bc": by_critic}
 
 
-def descend(loss: Tensor, net: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+def descend(loss: Tensor, net: nn.Module, optimizer) -> Tensor:
     """One step of Adam on the parameters of `net` alone; returns the loss."""
     loss.backward(inputs=list(net.parameters()))
     optimizer.step()  # what has no gradient stays
@@ -607,10 +603,7 @@ def prepare(task: str, run: Run):
     torch.save(data, run.folder / "data.pt")
 
 
-@functools.lru_cache(maxsize=16)
-def read_data(file: Path) -> dict:
-    """What `prepare` wrote, read once a rank."""
-    return torch.load(file, weights_only=True)
+read_data = functools.lru_cache(maxsize=16)(torch.load)  # what `prepare` wrote, read once a rank
 
 
 def load_data(task: str, run: Run) -> dict:
@@ -672,6 +665,7 @@ def train_task(task: str, cfg: Config, run: Run) -> dict:
     def gather(index: Tensor) -> Batch:
         return Batch(*(column[index] for column in rows))
 
+    @common.graphed  # on a GPU one CUDA graph
     def iterate(index: Tensor, noise: Tensor) -> dict:
         if cfg.algo != "asac":
             batch = gather(index)
@@ -683,7 +677,6 @@ def train_task(task: str, cfg: Config, run: Run) -> dict:
         agent.logits[both] = advantage(agent, batch.s, batch.a, noise, cfg).double() / cfg.beta  # eq. (7)
         return losses
 
-    iterate = common.graphed(iterate)  # on a GPU one CUDA graph
     for step in run.steps(cfg.updates // cfg.block, task, agent=agent, optimizer=optimizer):
         share = step * cfg.block / cfg.updates
         for group in optimizer.param_groups:
@@ -706,7 +699,7 @@ D4RL = {  # environment of gymnasium, returns of a random and of an expert polic
 
 
 @functools.lru_cache
-def scoring(task: str, path: str, hold: int, count: int) -> tuple[gymnasium.vector.VectorEnv, float, float]:
+def scoring(task: str, path: str, hold: int, count: int) -> tuple:
     """`count` environments, None if there are none here, and the returns that count 0 and 100.
 
     MOOD's tasks count up to 1000, whatever --hold is. Made once a rank; many step in processes.
@@ -718,7 +711,7 @@ def scoring(task: str, path: str, hold: int, count: int) -> tuple[gymnasium.vect
             data.storage.metadata.get(f"ref_{k}_score", x) for k, x in (("min", 0.0), ("max", 100.0))
         )
 
-        def make() -> gymnasium.Env:
+        def make():
             env = data.recover_environment(eval_env=True)
             return gymnasium.wrappers.FlattenObservation(gymnasium.wrappers.RescaleAction(env, -1.0, 1.0))
 
@@ -754,7 +747,7 @@ def measure(agent: Agent, task: str, data: dict, cfg: Config, run: Run) -> dict:
     envs, low, high = scoring(task, cfg.data, cfg.hold, cfg.episodes)
     test, seed = (data["whose"] == OWN) & data["held_out"], common.stable_seed(cfg.seed, "starts") % 2**31
 
-    def policy(obs: np.ndarray) -> np.ndarray:
+    def policy(obs):
         s = agent.standard(torch.as_tensor(obs, dtype=torch.float32, device=run.device))
         return act(agent, s, cfg).cpu().numpy()
 
@@ -788,57 +781,51 @@ class Novelty(nn.Module):
         return self.scale_out(error[:, None].detach())[:, 0]
 
 
-def learn_online(folder: Path, task: str, cfg: Config, run: Run):
-    """All episodes that TD3, eq. (6) at alpha = 0, sees while it learns a task, or novelty for "rnd".
+def collect(cfg: Config, run: Run) -> dict:
+    """A cell of --collect: all episodes that TD3, eq. (6) at alpha = 0, sees while it learns a task (novelty
+    for "rnd"), and settings.json in DATA/<domain>/<agent>.
 
     An update a step; the first episode is uniform noise.
     """
-    cfg = replace(cfg, algo="td3bc", bc_coef=0.0, actor="large", critic="large")
+    cfg, (task,) = replace(cfg, algo="td3bc", bc_coef=0.0, actor="large", critic="large"), cfg.tasks
     domain, _, source = task.partition("_")
+    folder = Path(cfg.data).expanduser() / domain / source
     env, device = MoodEnv(f"{domain}_run" if source == "rnd" else task, cfg.hold), run.device
+    steps = 1000 // cfg.hold
     width, m = env.observation_space.shape[0], env.action_space.shape[0]
     agent, novelty = Agent(cfg, width, m).to(device), Novelty(width).to(device)
     optimizer = adam(agent, cfg)
-    if source == "rnd":
-        optimizer.add_param_group(dict(params=list(novelty.guess.parameters())))
-    row = Batch(torch.zeros(width), torch.zeros(m), torch.zeros(()), torch.zeros(width), torch.ones(()))
-    replay = common.Replay(cfg.collect_episodes * 1000 // cfg.hold, **row._asdict()).to(device)
+    optimizer.add_param_group(dict(params=list(novelty.guess.parameters())))
+    s, number = torch.zeros(width), torch.zeros(())
+    row = Batch(s, torch.zeros(m), number, s, number)
+    replay = common.Replay(cfg.collect_episodes * steps, **row._asdict()).to(device)
 
+    @common.graphed
     def learn(noise: Tensor) -> dict:
         batch = Batch(**replay.sample(cfg.batch))
         if source == "rnd":
             batch = batch._replace(reward=novelty(batch.next_s, optimizer))
         return update(agent, optimizer, batch, batch, noise, cfg)
 
-    learn = common.graphed(learn)
     state = dict(agent=agent, novelty=novelty, replay=replay, optimizer=optimizer)
     for step in run.steps(cfg.collect_episodes, **state):
         obs, info = env.reset(seed=common.stable_seed(cfg.seed, task, step))
-        states, actions, total, losses, over = [(obs, info["physics"])], [], 0.0, {}, False
+        physics, losses, over = [info["physics"]], {}, False
         while not over:
             s = torch.as_tensor(obs, device=device)[None]
             action = torch.rand(1, m, device=device) * 2 - 1
             if step:
-                with torch.no_grad():
-                    action = squash(agent.mean(s), cfg.std * torch.randn_like(action))
+                action = squash(agent.mean(s).detach(), cfg.std * torch.randn_like(action))
                 losses = learn(cfg.std * torch.randn(2, cfg.batch, m, device=device))
-            actions.append(action[0].cpu().numpy())
-            obs, reward, _, over, info = env.step(actions[-1])
+            obs, reward, _, over, info = env.step(action[0].cpu().numpy())
             replay.add(s=s, a=action, reward=[reward], next_s=obs[None], live=[1.0])  # ends are by time
-            states.append((obs, info["physics"]))
-            total += reward * cfg.hold
-        observation, physics = map(np.stack, zip(*states, strict=True))
-        write_episode(folder, step, np.stack(actions), observation=observation, physics=physics)
-        run.log(step, episode_return=total, **losses)
-
-
-def collect(cfg: Config, run: Run) -> dict:
-    """A cell of --collect: one agent's episodes and settings.json in DATA/<domain>/<agent>."""
-    domain, _, source = cfg.tasks[0].partition("_")
-    folder = Path(cfg.data).expanduser() / domain / source
-    learn_online(folder, cfg.tasks[0], cfg, run)
-    common.write_atomic(folder / "settings.json", common.to_json(asdict(cfg)))
-    return {"episodes": len(list(folder.glob("*.npz")))}
+            physics.append(info["physics"])
+        rows = slice(step * steps, (step + 1) * steps)
+        observation = np.concatenate([replay.s[rows].cpu(), obs[None]])
+        write_episode(folder, step, replay.a[rows].cpu(), observation=observation, physics=np.stack(physics))
+        run.log(step, episode_return=replay.reward[rows].sum() * cfg.hold, **losses)
+    common.write_atomic(folder / "settings.json", common.to_json(vars(cfg)))
+    return {"episodes": cfg.collect_episodes}
 
 
 # --- what is missing, sizes, the figure ---
@@ -846,31 +833,27 @@ def collect(cfg: Config, run: Run) -> dict:
 
 def missing(cfg: Config) -> list[str]:
     """What is needed of --data and is not there, a line each."""
-    path, found = Path(cfg.data).expanduser(), []
-    if not cfg.data and not (cfg.gaits and all("cheetah" in task for task in cfg.tasks)):
-        found.append("--data FOLDER: MOOD's data are not public; ExORL's, or first --collect --data FOLDER")
-    if one_set(cfg.data) and "minari:" not in cfg.data and not path.is_file():
-        found.append(f"--data {cfg.data}: no such file")
-    domains = dict.fromkeys(task.partition("_")[0] for task in cfg.tasks)
-    for domain in () if one_set(cfg.data) or not cfg.data else domains:
-        if not agents(path / domain):
-            found.append(f"{path / domain}: no agent's folder of episodes; --collect makes them")
-    return found
+    path, domains = Path(cfg.data).expanduser(), dict.fromkeys(task.partition("_")[0] for task in cfg.tasks)
+    if not cfg.data:
+        made = cfg.gaits and list(domains) == ["cheetah"]
+        why = "MOOD's data are not public; ExORL's, or first --collect --data FOLDER"
+        return [] if made else [f"--data FOLDER: {why}"]
+    if one_set(cfg.data):
+        there = cfg.data.startswith("minari:") or path.is_file()
+        return [] if there else [f"--data {cfg.data}: no such file"]
+    empty = [path / domain for domain in domains if not agents(path / domain)]
+    return [f"{folder}: no agent's folder of episodes; --collect makes them" for folder in empty]
 
 
 def dry_run(cfg: Config, run: Run):
-    """Parameters and hours with large networks, memory of the data, what is missing; no device is used."""
-    env, rows = MoodEnv(cfg.tasks[-1]), cfg.rows or tuple(ROWS)
+    """Parameters and hours with large networks, memory of the data, and what is missing."""
+    env = MoodEnv(cfg.tasks[-1])
     width, m = env.observation_space.shape[0], env.action_space.shape[0]
-    cfg = replace(cfg, actor="large", critic="large")
-    with torch.device("meta"), FlopCounterMode(display=False) as flops:
-        agent, s, number = Agent(cfg, width, m), torch.zeros(cfg.batch, width), torch.zeros(cfg.batch)
-        batch = Batch(s, torch.zeros(cfg.batch, m), number, s, number)
-        noise = torch.zeros(1 + cfg.samples, cfg.batch, m)
-        update(agent, torch.optim.SGD(agent.parameters()), batch, batch, noise, cfg)
-    size, seconds = sum(p.numel() for p in agent.parameters()), max(flops.get_total_flops() / 2e14, 2e-4)
+    agent = Agent(replace(cfg, actor="large", critic="large"), width, m)
+    size = sum(p.numel() for p in agent.parameters())
+    seconds = max(6 * size * cfg.batch / 2e14, 2e-4)  # at 200 TFLOP/s; to launch a CUDA graph takes the rest
     hours = seconds * cfg.updates * len(cfg.tasks) * cfg.seeds / 3600
-    run.print(f"{size:,} parameters; {hours:.1f} GPU hours a row at 200 TFLOP/s, {len(rows)} rows")
+    run.print(f"{size:,} parameters; {hours:.1f} GPU hours a row")
     steps = cfg.collect_episodes * 1000 // cfg.hold
     run.print(f"{steps:,} transitions an agent, {steps * (2 * width + m + 2) * 4e-9:.2f} GB on the GPU each")
     for line in missing(cfg):
@@ -878,12 +861,11 @@ def dry_run(cfg: Config, run: Run):
 
 
 def draw(figure, table: dict):
-    """Returns and errors of each row, a dot a seed, a bar the mean."""
+    """Returns and errors of each row, a dot a seed."""
     for axes, metric in zip(figure.subplots(1, 3, sharey=True), ("return", "own", "error"), strict=True):
         for row, cells in reversed(table.items()):
             values = [cell[metric] or math.nan for cell in cells]
             axes.plot(values, [row] * len(cells), "o", alpha=0.5)
-            axes.plot(np.mean(values), row, "k|", markersize=16)
         axes.set_xlabel(metric)
 
 
