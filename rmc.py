@@ -589,7 +589,8 @@ def mixture_logp(raw: Tensor, mean: Tensor, log_std: Tensor, unbiased: bool = Fa
 def pessimism(q: Tensor, beta: float) -> Tensor:
     """Eq. (3): (N, ...) -> (...). Sorted, the mean of |Q_c - Q_c'| over ordered pairs is a weighted sum."""
     weights = torch.linspace(-1, 1, len(q), dtype=q.dtype, device=q.device) * 2 / len(q)
-    return q.mean(0) - beta * torch.einsum("n,n...->...", weights, q.sort(0).values)
+    spread = (q.sort(0).values.movedim(0, -1) * weights).sum(-1)  # TF32 would round a matrix product
+    return q.mean(0) - beta * spread
 
 
 def critic_loss(q: Tensor, y: Tensor, live: Tensor) -> Tensor:
@@ -696,7 +697,7 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, clip: float = 0.0):
 
 def update(
     agent: Agent, optimizer, batch: Batch, length: int, with_actor: bool, entropy: Tensor, cfg: Config
-) -> dict[str, Tensor]:
+) -> dict:
     """A step of the critics, and of actor and temperature if asked for; no host sync in it."""
     frozen, judge = agent.twins
     alpha, logs = agent.log_alpha.exp().detach(), {}
@@ -728,7 +729,7 @@ def update(
     return logs
 
 
-def train(cfg: Config, run: Run) -> dict[str, float]:
+def train(cfg: Config, run: Run) -> dict:
     """One cell of the table: act, store, learn; then what the claims compare."""
     device, count = run.device, cfg.envs
     envs, tests = make_envs(cfg, count), make_envs(cfg, cfg.episodes)
