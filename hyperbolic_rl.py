@@ -314,17 +314,17 @@ class RiemannianAdam(torch.optim.Adam):
     def _move(self, p: Tensor, group: dict):
         state, (beta1, beta2) = self.state[p], group["betas"]
         if not state:
-            state["step"] = torch.zeros((), device=p.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p[:, :1])
-        state["step"] += 1
-        shrink = (1 - p.square().sum(-1, keepdim=True)) / 2  # 1 / lambda_p
-        gradient = shrink.square() * p.grad
-        length = (gradient / shrink).square().sum(-1, keepdim=True)  # |r|_p^2
-        mean = state["exp_avg"].lerp(gradient, 1 - beta1)
-        square = state["exp_avg_sq"].lerp_(length, 1 - beta2)
-        mean_hat, square_hat = mean / (1 - beta1 ** state["step"]), square / (1 - beta2 ** state["step"])
-        moved = expmap(p, -group["lr"] * mean_hat / (square_hat.sqrt() + group["eps"]))
-        state["exp_avg"].copy_(transport(p, moved, mean))
+            state |= dict(
+                step=p.new_zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p[:, :1])
+            )
+        step = state["step"].add_(1)
+        half = (1 - p.square().sum(-1, keepdim=True)) / 2  # 1 / lambda_p
+        gradient = half.square() * p.grad
+        mean = state["exp_avg"].lerp_(gradient, 1 - beta1)
+        square = state["exp_avg_sq"].lerp_((gradient / half).square().sum(-1, keepdim=True), 1 - beta2)
+        along = mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + group["eps"])
+        moved = expmap(p, -group["lr"] * along)
+        mean.copy_(transport(p, moved, mean))
         p.copy_(moved)
 
 
@@ -371,7 +371,7 @@ class ToHyperboloid(nn.Module):
 
 
 AGENT, KEY, TREASURE = (255, 255, 255), (255, 220, 0), (0, 255, 60)  # colours
-KEY_REWARD = 0.5  # the treasure's is 1
+REWARDS = np.array([0.5, 1.0])  # of key and treasure
 
 
 class Levels(NamedTuple):
@@ -380,8 +380,7 @@ class Levels(NamedTuple):
     wall: np.ndarray  # (L, S S)
     picture: np.ndarray  # (L, 3, S S), without agent and key
     start: np.ndarray  # (L,)
-    key: np.ndarray
-    treasure: np.ndarray
+    goals: np.ndarray  # (L, 2): key, treasure
 
 
 def make_levels(seed: list[int], count: int, cells: int) -> Levels:
@@ -390,31 +389,30 @@ def make_levels(seed: list[int], count: int, cells: int) -> Levels:
     Rooms are the odd squares, and walls or passages lie between. Colours and noise of a level mean nothing.
     """
     random, side = np.random.default_rng(seed), 2 * cells + 1
-    up = random.random((count, cells, cells)) < 0.5
-    up[:, 0], up[:, :, 0] = False, True
-    wall = np.ones((count, side, side), bool)
-    wall[:, 1::2, 1::2] = False
-    wall[:, 2:-1:2, 1::2] = ~up[:, 1:]
-    wall[:, 1::2, 2:-1:2] = up[:, :, 1:]
-    rooms = np.arange(side**2).reshape(side, side)[1::2, 1::2].ravel()
-    start, key, treasure = rooms[random.random((count, len(rooms))).argsort(1)[:, :3]].T
+    odd = np.arange(1, side, 2)
+    rooms = np.add.outer(odd * side, odd).ravel()
+    up = random.random((count, len(rooms))) < 0.5
+    up[:, :cells], up[:, ::cells] = False, True
+    passage = rooms - np.where(up, side, 1)
+    passage[:, 0] = rooms[0]
+    wall = np.ones((count, side**2), bool)
+    wall[:, rooms] = False
+    np.put_along_axis(wall, passage, False, 1)
+    places = rooms[random.random((count, len(rooms))).argsort(1)[:, :3]]
 
-    floor, stone = random.uniform(0, 90, (2, count, 3, 1, 1))
-    noise = random.uniform(-30, 30, (count, 3, side, side))
-    picture = (np.where(wall[:, None], stone + 110, floor) + noise).clip(0, 255).astype(np.uint8)
-    picture = picture.reshape(count, 3, -1)
-    picture[np.arange(count), :, treasure] = TREASURE
-    return Levels(wall.reshape(count, -1), picture, start, key, treasure)
+    floor, stone = random.uniform(30, 90, (2, count, 3, 1))
+    picture = np.where(wall[:, None], stone + 110, floor) + random.uniform(-30, 30, (count, 3, side**2))
+    picture = picture.astype(np.uint8)
+    picture[np.arange(count), :, places[:, 2]] = TREASURE
+    return Levels(wall, picture, places[:, 0], places[:, 1:])
 
 
 class TreasureTree(gymnasium.vector.VectorEnv):
     """Fetch the key, then the treasure, in a maze that is a tree; a level an episode. Moves: up, right, down, left.
 
     Pictures (3, S, S) in bytes. Levels are drawn for all `total` environments and those of `mine` played, so
-    that ranks see what one would. An episode that ends starts anew in the same step.
+    that ranks see what one would.
     """
-
-    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}  # noqa: RUF012
 
     def __init__(self, levels: Levels, total: int, mine: slice, horizon: int):
         self.levels, self.total, self.mine, self.horizon = levels, total, mine, horizon
@@ -425,19 +423,19 @@ class TreasureTree(gymnasium.vector.VectorEnv):
 
     def reset(self, *, seed=None, options=None):
         self.random = np.random.default_rng(seed)
-        self.level, self.place, self.age, self.has_key = np.zeros((4, self.num_envs), int)
-        self._begin(self.age == 0)
+        self.level, self.place, self.age, self.stage = np.zeros((4, self.num_envs), int)
+        self._begin(np.arange(self.num_envs))
         return self._picture(), {}
 
     def _begin(self, new: np.ndarray):
         level = self.random.integers(len(self.levels.start), size=self.total)[self.mine]
-        self.level = np.where(new, level, self.level)
-        self.place = np.where(new, self.levels.start[self.level], self.place)
-        self.age, self.has_key = np.where(new, 0, self.age), np.where(new, 0, self.has_key)
+        self.level[new] = level[new]
+        self.place[new] = self.levels.start[self.level[new]]
+        self.age[new] = self.stage[new] = 0
 
     def _picture(self) -> np.ndarray:
-        picture, lying = self.levels.picture[self.level], np.flatnonzero(self.has_key == 0)
-        picture[lying, :, self.levels.key[self.level[lying]]] = KEY
+        picture, lying = self.levels.picture[self.level], np.flatnonzero(self.stage == 0)
+        picture[lying, :, self.levels.goals[self.level[lying], 0]] = KEY
         picture[np.arange(self.num_envs), :, self.place] = AGENT
         return picture.reshape(-1, 3, self.side, self.side)
 
@@ -445,19 +443,17 @@ class TreasureTree(gymnasium.vector.VectorEnv):
         ahead = self.place + self.moves[actions]
         blocked = self.levels.wall[self.level, ahead]
         self.place = np.where(blocked, self.place, ahead + self.moves[actions])
+        reached = self.place == self.levels.goals[self.level, self.stage]
+        reward = REWARDS[self.stage] * reached
+        self.stage += reached
         self.age += 1
-        found = (self.has_key == 0) & (self.place == self.levels.key[self.level])
-        self.has_key |= found
-        won = (self.has_key == 1) & (self.place == self.levels.treasure[self.level])
-        done = won | (self.age >= self.horizon)
-        self._begin(done)
-        return self._picture(), KEY_REWARD * found + won, done, np.zeros_like(done), {}
+        done = (self.stage == 2) | (self.age >= self.horizon)
+        self._begin(np.flatnonzero(done))
+        return self._picture(), reward, done, np.zeros_like(done), {}
 
 
 class Procgen(gymnasium.vector.VectorEnv):
     """Procgen's own vector environment (gym3) as gymnasium's; pictures (3, 64, 64) in bytes."""
-
-    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}  # noqa: RUF012
 
     def __init__(self, game: str, count: int, levels: int):
         make = common.need("procgen", "procgen").ProcgenGym3Env
@@ -472,12 +468,11 @@ class Procgen(gymnasium.vector.VectorEnv):
 
     def _observe(self) -> tuple:
         reward, obs, first = self.env.observe()
-        return obs["rgb"].transpose(0, 3, 1, 2), reward, first
+        return obs["rgb"].transpose(0, 3, 1, 2), reward, first, np.zeros_like(first), {}
 
     def step(self, actions):
         self.env.act(actions.astype(np.int32))
-        obs, reward, first = self._observe()
-        return obs, reward, first, np.zeros_like(first), {}
+        return self._observe()
 
 
 def make_envs(cfg: Config, count: int, mine: slice, train: bool) -> gymnasium.vector.VectorEnv:
@@ -517,10 +512,11 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.first, self.second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        first, second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.block = nn.Sequential(nn.ReLU(), first, nn.ReLU(), second)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(self.first(x.relu()).relu())
+        return x + self.block(x)
 
 
 class Picture(nn.Module):
@@ -548,20 +544,6 @@ def make_body(shape: tuple[int, ...], cfg: Config) -> tuple[nn.Sequential, int]:
     return body, body(torch.zeros(1, *shape)).shape[1]
 
 
-def prepare(net: nn.Module, heads: list[Tail], cfg: Config):
-    """First weights, and spectral norm of all layers before the last ones."""
-    for layer in net.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            nn.init.orthogonal_(layer.weight, 2**0.5 if isinstance(layer, nn.Conv2d) else 1.0)
-            nn.init.zeros_(layer.bias)
-    for tail in heads:
-        if cfg.geometry == "flat":
-            tail.last.weight.data *= 0.01
-    for encoder in (net.body, *(tail.hidden for tail in heads)) if cfg.spectral else ():
-        normalise(encoder)
-    net.to(memory_format=torch.channels_last)
-
-
 class Tail(nn.Module):
     """Last hidden layer, its map into the geometry, output layer: (B, inputs) -> (B, outputs). Here rows differ."""
 
@@ -581,24 +563,33 @@ class Tail(nn.Module):
         return self.last(self.place(self.hidden(x)))
 
 
-class Agent(nn.Module):
-    """PPO's network: pictures (B, C, H, W) -> logits (B, actions) and what the critic says (B, 1 or bins)."""
+class Net(nn.Module):
+    """An encoder and its tails: pictures (B, C, H, W) -> logits and critic (PPO), value and gains (Rainbow)."""
 
     def __init__(self, envs: gymnasium.vector.VectorEnv, cfg: Config):
         super().__init__()
-        self.actions = int(envs.single_action_space.n)
+        actions, atoms = int(envs.single_action_space.n), cfg.atoms
+        self.sizes = [[actions, cfg.bins or 1]] if cfg.algo == "ppo" else [[atoms], [actions * atoms]]
         self.body, width = make_body(envs.single_observation_space.shape, cfg)
-        self.tail = Tail(width, self.actions + (cfg.bins or 1), cfg)
-        prepare(self, [self.tail], cfg)
-        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # of the returns, see `scaled`
+        self.tails = nn.ModuleList(Tail(width, sum(sizes), cfg) for sizes in self.sizes)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.orthogonal_(layer.weight, 2**0.5 if isinstance(layer, nn.Conv2d) else 1.0)
+                nn.init.zeros_(layer.bias)
+        for tail in self.tails:
+            if cfg.geometry == "flat":
+                tail.last.weight.data *= 0.01
+            if cfg.spectral:
+                normalise(tail.hidden)
+        if cfg.spectral:
+            normalise(self.body)
+        self.to(memory_format=torch.channels_last)
 
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = self.tail(self.body(obs)).float()
-        return outputs[:, : self.actions], outputs[:, self.actions :]
-
-    def features(self, obs: Tensor) -> Tensor:
-        """(B, n), before they are placed in the ball."""
-        return self.tail.hidden(self.body(obs)).float()
+    def forward(self, obs: Tensor) -> list[Tensor]:
+        x, found = self.body(obs), []
+        for tail, sizes in zip(self.tails, self.sizes, strict=True):
+            found += tail(x).float().split(sizes, 1)
+        return found
 
 
 # --- PPO ---
@@ -691,32 +682,32 @@ def scaled(reward: Tensor, returns: Tensor, moments: Tensor, run: Run) -> Tensor
 
 
 class Rollout(NamedTuple):
-    """T steps of E environments: (T, E, ...), the critic's outputs (T + 1, E, ...)."""
+    """T steps of E environments: (T, E, ...); the critic's outputs (T + 1, E, ...)."""
 
     obs: Tensor
     action: Tensor
-    logits: Tensor
     reward: Tensor
     done: Tensor
+    logits: Tensor
     critic: Tensor
 
 
 @torch.no_grad()
-def play(agent: Agent, envs, obs: np.ndarray, noise: Tensor, run: Run) -> tuple[Rollout, np.ndarray]:
+def play(net: nn.Module, envs, obs: np.ndarray, noise: Tensor, run: Run) -> tuple[Rollout, np.ndarray]:
     """The policy's steps from `obs` with Gumbel noise (T, E, actions), and the observation after them."""
     steps = []
-    agent.eval()
+    net.eval()
     with parametrize.cached(), run.autocast():  # one normalised weight for all T steps
         for gumbel in noise:
             picture = torch.as_tensor(obs, device=run.device)
-            logits, critic = agent(picture)
+            logits, critic = net(picture)
             action = (logits + gumbel).argmax(1)
             obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
             facts = (torch.as_tensor(x, device=run.device) for x in (reward, terminated | truncated))
-            steps.append((picture, action, logits, *facts, critic))
+            steps.append((picture, action, *facts, logits, critic))
         *columns, critics = zip(*steps, strict=True)
-        critics = (*critics, agent(torch.as_tensor(obs, device=run.device))[1])
-    agent.train()
+        critics = (*critics, net(torch.as_tensor(obs, device=run.device))[1])
+    net.train()
     return Rollout(*(torch.stack(column) for column in (*columns, critics))), obs
 
 
@@ -736,21 +727,21 @@ def train_ppo(cfg: Config, run: Run) -> dict[str, float]:
     device, share = run.device, cfg.envs // run.world_size
     mine = slice(run.rank * share, (run.rank + 1) * share)
     envs, tests = make_envs(cfg, cfg.envs, mine, train=True), make_tests(cfg)
-    agent = Agent(envs, cfg).to(device)
-    parallel = run.wrap(agent)
-    optimizer = RiemannianAdam(agent.parameters(), cfg.lr, eps=cfg.adam_eps, fused=True)
+    net, moments = Net(envs, cfg).to(device), torch.zeros(3, dtype=torch.float64, device=device)
+    parallel = run.wrap(net)
+    optimizer = RiemannianAdam(net.parameters(), cfg.lr, eps=cfg.adam_eps, fused=True)
     columns, learning, obs = torch.arange(share, device=device), 0.0, None
 
-    for step in run.steps(cfg.steps, agent=agent, optimizer=optimizer):
+    for step in run.steps(cfg.steps, net=net, optimizer=optimizer, scale={"moments": moments}):
         if obs is None or step % cfg.save_every == 0:  # as in a run that resumes here
             obs, _ = envs.reset(seed=int(torch.randint(2**31, ())))
             before = torch.zeros(share, device=device)
 
         # play
-        noise = gumbel(cfg.rollout, cfg.envs, agent.actions)[:, mine].to(device)
-        seen, obs = play(agent, envs, obs, noise, run)
+        noise = gumbel(cfg.rollout, cfg.envs, net.sizes[0][0])[:, mine].to(device)
+        seen, obs = play(net, envs, obs, noise, run)
         returns = discounted(seen.reward, seen.done, before, cfg.discount)
-        reward = scaled(seen.reward, returns, agent.moments, run)
+        reward = scaled(seen.reward, returns, moments, run)
         value = value_of(seen.critic, cfg)
         advantage = gae(reward, value, seen.done, cfg.discount, cfg.gae_lambda)
         logp = log_prob(seen.logits, seen.action)
@@ -768,15 +759,14 @@ def train_ppo(cfg: Config, run: Run) -> dict[str, float]:
                 loss, entropy = ppo_loss(logits, critic, batch, cfg)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                norm = nn.utils.clip_grad_norm_(agent.parameters(), cfg.max_grad)
+                norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.max_grad)
                 optimizer.step()
                 logs.append(torch.stack([loss, entropy, norm]).detach())
         learning += time.perf_counter() - begin
         logs = dict(zip(("loss", "entropy", "gradient"), torch.stack(logs).mean(0), strict=True))
         if step % cfg.eval_every == 0 or step == cfg.steps - 1:
-            logs |= measure_returns(sampled(agent.eval(), run), tests) | measure_features(
-                agent, seen.obs, cfg, run
-            )
+            logs |= measure_returns(sampled(net.eval(), run), tests)
+            logs |= measure_features(net, seen.obs, cfg, run)
         run.log(step, **logs)
 
     steps = cfg.rollout * cfg.envs
@@ -802,31 +792,19 @@ class Noise(nn.Module):
         return weight + self.sigma * left[:, None] * right
 
 
-class RainbowNet(nn.Module):
-    """Pictures (B, C, H, W) -> log-probabilities of the return's atoms (B, actions, atoms); dueling streams."""
-
-    def __init__(self, envs: gymnasium.vector.VectorEnv, cfg: Config):
-        super().__init__()
-        self.actions, self.atoms = int(envs.single_action_space.n), cfg.atoms
-        self.body, width = make_body(envs.single_observation_space.shape, cfg)
-        self.value, self.gain = Tail(width, cfg.atoms, cfg), Tail(width, self.actions * cfg.atoms, cfg)
-        prepare(self, [self.value, self.gain], cfg)
-        for stream in (self.value, self.gain):
-            for layer in (stream.hidden, stream.last):
-                parametrize.register_parametrization(layer, "weight", Noise(layer.weight, cfg.noise))
-
-    def forward(self, obs: Tensor) -> Tensor:
-        x = self.body(obs)
-        gain = self.gain(x).unflatten(1, (self.actions, self.atoms))
-        return (self.value(x)[:, None] + gain - gain.mean(1, keepdim=True)).log_softmax(2)
-
-
 def project(probs: Tensor, reward: Tensor, discount: Tensor, atoms: Tensor) -> Tensor:
     """Eq. (11): probabilities (B, atoms) of z, rewards and discounts (B,) -> those of reward + discount z."""
     width = atoms[1] - atoms[0]
     moved = (reward[:, None] + discount[:, None] * atoms).clamp(atoms[0], atoms[-1])
     near = (1 - (moved[:, :, None] - atoms).abs() / width).clamp(min=0)  # (B, from, to)
     return (probs[:, :, None] * near).sum(1)
+
+
+def log_probs(net: nn.Module, obs: Tensor, cfg: Config) -> Tensor:
+    """Dueling streams: pictures (B, C, H, W) -> log-probabilities of the return's atoms (B, actions, atoms)."""
+    value, gain = net(obs)
+    gain = gain.unflatten(1, (-1, cfg.atoms))
+    return (value[:, None] + gain - gain.mean(1, keepdim=True)).log_softmax(2)
 
 
 class Transitions(NamedTuple):
@@ -855,21 +833,23 @@ def sample(replay: common.Replay, cfg: Config) -> Transitions:
     return Transitions(rows, replay.priority[rows] / sums[-1], *facts, replay.obs[rows + n])
 
 
-def rainbow_loss(net: nn.Module, target: nn.Module, batch: Transitions, atoms: Tensor) -> Tensor:
+def rainbow_loss(net: nn.Module, target: nn.Module, batch: Transitions, atoms: Tensor, cfg: Config) -> Tensor:
     """Cross entropy (B,) with eq. (11) at the action that `net` prefers and `target` values (double DQN)."""
     each = torch.arange(len(batch.rows), device=atoms.device)
     with torch.no_grad():
-        best = (net(batch.after).exp() @ atoms).argmax(1)
-        probs = target(batch.after)[each, best].exp()
+        best = (log_probs(net, batch.after, cfg).exp() @ atoms).argmax(1)
+        probs = log_probs(target, batch.after, cfg)[each, best].exp()
         wanted = project(probs, batch.reward, batch.discount, atoms)
-    return -(wanted * net(batch.obs)[each, batch.action]).sum(1)
+    return -(wanted * log_probs(net, batch.obs, cfg)[each, batch.action]).sum(1)
 
 
 def train_rainbow(cfg: Config, run: Run) -> dict[str, float]:
     """One cell of the table by Rainbow: act, store, learn; then what the claims compare."""
     device = run.device
     envs, tests = make_envs(cfg, 1, slice(None), train=True), make_tests(cfg)
-    net = RainbowNet(envs, cfg).to(device)
+    net = Net(envs, cfg).to(device)
+    for layer in (x for tail in net.tails for x in (tail.hidden, tail.last)):
+        parametrize.register_parametrization(layer, "weight", Noise(layer.weight, cfg.noise))
     target = copy.deepcopy(net).requires_grad_(False)
     optimizer = RiemannianAdam(net.parameters(), cfg.lr, eps=cfg.adam_eps, fused=True)
     picture, zero = torch.as_tensor(envs.reset(seed=0)[0][0]), torch.zeros(())
@@ -879,8 +859,8 @@ def train_rainbow(cfg: Config, run: Run) -> dict[str, float]:
 
     @torch.no_grad()
     def act(obs: np.ndarray) -> np.ndarray:
-        log_probs = net(torch.as_tensor(obs, device=device))
-        return (log_probs.exp() @ atoms).argmax(1).cpu().numpy()
+        q = log_probs(net, torch.as_tensor(obs, device=device), cfg).exp() @ atoms
+        return q.argmax(1).cpu().numpy()
 
     for step in run.steps(cfg.steps, net=net, target=target, optimizer=optimizer, replay=replay):
         if obs is None or step % cfg.save_every == 0:
@@ -890,14 +870,14 @@ def train_rainbow(cfg: Config, run: Run) -> dict[str, float]:
         action, before = act(obs), obs
         obs, reward, terminated, truncated, _ = envs.step(action)
         done = terminated | truncated | ((step + 1) % cfg.save_every == 0)
-        highest = replay.priority.max().clamp(min=1e-6)[None] if step else [1.0]
+        highest = replay.priority.max().clamp(min=1e-6)[None]
         replay.add(obs=before, action=action, reward=np.float32(reward), done=done, priority=highest)
 
         # learn
         logs = {"reward": reward[0]}
         if step >= cfg.warmup:
             batch = sample(replay, cfg)
-            loss = rainbow_loss(net, target, batch, atoms)
+            loss = rainbow_loss(net, target, batch, atoms, cfg)
             beta = cfg.correction + (1 - cfg.correction) * step / cfg.steps
             weight = batch.probability**-beta
             optimizer.zero_grad(set_to_none=True)
@@ -919,13 +899,13 @@ def train_rainbow(cfg: Config, run: Run) -> dict[str, float]:
 # --- evaluation ---
 
 
-def sampled(agent: Agent, run: Run) -> Callable:
-    """The agent's policy as a function of observations in numpy: it samples, as in Procgen's protocol."""
+def sampled(net: nn.Module, run: Run) -> Callable:
+    """PPO's policy as a function of observations in numpy: it samples, as in Procgen's protocol."""
 
     @torch.no_grad()
     def act(obs: np.ndarray) -> np.ndarray:
-        logits, _ = agent(torch.as_tensor(obs, device=run.device))
-        return (logits.cpu() + gumbel(*logits.shape)).argmax(1).numpy()
+        logits = net(torch.as_tensor(obs, device=run.device))[0].cpu()
+        return (logits + gumbel(*logits.shape)).argmax(1).numpy()
 
     return act
 
@@ -938,14 +918,15 @@ def measure_returns(policy: Callable, tests: dict) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure_features(agent: Agent, obs: Tensor, cfg: Config, run: Run) -> dict[str, float]:
-    """Relative delta of the features of pictures (T, E, ...), and the share of points within .01 of the border."""
+def measure_features(net: nn.Module, obs: Tensor, cfg: Config, run: Run) -> dict[str, float]:
+    """Relative delta of features of pictures (T, E, ...), and the share of points within .01 of the border."""
+    (tail,) = net.tails
     some = obs.flatten(0, 1)[torch.randperm(obs[..., 0, 0, 0].numel())[: cfg.points]]
-    features = agent.features(some)
+    features = tail.hidden(net.body(some)).float()
     found = {"delta": relative_delta(torch.cdist(features, features))}
     if cfg.geometry == "ball":
-        found["border"] = (agent.tail.place(features).norm(dim=1) > 0.99).float().mean()
-        np.save(run.folder / "points.npy", agent.tail.place(agent.features(obs[:, 0])).cpu())
+        found["border"] = (tail.place(features).norm(dim=1) > 0.99).float().mean()
+        np.save(run.folder / "points.npy", tail.place(tail.hidden(net.body(obs[:, 0]))).cpu())
     return found
 
 
@@ -981,13 +962,12 @@ def print_scores(files: tuple[Path, ...]):
     scores = {}  # row: the seeds of each game
     for file in files:
         config, results = (json.loads((file.parent / x).read_text()) for x in ("config.json", file.name))
-        low, high = PROCGEN[config["env"].split(":")[1]]
+        low, high = PROCGEN[config["env"].removeprefix("procgen:")]
         for row, cells in results["table"].items():
             scores.setdefault(row, []).append([(cell["test"] - low) / (high - low) for cell in cells])
-    random = np.random.default_rng(0)
     for row, games in scores.items():
-        drawn = [np.concatenate([random.choice(game, len(game)) for game in games]) for _ in range(2000)]
-        low, high = np.quantile(stats.trim_mean(drawn, 0.25, axis=1), (0.025, 0.975))
+        drawn = [np.random.default_rng(0).choice(game, (2000, len(game))) for game in games]
+        low, high = np.quantile(stats.trim_mean(np.concatenate(drawn, 1), 0.25, axis=1), (0.025, 0.975))
         print(f"{row}: {stats.trim_mean(np.concatenate(games), 0.25):.3f} [{low:.3f}, {high:.3f}]")
 
 
@@ -1014,12 +994,11 @@ def draw(figure, table: dict, run: Run):
 
 
 def dry_run(cfg: Config, run: Run):
-    """Print parameters and hours of a cell."""
-    envs = make_envs(cfg, 1, slice(None), train=True)
-    net = {"ppo": Agent, "rainbow": RainbowNet}[cfg.algo](envs, cfg)
+    """Print parameters and steps of a cell."""
+    net = Net(make_envs(cfg, 1, slice(None), train=True), cfg)
     parameters = sum(p.numel() for p in net.parameters())
-    frames = cfg.steps * (cfg.envs * cfg.rollout if cfg.algo == "ppo" else 1)
-    run.print(f"{cfg.env}: {parameters:,} parameters, {frames:,} steps a cell")
+    steps = cfg.steps * (cfg.envs * cfg.rollout if cfg.algo == "ppo" else 1)
+    run.print(f"{cfg.env}: {parameters:,} parameters, {steps:,} steps of environments a cell")
 
 
 def main():
