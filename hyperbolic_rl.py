@@ -29,7 +29,6 @@ How to run
   python hyperbolic_rl.py --config full --env procgen:bigfish        the paper's Procgen setting, one of 16 games
   python hyperbolic_rl.py --config atari --env atari:pong            data-efficient Rainbow on Atari 100K
   torchrun --nproc_per_node=8 hyperbolic_rl.py --config full         ranks take other rows and seeds
-  python hyperbolic_rl.py --scores out/*/results.json                games together: IQM of normalised scores
 
 Departures
 - w_i starts at N(0, (0.01 / sqrt n)^2), which the paper says; its code passes that number as the mean.
@@ -61,6 +60,7 @@ from gymnasium.spaces import Box, Discrete
 from matplotlib.patches import Circle
 from scipy import stats
 from torch import Tensor, nn
+from torch.distributions import Categorical
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
@@ -116,14 +116,9 @@ class Config(common.Config):
     eval_every: int = 5  # steps between two evaluations
     episodes: int = 256  # an evaluation, on the training and on the test levels
     points: int = 300  # features that the relative delta is computed on
-    scores: tuple[Path, ...] = ()  # results.json of several games: print their IQM and end
 
     def check(self):
         super().check()
-        if self.rollout % self.minibatches:
-            raise UserError(f"--minibatches {self.minibatches} must divide --rollout {self.rollout}")
-        if self.algo == "rainbow" and self.share == "run":
-            raise UserError("--share run: Rainbow steps one environment; ranks take rows and seeds (grid)")
         if self.cells < 2:
             raise UserError("--cells must be 2 or more: a maze has a start, a key and a treasure")
         make_envs(self, 1, slice(None), train=True)
@@ -182,7 +177,6 @@ CONFIGS = {
         adam_eps=1.5e-4,
         discount=0.99,
         max_grad=10.0,
-        rollout=8,
         log_every=500,
         eval_every=25_000,
         save_every=25_000,
@@ -519,20 +513,9 @@ class Residual(nn.Module):
         return x + self.block(x)
 
 
-class Picture(nn.Module):
-    """Bytes to floats in [-gain, gain]: a larger norm, which an encoder of Lipschitz constant 1 cannot make."""
-
-    def __init__(self, gain: float):
-        super().__init__()
-        self.gain = gain
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gain * (x / 127.5 - 1)
-
-
 def make_body(shape: tuple[int, ...], cfg: Config) -> tuple[nn.Sequential, int]:
     """The convolutions for pictures (C, H, W), and how many numbers (B, F) they give."""
-    inputs, layers = shape[0], [Picture(cfg.gain)]
+    inputs, layers = shape[0], []
     if cfg.body == "der":
         layers += [nn.Conv2d(inputs, 32, 5, 5), nn.ReLU(), nn.Conv2d(32, 64, 5, 5)]
     else:
@@ -568,7 +551,7 @@ class Net(nn.Module):
 
     def __init__(self, envs: gymnasium.vector.VectorEnv, cfg: Config):
         super().__init__()
-        actions, atoms = int(envs.single_action_space.n), cfg.atoms
+        actions, atoms, self.gain = int(envs.single_action_space.n), cfg.atoms, cfg.gain
         self.sizes = [[actions, cfg.bins or 1]] if cfg.algo == "ppo" else [[atoms], [actions * atoms]]
         self.body, width = make_body(envs.single_observation_space.shape, cfg)
         self.tails = nn.ModuleList(Tail(width, sum(sizes), cfg) for sizes in self.sizes)
@@ -586,10 +569,14 @@ class Net(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, obs: Tensor) -> list[Tensor]:
-        x, found = self.body(obs), []
+        x, found = self.read(obs), []
         for tail, sizes in zip(self.tails, self.sizes, strict=True):
             found += tail(x).float().split(sizes, 1)
         return found
+
+    def read(self, obs: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) in bytes -> (B, F)."""
+        return self.body(self.gain * (obs / 127.5 - 1))
 
 
 # --- PPO ---
@@ -637,11 +624,6 @@ def value_of(critic: Tensor, cfg: Config) -> Tensor:
     return critic.softmax(-1) @ (edges[1:] + edges[:-1]) / 2
 
 
-def log_prob(logits: Tensor, action: Tensor) -> Tensor:
-    """Of actions (...) by logits (..., actions)."""
-    return logits.log_softmax(-1).gather(-1, action[..., None])[..., 0]
-
-
 def value_loss(critic: Tensor, batch: Batch, cfg: Config) -> Tensor:
     """Squared error, of the value or of the clipped value where that is larger; or the cross entropy with eq. (8)."""
     if cfg.bins:
@@ -655,10 +637,11 @@ def value_loss(critic: Tensor, batch: Batch, cfg: Config) -> Tensor:
 
 def ppo_loss(logits: Tensor, critic: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Tensor]:
     """Eq. (10): a network's outputs for the batch, whose advantages are normalised -> loss, entropy."""
-    ratio = (log_prob(logits, batch.action) - batch.logp).exp()
+    policy = Categorical(logits=logits, validate_args=False)
+    ratio = (policy.log_prob(batch.action) - batch.logp).exp()
     clipped = ratio.clamp(1 - cfg.clip, 1 + cfg.clip)
     policy_loss = torch.maximum(-batch.advantage * ratio, -batch.advantage * clipped).mean()
-    entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+    entropy = policy.entropy().mean()
     loss = policy_loss + cfg.value_coef * value_loss(critic, batch, cfg) - cfg.entropy_coef * entropy
     return loss, entropy
 
@@ -729,6 +712,7 @@ def train_ppo(cfg: Config, run: Run) -> dict[str, float]:
     envs, tests = make_envs(cfg, cfg.envs, mine, train=True), make_tests(cfg)
     net, moments = Net(envs, cfg).to(device), torch.zeros(3, dtype=torch.float64, device=device)
     parallel = run.wrap(net)
+    forward = torch.compile(parallel) if cfg.compile else parallel
     optimizer = RiemannianAdam(net.parameters(), cfg.lr, eps=cfg.adam_eps, fused=True)
     columns, learning, obs = torch.arange(share, device=device), 0.0, None
 
@@ -744,7 +728,7 @@ def train_ppo(cfg: Config, run: Run) -> dict[str, float]:
         reward = scaled(seen.reward, returns, moments, run)
         value = value_of(seen.critic, cfg)
         advantage = gae(reward, value, seen.done, cfg.discount, cfg.gae_lambda)
-        logp = log_prob(seen.logits, seen.action)
+        logp = Categorical(logits=seen.logits, validate_args=False).log_prob(seen.action)
         data = Batch(seen.obs, seen.action, logp, value[:-1], advantage, advantage + value[:-1])
 
         # learn
@@ -755,7 +739,7 @@ def train_ppo(cfg: Config, run: Run) -> dict[str, float]:
                 batch = Batch(*(x[rows, columns].flatten(0, 1) for x in data))
                 batch = batch._replace(advantage=standardise(batch.advantage, run))
                 with run.autocast():
-                    logits, critic = parallel(batch.obs)
+                    logits, critic = forward(batch.obs)
                 loss, entropy = ppo_loss(logits, critic, batch, cfg)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -771,7 +755,7 @@ def train_ppo(cfg: Config, run: Run) -> dict[str, float]:
 
     steps = cfg.rollout * cfg.envs
     run.speed["env_steps_per_s"] = run.speed["steps_per_s"] * steps
-    return summary(run) | {"learn_us": 1e6 * learning / (steps * cfg.steps)}
+    return summary(cfg, run) | {"learn_us": 1e6 * learning / (steps * cfg.steps)}
 
 
 # --- Rainbow ---
@@ -823,8 +807,7 @@ def sample(replay: common.Replay, cfg: Config) -> Transitions:
     """Transitions drawn by priority: the cumulative sum of 10^5 priorities takes no longer than a tree would."""
     n, device = cfg.nstep, replay.added.device
     sums = replay.priority[: int(replay.added) - n].cumsum(0, dtype=torch.float64)
-    share = (torch.arange(cfg.batch, device=device) + torch.rand(cfg.batch, device=device)) / cfg.batch
-    rows = torch.searchsorted(sums, share * sums[-1]).clamp(max=len(sums) - 1)
+    rows = torch.searchsorted(sums, torch.rand(cfg.batch, device=device) * sums[-1]).clamp(max=len(sums) - 1)
     steps = torch.arange(n, device=device)
     following = rows[:, None] + steps
     going = F.pad(~replay.done[following], (1, 0), value=True).cumprod(1)  # (B, n + 1)
@@ -893,7 +876,7 @@ def train_rainbow(cfg: Config, run: Run) -> dict[str, float]:
             logs |= measure_returns(act, tests)
             net.train()
         run.log(step, **logs)
-    return summary(run)
+    return summary(cfg, run)
 
 
 # --- evaluation ---
@@ -920,13 +903,12 @@ def measure_returns(policy: Callable, tests: dict) -> dict[str, float]:
 @torch.no_grad()
 def measure_features(net: nn.Module, obs: Tensor, cfg: Config, run: Run) -> dict[str, float]:
     """Relative delta of features of pictures (T, E, ...), and the share of points within .01 of the border."""
-    (tail,) = net.tails
-    some = obs.flatten(0, 1)[torch.randperm(obs[..., 0, 0, 0].numel())[: cfg.points]]
-    features = tail.hidden(net.body(some)).float()
+    (tail,), pictures = net.tails, obs.flatten(0, 1)
+    features = tail.hidden(net.read(pictures[torch.randperm(len(pictures))[: cfg.points]])).float()
     found = {"delta": relative_delta(torch.cdist(features, features))}
     if cfg.geometry == "ball":
         found["border"] = (tail.place(features).norm(dim=1) > 0.99).float().mean()
-        np.save(run.folder / "points.npy", tail.place(tail.hidden(net.body(obs[:, 0]))).cpu())
+        np.save(run.folder / "points.npy", tail.place(tail.hidden(net.read(obs[:, 0]))).cpu())
     return found
 
 
@@ -945,11 +927,14 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def summary(run: Run) -> dict[str, float]:
+def summary(cfg: Config, run: Run) -> dict[str, float]:
     """What was measured last; of PPO the mean gradient norm, and how delta goes with return (Spearman), too."""
     lines = read_metrics(run.folder)
-    names = ("test", "train", "gap", "entropy", "border", "delta")
-    found = {name: lines[-1][name] for name in names if name in lines[-1]}
+    found = {k: v for k, v in lines[-1].items() if k not in ("step", "loss", "reward")}
+    game = cfg.env.removeprefix("procgen:")
+    if game in PROCGEN:
+        low, high = PROCGEN[game]
+        found["score"] = (found["test"] - low) / (high - low)
     if "delta" in found:
         pairs = [(line["delta"], line["test"]) for line in lines if "delta" in line]
         found["delta_rank"] = stats.spearmanr(*zip(*pairs, strict=True)).statistic
@@ -957,38 +942,23 @@ def summary(run: Run) -> dict[str, float]:
     return found
 
 
-def print_scores(files: tuple[Path, ...]):
-    """Each row's IQM of Procgen's normalised test returns over games and seeds, with stratified bootstrap intervals."""
-    scores = {}  # row: the seeds of each game
-    for file in files:
-        config, results = (json.loads((file.parent / x).read_text()) for x in ("config.json", file.name))
-        low, high = PROCGEN[config["env"].removeprefix("procgen:")]
-        for row, cells in results["table"].items():
-            scores.setdefault(row, []).append([(cell["test"] - low) / (high - low) for cell in cells])
-    for row, games in scores.items():
-        drawn = [np.random.default_rng(0).choice(game, (2000, len(game))) for game in games]
-        low, high = np.quantile(stats.trim_mean(np.concatenate(drawn, 1), 0.25, axis=1), (0.025, 0.975))
-        print(f"{row}: {stats.trim_mean(np.concatenate(games), 0.25):.3f} [{low:.3f}, {high:.3f}]")
-
-
 # --- figure, main ---
 
 
 def draw(figure, table: dict, run: Run):
-    """Test returns and gradient norms over training, delta over return: means over seeds; an episode in the disc."""
+    """Means over seeds: returns and gradient norms over training, delta over return; an episode in the disc."""
     *axes, disc = figure.subplots(1, 4)
     seeds = range(run.cfg.seed, run.cfg.seed + run.cfg.seeds)
-    names = (("step", "test"), ("step", "gradient"), ("test", "delta"))
     for row in table:
         cells = [read_metrics(run.root / common.slug(f"{row}-s{seed}")) for seed in seeds]
-        for axis, (x, y) in zip(axes, names, strict=True):
-            lines = [[(line[x], line[y]) for line in cell if x in line and y in line] for cell in cells]
+        for axis, x, y in zip(axes, ("step", "step", "test"), ("test", "gradient", "delta"), strict=True):
+            lines = [[(line[x], line[y]) for line in cell if "test" in line] for cell in cells]
             axis.plot(*np.mean(lines, 0).T, label=row)
             axis.set(xlabel=x, ylabel=y)
     axes[0].legend(fontsize="x-small")
     axes[1].set(yscale="log")
     points = np.load(run.root / common.slug(f"{DISC}-s{run.cfg.seed}") / "points.npy")
-    disc.scatter(*points[:, :2].T, c=np.arange(len(points)), s=8)
+    disc.scatter(*points.T, c=range(len(points)), s=8)
     disc.add_patch(Circle((0, 0), 1, fill=False))
     disc.set(title=f"{DISC}: an environment's steps", aspect="equal")
 
@@ -1003,8 +973,6 @@ def dry_run(cfg: Config, run: Run):
 
 def main():
     cfg = common.parse_config(CONFIGS)
-    if cfg.scores:
-        return print_scores(cfg.scores)
     with Run(cfg, model=cfg.env.partition(":")[2]) as run:
         if cfg.dry_run:
             return dry_run(cfg, run)
