@@ -1,0 +1,409 @@
+"""hyperbolic_rl.py: the ball beside geoopt, layer (A), delta, mazes, PPO, Rainbow, command line."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import geoopt
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from scipy.sparse.csgraph import shortest_path
+from torch import nn
+
+import common
+import hyperbolic_rl as hrl
+from common import UserError
+
+SMOKE = hrl.CONFIGS["smoke"]
+BALL = geoopt.PoincareBallExact(c=1.0)
+RUN = common.Run(common.Config(device="cpu"))
+
+
+def points(*shape, size=0.9):
+    x = torch.randn(*shape, dtype=torch.float64)
+    return x / x.norm(dim=-1, keepdim=True) * torch.rand(*shape[:-1], 1, dtype=torch.float64) * size
+
+
+def layer(count=5, n=4):
+    return points(count, n), torch.randn(count, n, dtype=torch.float64)
+
+
+def explicit(x, p, w):
+    """Eq. (3) with every z written out, the way the public code computes it: (B, n), (O, n) -> (B, O)."""
+    z = hrl.mobius_add(-p, x[:, None])
+    norm = w.norm(dim=-1)
+    return norm * torch.asinh(2 * (z * w).sum(-1) / ((1 - z.square().sum(-1)) * norm))
+
+
+# --- the ball
+
+
+def test_mobius_addition_has_its_identities_and_is_geoopt_s():
+    x, y = points(50, 4), points(50, 4)
+    torch.testing.assert_close(hrl.mobius_add(torch.zeros_like(x), x), x)
+    torch.testing.assert_close(hrl.mobius_add(-x, hrl.mobius_add(x, y)), y)
+    torch.testing.assert_close(hrl.mobius_add(x, y), BALL.mobius_add(x, y))
+
+
+def test_exponential_maps_and_transport_are_geoopt_s_and_norms_are_half_distances():
+    p, v = points(50, 4), torch.randn(50, 4, dtype=torch.float64)
+    torch.testing.assert_close(BALL.dist0(hrl.expmap0(v)), 2 * v.norm(dim=1))
+    torch.testing.assert_close(BALL.logmap0(hrl.expmap0(v)), v)
+    torch.testing.assert_close(hrl.expmap(p, 0.1 * v), BALL.expmap(p, 0.1 * v))
+    torch.testing.assert_close(
+        hrl.transport(p, points(50, 4) * 0 + 0.1, v), BALL.transp(p, points(50, 4) * 0 + 0.1, v)
+    )
+
+
+def test_points_beyond_the_border_are_pulled_back():
+    assert hrl.expmap0(torch.full((1, 3), 1e9)).norm().item() == pytest.approx(1 - 4e-3)
+    assert torch.equal(hrl.expmap0(torch.zeros(1, 3)), torch.zeros(1, 3))
+
+
+def test_one_matrix_product_equals_the_explicit_formula_and_passes_gradcheck():
+    x, (p, w) = points(20, 4), layer()
+    torch.testing.assert_close(hrl.hyperplane_scores(x, p, w), explicit(x, p, w), rtol=1e-10, atol=1e-10)
+    inputs = [t.requires_grad_() for t in (points(3, 4), *layer())]
+    assert torch.autograd.gradcheck(hrl.hyperplane_scores, inputs)
+
+
+def test_scores_are_signed_distances_to_the_hyperplane_times_the_normal_s_length():
+    x, (p, w) = points(20, 4), layer()
+    distance = BALL.dist2plane(x[:, None], p, w, signed=True) * w.norm(dim=1)
+    torch.testing.assert_close(hrl.hyperplane_scores(x, p, w), distance)
+    torch.testing.assert_close(hrl.hyperplane_scores(x, p, -w), -distance)
+    tangent = torch.randn(5, 4, dtype=torch.float64)
+    tangent -= (tangent * w).sum(1, keepdim=True) / w.square().sum(1, keepdim=True) * w
+    on_plane = hrl.mobius_add(p, 0.3 * tangent / tangent.norm(dim=1, keepdim=True))
+    assert hrl.hyperplane_scores(on_plane, p, w).diagonal().abs().max() < 1e-10
+
+
+def test_near_the_origin_the_layer_is_linear_with_twice_the_weight():
+    v, (p, w) = torch.randn(9, 4, dtype=torch.float64), layer()
+    found = hrl.hyperplane_scores(hrl.expmap0(1e-6 * v), 0 * p, w) / 1e-6
+    torch.testing.assert_close(found, 2 * v @ w.T)
+
+
+def test_layer_a_is_the_hyperboloid_s_with_normal_and_offset_of_the_same_hyperplane():
+    """Stereographic: x_r = sinh 2|v|; p, w become z along w + 2 s p, of length |w|, and r = asinh(2 s / |w|)."""
+    v, (p, w) = 0.3 * torch.randn(9, 4, dtype=torch.float64), layer()
+    norm = 2 * v.norm(dim=1, keepdim=True)
+    lifted = torch.cat([norm.cosh(), norm.sinh() * 2 * v / norm], 1)
+    s = (p * w).sum(1) / (1 - p.square().sum(1))
+    z, length = w + 2 * s[:, None] * p, w.norm(dim=1)
+    z = z / z.norm(dim=1, keepdim=True) * length[:, None]
+    found = hrl.hyperboloid_scores(lifted, torch.asinh(2 * s / length), z)
+    torch.testing.assert_close(found, hrl.hyperplane_scores(hrl.expmap0(v), p, w), rtol=1e-6, atol=1e-6)
+
+
+def test_normals_start_small_where_the_public_code_passes_that_number_as_their_mean():
+    ours = hrl.HyperplaneLayer(32, 5000).weight
+    theirs = torch.empty(5000, 32).normal_(0.01 / 32**0.5)
+    assert ours.std().item() == pytest.approx(0.01 / 32**0.5, rel=0.02) and abs(ours.mean()) < 1e-4
+    assert theirs.std().item() == pytest.approx(1, rel=0.02)
+
+
+def test_riemannian_adam_is_geoopt_s_and_leaves_other_parameters_to_adam():
+    start, target = points(6, 3, size=0.5), points(6, 3)
+    ours, flat = hrl.BallPoints(start.clone()), nn.Parameter(start.clone())
+    theirs, plain = geoopt.ManifoldParameter(start.clone(), manifold=BALL), nn.Parameter(start.clone())
+    ours_step = hrl.RiemannianAdam([ours, flat], lr=0.05)
+    others = geoopt.optim.RiemannianAdam([theirs], lr=0.05), torch.optim.Adam([plain], lr=0.05)
+    for _ in range(30):
+        for optimizer, params in ((ours_step, [ours, flat]), (others[0], [theirs]), (others[1], [plain])):
+            optimizer.zero_grad()
+            sum((p - target).square().sum() for p in params).backward()
+            optimizer.step()
+    torch.testing.assert_close(flat.data, plain.data)
+    torch.testing.assert_close(ours.data, theirs.data, rtol=1e-4, atol=1e-4)
+
+
+def test_riemannian_steps_have_length_lr_at_first_and_never_leave_the_ball():
+    p = hrl.BallPoints(points(5, 3).float())
+    before, optimizer = p.data.clone(), hrl.RiemannianAdam([p], lr=1.0)
+    for step in range(1000):
+        p.grad = torch.randn(5, 3)
+        optimizer.step()
+        if step == 0 and before.norm(dim=1).max() < 0.5:
+            torch.testing.assert_close(BALL.dist(before, p.data), torch.ones(5), rtol=1e-3, atol=1e-3)
+        assert p.norm(dim=1).max() < 1
+
+
+# --- delta
+
+
+def brute_delta(d):
+    """The 4-point condition with base 0."""
+    a = (d[0][:, None] + d[0][None] - d) / 2
+    return max(min(a[i, k], a[k, j]) - a[i, j] for i, j, k in itertools.product(range(len(d)), repeat=3))
+
+
+def test_delta_is_zero_for_trees_one_for_the_square_and_the_brute_force_elsewhere():
+    tree = np.zeros((30, 30))
+    for child in range(1, 30):
+        tree[child, np.random.default_rng(child).integers(child)] = 1 + child % 3
+    assert hrl.relative_delta(torch.tensor(shortest_path(tree, directed=False))).item() < 1e-6
+    square = torch.tensor([[0, 1, 2, 1], [1, 0, 1, 2], [2, 1, 0, 1], [1, 2, 1, 0.0]])
+    assert hrl.relative_delta(square).item() == 1
+    distance = torch.cdist(torch.randn(8, 3), torch.randn(8, 3))
+    distance = (distance + distance.T).fill_diagonal_(0)
+    distance = torch.tensor(shortest_path(distance.numpy()))
+    found = hrl.relative_delta(distance, bases=1, chunk=3)
+    assert found.item() == pytest.approx(2 * brute_delta(distance.numpy()) / distance.max().item())
+
+
+# --- encoder
+
+
+def test_somebody_s_agent_becomes_hyperbolic_in_three_lines():
+    theirs = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(200, 16))
+    encoder = hrl.srym(theirs)
+    head = hrl.HyperplaneLayer(16, 5)
+    optimizer = hrl.RiemannianAdam([*encoder.parameters(), *head.parameters()], lr=1e-2)
+    x, y = torch.rand(64, 3, 7, 7), torch.randint(5, (64,))
+    losses = []
+    for _ in range(60):
+        losses.append(nn.functional.cross_entropy(head(encoder(x)), y))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0] and head.offset.abs().max() > 0 and head.offset.norm(dim=1).max() < 1
+
+
+def test_spectral_norms_are_one_and_linear_encoders_shrink_distances_by_sqrt_n():
+    encoder = hrl.srym(nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 16)))
+    for _ in range(50):
+        encoder(torch.randn(2, 20))
+    for linear in (encoder[0][0], encoder[0][2]):
+        assert torch.linalg.matrix_norm(linear.weight, 2).item() == pytest.approx(1, abs=0.02)
+    x, y = torch.randn(2, 100, 20)
+    v, u = (BALL.logmap0(encoder(z)) for z in (x, y))
+    assert ((v - u).norm(dim=1) <= 1.02 / 4 * (x - y).norm(dim=1)).all()
+
+
+def test_acting_changes_no_buffer_and_sees_the_network_of_the_update():
+    envs = hrl.make_envs(SMOKE, 8, slice(None), train=True)
+    net = hrl.Net(envs, SMOKE)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    obs, _ = envs.reset(seed=0)
+    seen, _ = hrl.play(net, envs, obs, hrl.gumbel(4, 8, 4), RUN)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    torch.testing.assert_close(net.eval()(seen.obs[2])[0], seen.logits[2])
+    assert seen.critic.shape == (5, 8, 1)
+
+
+# --- PPO
+
+
+def test_gae_is_the_discounted_sum_of_errors_up_to_the_episode_s_end():
+    reward, value, done = torch.randn(6, 2), torch.randn(7, 2), torch.rand(6, 2) < 0.3
+    found = hrl.gae(reward, value, done, 0.9, 0.8)
+    for e, t in itertools.product(range(2), range(6)):
+        total, weight = 0.0, 1.0
+        for k in range(t, 6):
+            live = 1 - done[k, e].item()
+            total += weight * (reward[k, e] + 0.9 * live * value[k + 1, e] - value[k, e])
+            weight *= 0.9 * 0.8 * live
+        assert found[t, e].item() == pytest.approx(total.item(), abs=1e-5)
+
+
+def test_rewards_are_scaled_by_the_standard_deviation_of_all_returns_so_far():
+    moments, before, seen, running = torch.zeros(3, dtype=torch.float64), torch.zeros(2), [], np.zeros(2)
+    for _ in range(3):
+        reward, done = torch.randn(5, 2), torch.rand(5, 2) < 0.3
+        for r, end in zip(reward.numpy(), done.numpy(), strict=True):
+            running = r + 0.9 * running
+            seen.append(running)
+            running = running * ~end
+        returns = hrl.discounted(reward, done, before, 0.9)
+        found = hrl.scaled(reward, returns, moments, RUN)
+        np.testing.assert_allclose(found, reward.numpy() / np.std(seen), rtol=1e-4)
+
+
+def test_the_loss_at_ratio_one_has_the_policy_gradient_and_clips_values():
+    logits, critic = torch.randn(6, 3, requires_grad=True), torch.zeros(6, 1)
+    action, advantage = torch.randint(3, (6,)), torch.randn(6)
+    logp = logits.log_softmax(1)[torch.arange(6), action]
+    zero = torch.zeros(6)
+    batch = hrl.Batch(None, action, logp.detach(), zero, advantage, zero)
+    loss, _ = hrl.ppo_loss(logits, critic, batch, replace(SMOKE, entropy_coef=0.0))
+    wanted = -(advantage * logp).mean()
+    found, wanted = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, wanted))
+    torch.testing.assert_close(found, wanted)
+    batch = batch._replace(value=zero, target=zero)
+    assert hrl.value_loss(critic + 1, batch, SMOKE).item() == 0.5  # the clipped value, .2, is no excuse
+
+
+def test_hl_gauss_sums_to_one_and_its_mean_is_the_target_also_at_the_ends():
+    cfg = replace(SMOKE, bins=51)
+    target = torch.tensor([-99.0, -3.3, 0.0, 7.77, 99.0])
+    probs = hrl.hl_gauss(target, hrl.bin_edges(cfg, target.device))
+    torch.testing.assert_close(probs.sum(1), torch.ones(5))
+    assert (hrl.value_of(probs.log(), cfg) - target.clamp(-10, 10)).abs().max() < 20 / 51
+
+
+# --- Rainbow
+
+
+def test_projection_keeps_mass_and_moves_each_atom_between_its_neighbours():
+    atoms = torch.linspace(-2, 2, 9)
+    probs = torch.rand(4, 9).softmax(1)
+    reward, discount = torch.tensor([0.3, 0.0, 5.0, -0.2]), torch.tensor([0.9, 1.0, 0.9, 0.0])
+    found, wanted = hrl.project(probs, reward, discount, atoms), torch.zeros(4, 9)
+    for b, j in itertools.product(range(4), range(9)):
+        place = ((reward[b] + discount[b] * atoms[j]).clamp(-2, 2) + 2) / 0.5
+        low = min(int(place), 7)
+        wanted[b, low] += probs[b, j] * (low + 1 - place)
+        wanted[b, low + 1] += probs[b, j] * (place - low)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_transitions_stop_at_an_episode_s_end_and_follow_the_priorities():
+    cfg = replace(SMOKE, nstep=3, discount=0.5, batch=4000)
+    one = torch.zeros(())
+    replay = common.Replay(10, obs=one, action=one.long(), reward=one, done=one.bool(), priority=one)
+    for t in range(10):
+        row = dict(obs=[t], action=[t], reward=[t], done=[t == 4], priority=[float(t % 2)])
+        replay.add(**{k: torch.tensor(v).to(replay.get_buffer(k).dtype) for k, v in row.items()})
+    batch = hrl.sample(replay, cfg)
+    assert set(batch.rows.tolist()) == {1, 3, 5} and batch.probability[0].item() == pytest.approx(1 / 3)
+    for row, reward, discount, after in zip(*(x.tolist() for x in (batch.rows, *batch[4:])), strict=True):
+        assert (reward, discount, after) == {1: (2.75, 0.125, 4), 3: (5, 0, 6), 5: (9.75, 0.125, 8)}[row]
+
+
+def test_noise_acts_in_training_mode_alone_and_its_size_is_learned():
+    noise, weight = hrl.Noise(torch.ones(3, 4), 0.1), torch.ones(3, 4)
+    assert not torch.equal(noise(weight), noise(weight)) and torch.equal(noise.eval()(weight), weight)
+    noise.train()(weight).sum().backward()
+    assert noise.sigma.grad.abs().max() > 0 and noise.sigma[0, 0].item() == pytest.approx(0.05)
+
+
+# --- tasks
+
+
+def walk(levels, i, side):
+    """Distances between the open squares of a level, moves of two squares."""
+    graph = np.zeros((side**2, side**2))
+    for place, move in itertools.product(np.flatnonzero(~levels.wall[i]), (1, -1, side, -side)):
+        odd = (place // side) % 2 and (place % side) % 2
+        if odd and not levels.wall[i, place + move]:
+            graph[place, place + 2 * move] = 1
+    return graph
+
+
+@pytest.mark.parametrize("cells", [3, 5])
+def test_mazes_are_trees_and_can_be_won_in_time(cells):
+    side = 2 * cells + 1
+    levels, again = (hrl.make_levels([7, 1], 40, cells) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(levels, again, strict=True))
+    for i in range(40):
+        graph = walk(levels, i, side)
+        far = shortest_path(graph)
+        key, treasure = levels.goals[i]
+        assert graph.sum() == 2 * (cells**2 - 1)
+        assert np.isfinite(far[levels.start[i]]).sum() == cells**2
+        assert far[levels.start[i], key] + far[key, treasure] <= 2 * (cells**2 - 1)
+
+
+def test_environments_step_as_a_scalar_one_does_and_ranks_see_their_share():
+    levels = hrl.make_levels([1, 0], 9, 3)
+    envs, half = (hrl.TreasureTree(levels, 6, mine, 12) for mine in (slice(None), slice(3, 6)))
+    obs, _ = envs.reset(seed=5)
+    assert np.array_equal(half.reset(seed=5)[0], obs[3:])
+    random, age, has_key, place = np.random.default_rng(0), np.zeros(6), np.zeros(6, bool), envs.place.copy()
+    for _ in range(300):
+        level, action = envs.level.copy(), random.integers(0, 4, 6)
+        obs, reward, done, _, _ = envs.step(action)
+        assert np.array_equal(half.step(action[3:])[0], obs[3:])
+        for e in range(6):
+            move = (-7, 1, 7, -1)[action[e]]
+            place[e] += 0 if levels.wall[level[e], place[e] + move] else 2 * move
+            key, treasure = levels.goals[level[e]]
+            wanted = 0.0
+            if has_key[e] and place[e] == treasure:
+                wanted = 1.0
+            elif not has_key[e] and place[e] == key:
+                has_key[e], wanted = True, 0.5
+            age[e] += 1
+            assert reward[e] == wanted and done[e] == (wanted == 1 or age[e] == 12)
+            if done[e]:
+                age[e], has_key[e], place[e] = 0, False, envs.place[e]
+            assert tuple(obs[e].reshape(3, -1)[:, place[e]]) == hrl.AGENT
+
+
+def test_procgen_is_a_vector_environment():
+    pytest.importorskip("procgen")
+    envs = hrl.make_envs(replace(SMOKE, env="procgen:bigfish"), 3, slice(None), train=True)
+    obs, _ = envs.reset(seed=1)
+    again = hrl.make_envs(replace(SMOKE, env="procgen:bigfish"), 3, slice(None), train=True)
+    assert obs.shape == (3, 3, 64, 64) and np.array_equal(again.reset(seed=1)[0], obs)
+    assert [len(x) for x in envs.step(np.zeros(3, int))[:4]] == [3] * 4
+
+
+# --- the script
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(env="procgen:pong"), "starpilot"),
+        (dict(env="atari:bigfish"), "bigfish"),
+        (dict(env="Pendulum-v1"), "procgen:GAME"),
+        (dict(cells=1), "--cells"),
+        (dict(features=0), "--features"),
+    ],
+)
+def test_bad_settings_are_one_line(change, words):
+    if "procgen" in change.get("env", ""):
+        pytest.importorskip("procgen")
+    with pytest.raises(UserError, match=words):
+        replace(SMOKE, **change).check()
+
+
+def read(folder):
+    return json.loads((folder / "results.json").read_text())["table"]
+
+
+def test_smoke_runs_and_a_killed_run_resumes_to_the_same_numbers(run_script, tmp_path):
+    words = ["--config", "smoke", "--rows", "S-RYM", "Hyper++", "--steps", "4", "--save_every", "2"]
+    run_script(ROOT / "hyperbolic_rl.py", *words)
+    folder = tmp_path / "out" / "hyperbolic_rl-smoke-s0"
+    first = read(folder)
+    for cell in ("S-RYM-s0", "Hyper++-s0"):
+        (folder / cell / "result.json").unlink()
+        (folder / cell / "step00000004" / ".metadata").unlink()
+    run_script(ROOT / "hyperbolic_rl.py", *words, "--resume")
+    again = read(folder)
+    for row in first:
+        for metric in set(first[row][0]) - {"learn_us"}:
+            assert again[row][0][metric] == first[row][0][metric], metric
+
+
+def test_two_ranks_with_half_of_the_environments_each_equal_one(run_script, tmp_path):
+    words = ["--config", "smoke", "--rows", "S-RYM", "--share", "run", "--envs", "64"]
+    run_script(ROOT / "hyperbolic_rl.py", *words, "--out", "one")
+    run_script(ROOT / "hyperbolic_rl.py", *words, "--out", "two", ranks=2)
+    one, two = (read(tmp_path / out / "hyperbolic_rl-smoke-s0")["S-RYM"][0] for out in ("one", "two"))
+    for metric in ("test", "train", "entropy", "gradient"):
+        assert one[metric] == pytest.approx(two[metric], rel=1e-5, abs=1e-5), metric
+
+
+def test_rainbow_learns_on_a_real_rom(run_script, tmp_path):
+    pytest.importorskip("ale_py")
+    size = (
+        "--steps 60 --warmup 40 --nstep 3 --episodes 1 --eval_every 99 --log_every 1 --seeds 1 --rows S-RYM"
+    )
+    run_script(ROOT / "hyperbolic_rl.py", "--config", "atari", "--env", "atari:pong", *size.split())
+    folder = tmp_path / "out" / "hyperbolic_rl-atari-s0-pong"
+    assert -21 <= read(folder)["S-RYM"][0]["test"] <= 21
+    lines = [json.loads(x) for x in (folder / "S-RYM-s0" / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(x["loss"]) for x in lines[41:])
+
+
+def test_dry_run_says_what_the_paper_s_setting_takes(run_script, tmp_path):
+    pytest.importorskip("procgen")
+    done = run_script(ROOT / "hyperbolic_rl.py", "--config", "full", "--dry_run")
+    assert "25,001,984 steps" in done.stdout and not (tmp_path / "out").exists()
