@@ -49,18 +49,12 @@ def test_mobius_addition_has_its_identities_and_is_geoopt_s():
 
 
 def test_exponential_maps_and_transport_are_geoopt_s_and_norms_are_half_distances():
-    p, v = points(50, 4), torch.randn(50, 4, dtype=torch.float64)
+    p, q, v = points(50, 4), points(50, 4), torch.randn(50, 4, dtype=torch.float64)
     torch.testing.assert_close(BALL.dist0(hrl.expmap0(v)), 2 * v.norm(dim=1))
     torch.testing.assert_close(BALL.logmap0(hrl.expmap0(v)), v)
     torch.testing.assert_close(hrl.expmap(p, 0.1 * v), BALL.expmap(p, 0.1 * v))
-    torch.testing.assert_close(
-        hrl.transport(p, points(50, 4) * 0 + 0.1, v), BALL.transp(p, points(50, 4) * 0 + 0.1, v)
-    )
-
-
-def test_points_beyond_the_border_are_pulled_back():
+    torch.testing.assert_close(hrl.transport(p, q, v), BALL.transp(p, q, v))
     assert hrl.expmap0(torch.full((1, 3), 1e9)).norm().item() == pytest.approx(1 - 4e-3)
-    assert torch.equal(hrl.expmap0(torch.zeros(1, 3)), torch.zeros(1, 3))
 
 
 def test_one_matrix_product_equals_the_explicit_formula_and_passes_gradcheck():
@@ -75,10 +69,6 @@ def test_scores_are_signed_distances_to_the_hyperplane_times_the_normal_s_length
     distance = BALL.dist2plane(x[:, None], p, w, signed=True) * w.norm(dim=1)
     torch.testing.assert_close(hrl.hyperplane_scores(x, p, w), distance)
     torch.testing.assert_close(hrl.hyperplane_scores(x, p, -w), -distance)
-    tangent = torch.randn(5, 4, dtype=torch.float64)
-    tangent -= (tangent * w).sum(1, keepdim=True) / w.square().sum(1, keepdim=True) * w
-    on_plane = hrl.mobius_add(p, 0.3 * tangent / tangent.norm(dim=1, keepdim=True))
-    assert hrl.hyperplane_scores(on_plane, p, w).diagonal().abs().max() < 1e-10
 
 
 def test_near_the_origin_the_layer_is_linear_with_twice_the_weight():
@@ -106,39 +96,35 @@ def test_normals_start_small_where_the_public_code_passes_that_number_as_their_m
     assert theirs.std().item() == pytest.approx(1, rel=0.02)
 
 
-def test_riemannian_adam_is_geoopt_s_and_leaves_other_parameters_to_adam():
+def test_riemannian_adam_is_geoopt_s():
     start, target = points(6, 3, size=0.5), points(6, 3)
-    ours, flat = hrl.BallPoints(start.clone()), nn.Parameter(start.clone())
-    theirs, plain = geoopt.ManifoldParameter(start.clone(), manifold=BALL), nn.Parameter(start.clone())
-    ours_step = hrl.RiemannianAdam([ours, flat], lr=0.05)
-    others = geoopt.optim.RiemannianAdam([theirs], lr=0.05), torch.optim.Adam([plain], lr=0.05)
+    ours, theirs = hrl.BallPoints(start.clone()), geoopt.ManifoldParameter(start.clone(), manifold=BALL)
+    optimizers = hrl.RiemannianAdam([ours], lr=0.05), geoopt.optim.RiemannianAdam([theirs], lr=0.05)
     for _ in range(30):
-        for optimizer, params in ((ours_step, [ours, flat]), (others[0], [theirs]), (others[1], [plain])):
+        for optimizer, p in zip(optimizers, (ours, theirs), strict=True):
             optimizer.zero_grad()
-            sum((p - target).square().sum() for p in params).backward()
+            (p - target).square().sum().backward()
             optimizer.step()
-    torch.testing.assert_close(flat.data, plain.data)
     torch.testing.assert_close(ours.data, theirs.data, rtol=1e-4, atol=1e-4)
 
 
-def test_riemannian_steps_have_length_lr_at_first_and_never_leave_the_ball():
-    p = hrl.BallPoints(points(5, 3).float())
-    before, optimizer = p.data.clone(), hrl.RiemannianAdam([p], lr=1.0)
-    for step in range(1000):
-        p.grad = torch.randn(5, 3)
-        optimizer.step()
-        if step == 0 and before.norm(dim=1).max() < 0.5:
-            torch.testing.assert_close(BALL.dist(before, p.data), torch.ones(5), rtol=1e-3, atol=1e-3)
+def test_no_riemannian_step_leaves_the_ball_and_other_parameters_take_adam_s():
+    p, flat, plain = (
+        hrl.BallPoints(torch.zeros(5, 3)),
+        nn.Parameter(torch.ones(3)),
+        nn.Parameter(torch.ones(3)),
+    )
+    ours, theirs = hrl.RiemannianAdam([p, flat], lr=1.0), torch.optim.Adam([plain], lr=1.0)
+    for _ in range(1000):
+        p.grad, flat.grad = torch.randn(5, 3), torch.randn(3)
+        plain.grad = flat.grad.clone()
+        ours.step()
+        theirs.step()
         assert p.norm(dim=1).max() < 1
+    torch.testing.assert_close(flat, plain)
 
 
 # --- delta
-
-
-def brute_delta(d):
-    """The 4-point condition with base 0."""
-    a = (d[0][:, None] + d[0][None] - d) / 2
-    return max(min(a[i, k], a[k, j]) - a[i, j] for i, j, k in itertools.product(range(len(d)), repeat=3))
 
 
 def test_delta_is_zero_for_trees_one_for_the_square_and_the_brute_force_elsewhere():
@@ -148,11 +134,11 @@ def test_delta_is_zero_for_trees_one_for_the_square_and_the_brute_force_elsewher
     assert hrl.relative_delta(torch.tensor(shortest_path(tree, directed=False))).item() < 1e-6
     square = torch.tensor([[0, 1, 2, 1], [1, 0, 1, 2], [2, 1, 0, 1], [1, 2, 1, 0.0]])
     assert hrl.relative_delta(square).item() == 1
-    distance = torch.cdist(torch.randn(8, 3), torch.randn(8, 3))
-    distance = (distance + distance.T).fill_diagonal_(0)
-    distance = torch.tensor(shortest_path(distance.numpy()))
-    found = hrl.relative_delta(distance, bases=1, chunk=3)
-    assert found.item() == pytest.approx(2 * brute_delta(distance.numpy()) / distance.max().item())
+    x = torch.randn(8, 3)
+    d = torch.cdist(x, x)
+    a = (d[0][:, None] + d[0] - d) / 2
+    delta = max(min(a[i, k], a[k, j]) - a[i, j] for i, j, k in itertools.product(range(8), repeat=3))
+    assert hrl.relative_delta(d, bases=1, chunk=3).item() == pytest.approx((2 * delta / d.max()).item())
 
 
 # --- encoder
@@ -238,8 +224,7 @@ def test_the_loss_at_ratio_one_has_the_policy_gradient_and_clips_values():
 
 
 def test_hl_gauss_sums_to_one_and_its_mean_is_the_target_also_at_the_ends():
-    cfg = replace(SMOKE, bins=51)
-    target = torch.tensor([-99.0, -3.3, 0.0, 7.77, 99.0])
+    cfg, target = replace(SMOKE, bins=51), torch.tensor([-99.0, -3.3, 0.0, 7.77, 99.0])
     probs = hrl.hl_gauss(target, hrl.bin_edges(cfg, target.device))
     torch.testing.assert_close(probs.sum(1), torch.ones(5))
     assert (hrl.value_of(probs.log(), cfg) - target.clamp(-10, 10)).abs().max() < 20 / 51
@@ -262,23 +247,19 @@ def test_projection_keeps_mass_and_moves_each_atom_between_its_neighbours():
 
 
 def test_transitions_stop_at_an_episode_s_end_and_follow_the_priorities():
-    cfg = replace(SMOKE, nstep=3, discount=0.5, batch=4000)
-    one = torch.zeros(())
-    replay = common.Replay(10, obs=one, action=one.long(), reward=one, done=one.bool(), priority=one)
-    for t in range(10):
-        row = dict(obs=[t], action=[t], reward=[t], done=[t == 4], priority=[float(t % 2)])
-        replay.add(**{k: torch.tensor(v).to(replay.get_buffer(k).dtype) for k, v in row.items()})
-    batch = hrl.sample(replay, cfg)
-    assert set(batch.rows.tolist()) == {1, 3, 5} and batch.probability[0].item() == pytest.approx(1 / 3)
-    for row, reward, discount, after in zip(*(x.tolist() for x in (batch.rows, *batch[4:])), strict=True):
-        assert (reward, discount, after) == {1: (2.75, 0.125, 4), 3: (5, 0, 6), 5: (9.75, 0.125, 8)}[row]
+    t, zero = torch.arange(10), torch.zeros(())
+    row = dict(obs=zero, action=zero.long(), reward=zero, done=zero.bool(), priority=zero)
+    replay = common.Replay(10, **row)
+    replay.add(obs=t.float(), action=t, reward=t.float(), done=t == 4, priority=t.float() % 2)
+    batch = hrl.sample(replay, replace(SMOKE, nstep=3, discount=0.5, batch=4000))
+    found = {row: facts for row, *facts in zip(*(x.tolist() for x in (batch.rows, *batch[4:])), strict=True)}
+    assert found == {1: [2.75, 0.125, 4], 3: [5, 0, 6], 5: [9.75, 0.125, 8]}
+    assert batch.probability[0].item() == pytest.approx(1 / 3)
 
 
-def test_noise_acts_in_training_mode_alone_and_its_size_is_learned():
+def test_noise_acts_in_training_mode_alone():
     noise, weight = hrl.Noise(torch.ones(3, 4), 0.1), torch.ones(3, 4)
     assert not torch.equal(noise(weight), noise(weight)) and torch.equal(noise.eval()(weight), weight)
-    noise.train()(weight).sum().backward()
-    assert noise.sigma.grad.abs().max() > 0 and noise.sigma[0, 0].item() == pytest.approx(0.05)
 
 
 # --- tasks
@@ -310,36 +291,28 @@ def test_mazes_are_trees_and_can_be_won_in_time(cells):
 
 def test_environments_step_as_a_scalar_one_does_and_ranks_see_their_share():
     levels = hrl.make_levels([1, 0], 9, 3)
-    envs, half = (hrl.TreasureTree(levels, 6, mine, 12) for mine in (slice(None), slice(3, 6)))
-    obs, _ = envs.reset(seed=5)
-    assert np.array_equal(half.reset(seed=5)[0], obs[3:])
-    random, age, has_key, place = np.random.default_rng(0), np.zeros(6), np.zeros(6, bool), envs.place.copy()
-    for _ in range(300):
-        level, action = envs.level.copy(), random.integers(0, 4, 6)
+    envs, half = (hrl.TreasureTree(levels, 4, mine, 12) for mine in (slice(None), slice(2, 4)))
+    assert np.array_equal(half.reset(seed=5)[0], envs.reset(seed=5)[0][2:])
+    age, stage, place = 0, 0, envs.place[3]
+    for action in np.random.default_rng(0).integers(0, 4, (900, 4)):
+        level, move = envs.level[3], (-7, 1, 7, -1)[action[3]]
         obs, reward, done, _, _ = envs.step(action)
-        assert np.array_equal(half.step(action[3:])[0], obs[3:])
-        for e in range(6):
-            move = (-7, 1, 7, -1)[action[e]]
-            place[e] += 0 if levels.wall[level[e], place[e] + move] else 2 * move
-            key, treasure = levels.goals[level[e]]
-            wanted = 0.0
-            if has_key[e] and place[e] == treasure:
-                wanted = 1.0
-            elif not has_key[e] and place[e] == key:
-                has_key[e], wanted = True, 0.5
-            age[e] += 1
-            assert reward[e] == wanted and done[e] == (wanted == 1 or age[e] == 12)
-            if done[e]:
-                age[e], has_key[e], place[e] = 0, False, envs.place[e]
-            assert tuple(obs[e].reshape(3, -1)[:, place[e]]) == hrl.AGENT
+        assert np.array_equal(half.step(action[2:])[0], obs[2:])
+        place += 0 if levels.wall[level, place + move] else 2 * move
+        reached = place == levels.goals[level, stage]
+        assert reward[3] == (reached and (0.5, 1)[stage])
+        age, stage = age + 1, stage + reached
+        assert done[3] == (stage == 2 or age == 12)
+        if done[3]:
+            age, stage, place = 0, 0, envs.place[3]
+        assert tuple(obs[3].reshape(3, -1)[:, place]) == hrl.AGENT
 
 
 def test_procgen_is_a_vector_environment():
     pytest.importorskip("procgen")
     envs = hrl.make_envs(replace(SMOKE, env="procgen:bigfish"), 3, slice(None), train=True)
-    obs, _ = envs.reset(seed=1)
-    again = hrl.make_envs(replace(SMOKE, env="procgen:bigfish"), 3, slice(None), train=True)
-    assert obs.shape == (3, 3, 64, 64) and np.array_equal(again.reset(seed=1)[0], obs)
+    first, again = (envs.reset(seed=1)[0].copy() for _ in range(2))
+    assert first.shape == (3, 3, 64, 64) and np.array_equal(first, again)
     assert [len(x) for x in envs.step(np.zeros(3, int))[:4]] == [3] * 4
 
 
@@ -353,7 +326,6 @@ def test_procgen_is_a_vector_environment():
         (dict(env="atari:bigfish"), "bigfish"),
         (dict(env="Pendulum-v1"), "procgen:GAME"),
         (dict(cells=1), "--cells"),
-        (dict(features=0), "--features"),
     ],
 )
 def test_bad_settings_are_one_line(change, words):
@@ -401,9 +373,3 @@ def test_rainbow_learns_on_a_real_rom(run_script, tmp_path):
     assert -21 <= read(folder)["S-RYM"][0]["test"] <= 21
     lines = [json.loads(x) for x in (folder / "S-RYM-s0" / "metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(x["loss"]) for x in lines[41:])
-
-
-def test_dry_run_says_what_the_paper_s_setting_takes(run_script, tmp_path):
-    pytest.importorskip("procgen")
-    done = run_script(ROOT / "hyperbolic_rl.py", "--config", "full", "--dry_run")
-    assert "25,001,984 steps" in done.stdout and not (tmp_path / "out").exists()
