@@ -363,7 +363,6 @@ class ToHyperboloid(nn.Module):
 
 # --- tasks ---
 
-
 AGENT, KEY, TREASURE = (255, 255, 255), (255, 220, 0), (0, 255, 60)  # colours
 REWARDS = np.array([0.5, 1.0])  # of key and treasure
 
@@ -394,8 +393,8 @@ def make_levels(seed: list[int], count: int, cells: int) -> Levels:
     np.put_along_axis(wall, passage, False, 1)
     places = rooms[random.random((count, len(rooms))).argsort(1)[:, :3]]
 
-    floor, stone = random.uniform(30, 90, (2, count, 3, 1))
-    picture = np.where(wall[:, None], stone + 110, floor) + random.uniform(-30, 30, (count, 3, side**2))
+    floor, stone = random.uniform(60, 120, (2, count, 3, 1))
+    picture = np.where(wall[:, None], stone + 75, floor) + random.uniform(-30, 30, (count, 3, side**2))
     picture = picture.astype(np.uint8)
     picture[np.arange(count), :, places[:, 2]] = TREASURE
     return Levels(wall, picture, places[:, 0], places[:, 1:])
@@ -559,13 +558,11 @@ class Net(nn.Module):
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.orthogonal_(layer.weight, 2**0.5 if isinstance(layer, nn.Conv2d) else 1.0)
                 nn.init.zeros_(layer.bias)
-        for tail in self.tails:
-            if cfg.geometry == "flat":
+        if cfg.geometry == "flat":
+            for tail in self.tails:
                 tail.last.weight.data *= 0.01
-            if cfg.spectral:
-                normalise(tail.hidden)
         if cfg.spectral:
-            normalise(self.body)
+            normalise(nn.ModuleList([self.body, *(tail.hidden for tail in self.tails)]))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, obs: Tensor) -> list[Tensor]:
@@ -887,8 +884,8 @@ def sampled(net: nn.Module, run: Run) -> Callable:
 
     @torch.no_grad()
     def act(obs: np.ndarray) -> np.ndarray:
-        logits = net(torch.as_tensor(obs, device=run.device))[0].cpu()
-        return (logits + gumbel(*logits.shape)).argmax(1).numpy()
+        logits, _ = net(torch.as_tensor(obs, device=run.device))
+        return Categorical(logits=logits).sample().cpu().numpy()
 
     return act
 
@@ -908,7 +905,7 @@ def measure_features(net: nn.Module, obs: Tensor, cfg: Config, run: Run) -> dict
     found = {"delta": relative_delta(torch.cdist(features, features))}
     if cfg.geometry == "ball":
         found["border"] = (tail.place(features).norm(dim=1) > 0.99).float().mean()
-        np.save(run.folder / "points.npy", tail.place(tail.hidden(net.read(obs[:, 0]))).cpu())
+        np.save(run.folder / f"points{run.rank}.npy", tail.place(tail.hidden(net.read(obs[:, 0]))).cpu())
     return found
 
 
@@ -956,11 +953,10 @@ def draw(figure, table: dict, run: Run):
             axis.plot(*np.mean(lines, 0).T, label=row)
             axis.set(xlabel=x, ylabel=y)
     axes[0].legend(fontsize="x-small")
-    axes[1].set(yscale="log")
-    points = np.load(run.root / common.slug(f"{DISC}-s{run.cfg.seed}") / "points.npy")
+    points = np.load(run.root / common.slug(f"{DISC}-s{run.cfg.seed}") / "points0.npy")
     disc.scatter(*points.T, c=range(len(points)), s=8)
     disc.add_patch(Circle((0, 0), 1, fill=False))
-    disc.set(title=f"{DISC}: an environment's steps", aspect="equal")
+    disc.set(title=DISC, aspect="equal")
 
 
 def dry_run(cfg: Config, run: Run):
