@@ -4,47 +4,49 @@ Cetin, Chamberlain, Bronstein, Hunt, "Hyperbolic Deep Reinforcement Learning", I
 Hyper++ is of Klein et al., "Understanding and Improving Hyperbolic Deep RL", ICLR 2026, arXiv 2512.14202.
 
 The claim. What an agent can reach from a state is a tree, and hyperbolic space has room for trees. A naive
-hyperbolic last layer fails, since its gradients explode where the ball ends. S-RYM (spectral norm on the
-Euclidean encoder, features times 1 / sqrt n) makes it stable, and it generalises better from few dimensions.
+hyperbolic last layer fails, since its gradients explode at the border of the ball. S-RYM (spectral norm on
+the Euclidean encoder, features times 1 / sqrt n) is stable, and generalises better from fewer dimensions.
 
-Points x, p in the ball |x| < 1 (curvature -1), v in R^n; a layer's output i has an offset p_i and a normal w_i:
+Curvature -1: points x, p in the ball |x| < 1, v in R^n; output i has an offset p_i and a normal w_i.
   eq. (1)  exp_0(v) = tanh(|v|) v / |v|
-  eq. (2)  x (+) y = ((1 + 2<x,y> + |y|^2) x + (1 - |x|^2) y) / (1 + 2<x,y> + |x|^2 |y|^2)     Mobius addition
-  eq. (3)  f_i(x) = |w_i| asinh(2 <z,w_i> / ((1 - |z|^2) |w_i|)),  z = -p_i (+) x        hyperplane layer (A)
+  eq. (2)  x (+) y = ((1 + 2<x,y> + |y|^2) x + (1 - |x|^2) y) / (1 + 2<x,y> + |x|^2 |y|^2)   Mobius addition
+  eq. (3)  f_i(x) = |w_i| asinh(2 <z,w_i> / ((1 - |z|^2) |w_i|)),  z = -p_i (+) x       hyperplane layer (A)
   eq. (4)  2 <z,w> / (1 - |z|^2) = 2 (<x, w + 2 s p> - (1 + |x|^2) s) / (1 - |x|^2),  s = <p,w> / (1 - |p|^2)
-           so that all of eq. (3) is one matrix product; the z of each pair (x, p_i) is never made
-  eq. (5)  S-RYM: x = exp_0(E(o) / sqrt n),  every convolution and linear layer of E of spectral norm 1
-  eq. (6)  Riemannian Adam for p: r = (1 - |p|^2)^2 / 4 grad,  p <- exp_p(-lr m / (sqrt v + eps)),
-           m averages r (and moves along), v averages |r|_p^2: one number a point
-  eq. (7)  Hyper++: v = sigmoid(<u,h> + c) atanh(.95) h / sqrt n,  h = tanh(RMSNorm(E(o))),  on the hyperboloid
-           (x_0, x_r) = (cosh|v|, sinh|v| v/|v|);  f_i = |z_i| asinh((cosh r_i <x_r,z_i> - x_0 sinh r_i |z_i|) / |z_i|)
+           so eq. (3) is one matrix product for all outputs; the z of a pair (x, p_i) is never made
+  eq. (5)  S-RYM: x = exp_0(E(o) / sqrt n),  each convolution and linear layer of E has spectral norm 1
+  eq. (6)  Riemannian Adam: r = (1 - |p|^2)^2 / 4 grad,  p <- exp_p(-lr m / (sqrt v + eps)),  m averages r
+           and is transported along, v averages |r|_p^2: one number a point
+  eq. (7)  Hyper++: v = sigmoid(<u,h> + c) atanh(.95) h / sqrt n,  h = tanh(RMSNorm(E(o))),
+           on the hyperboloid (x_0, x_r) = (cosh|v|, sinh|v| v / |v|);  with offsets r_i and normals z_i
+           f_i = |z_i| asinh((cosh r_i <x_r,z_i> - x_0 sinh r_i |z_i|) / |z_i|)
   eq. (8)  HL-Gauss: a return is a Gaussian over bins, the critic's loss the cross entropy with it
   eq. (9)  GAE: A_t = d_t + gamma lambda A_{t+1},  d_t = r_t + gamma V_{t+1} - V_t
   eq. (10) PPO: mean max(-A ratio, -A clip(ratio)) + .5 value loss - .01 entropy
-  eq. (11) C51: y = sum_{k<n} gamma^k r_k + gamma^n z, its probabilities shared by the neighbouring atoms
-  eq. (12) delta = max_ijk (min(A_ik, A_kj) - A_ij),  A_ij = (d_ir + d_jr - d_ij) / 2;  relative: 2 delta / diameter
+  eq. (11) C51: y = sum_{k<n} gamma^k r_k + gamma^n z, its probability shared by the neighbouring atoms
+  eq. (12) delta = max_ijk (min(A_ik, A_kj) - A_ij),  A_ij = (d_ir + d_jr - d_ij) / 2,  d a distance, r a base
+           relative: 2 delta / diameter
 
 How to run
-  python hyperbolic_rl.py                                            the claim in miniature: two CPU cores
-  python hyperbolic_rl.py --config full --env procgen:bigfish        the paper's Procgen setting, one of 16 games
-  python hyperbolic_rl.py --config atari --env atari:pong            data-efficient Rainbow on Atari 100K
-  torchrun --nproc_per_node=8 hyperbolic_rl.py --config full         ranks take other rows and seeds
+  python hyperbolic_rl.py                                        the claim in miniature: two CPU cores
+  python hyperbolic_rl.py --config full --env procgen:bigfish    the paper's Procgen setting, one of 16 games
+  python hyperbolic_rl.py --config atari --env atari:pong        data-efficient Rainbow on Atari 100K
+  torchrun --nproc_per_node=8 hyperbolic_rl.py --config full     ranks take other rows and seeds
 
 Departures
-- w_i starts at N(0, (0.01 / sqrt n)^2), which the paper says; its code passes that number as the mean.
-- Minibatches take the same number of steps from each environment, so that ranks can share them.
+- w_i starts at N(0, (0.01 / sqrt n)^2), as the paper says; its code passes that number as the mean.
+- A minibatch has the same number of steps of each environment, so that ranks can share it.
 - Every --save_every steps all episodes start anew, so that resuming is exact. A time limit is an end.
 - Acting runs no power iteration: rollouts and updates see the same network.
-- Rainbow (no public code): noise lies on weights, not on biases, after spectral normalisation; its replay
-  holds the whole run. A lost life ends a training episode.
+- Rainbow (no public code): noise lies on normalised weights, not on biases; a lost life ends a training
+  episode; the replay holds the whole run, 2.8 GB of stacked frames.
+- The demo's pictures are scaled up (gain): an encoder of spectral norm 1 cannot raise the norm of small ones.
 
-Reading order: Config, ROWS, HyperplaneLayer, srym, Tail, RiemannianAdam, ppo_loss, train_ppo, train_rainbow.
+Reading order: Config, ROWS, hyperplane_scores, srym, RiemannianAdam, Tail, train_ppo, train_rainbow.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import math
 import time
@@ -183,7 +185,16 @@ CONFIGS = {
         compile=False,
     ),
 }
-CLAIMS = [Claim("a naive hyperbolic layer returns less on new levels than S-RYM", "test", "S-RYM", "naive")]
+CLAIMS = [
+    Claim("S-RYM returns more on new levels than a naive hyperbolic layer", "test", "S-RYM", "naive"),
+    Claim("... and its gradients are smaller", "gradient", "S-RYM", "naive", "lower"),
+    Claim("S-RYM returns more on new levels than the Euclidean agent", "test", "S-RYM", "euclidean"),
+    Claim("... and loses less from training levels to new ones", "gap", "S-RYM", "euclidean", "lower"),
+    Claim("... and returns more in two dimensions", "test", "S-RYM, n = 2", "euclidean, n = 2"),
+    Claim("relative delta falls in training", "delta", "S-RYM", "S-RYM, one iteration", "lower"),
+    Claim("Hyper++ returns no less than S-RYM, margin 0.1", "test", "Hyper++", "S-RYM", margin=-0.1),
+    Claim("... and learns in less time (us a step)", "learn_us", "Hyper++", "S-RYM", "lower"),
+]
 
 # Procgen's constants for easy levels: return of a random and of a perfect agent
 PROCGEN = {
@@ -209,43 +220,46 @@ PROCGEN = {
 # --- the ball ---
 
 
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """(..., n) each -> (..., 1)."""
+    return (x * y).sum(-1, keepdim=True)
+
+
 def mobius_add(x: Tensor, y: Tensor) -> Tensor:
     """Eq. (2): (..., n) each -> (..., n)."""
-    xy, xx, yy = ((a * b).sum(-1, keepdim=True) for a, b in ((x, y), (x, x), (y, y)))
+    xy, xx, yy = dot(x, y), dot(x, x), dot(y, y)
     return ((1 + 2 * xy + yy) * x + (1 - xx) * y) / (1 + 2 * xy + xx * yy)
 
 
 def into_ball(x: Tensor) -> Tensor:
-    """Points (..., n) beyond a margin of the border are pulled back to it: 4e-3 in float32, 1e-5 in float64."""
+    """Points (..., n) too close to the border are pulled back: to 4e-3 in float32, 1e-5 in float64."""
     limit = 1 - (4e-3 if x.dtype == torch.float32 else 1e-5)
     return x * (limit / x.norm(dim=-1, keepdim=True).clamp(min=1e-15)).clamp(max=1)
 
 
 def expmap0(v: Tensor) -> Tensor:
-    """Eq. (1): vectors (..., n) to points of the ball. The factor lambda_0 = 2 makes |v| half their distance to 0."""
+    """Eq. (1): vectors (..., n) to points of the ball, at distance 2 |v| from 0."""
     norm = v.norm(dim=-1, keepdim=True).clamp(min=1e-15)
     return into_ball(norm.clamp(max=15).tanh() * v / norm)
 
 
 def expmap(p: Tensor, v: Tensor) -> Tensor:
     """exp_p(v): from points p (..., n) along tangent vectors v (..., n)."""
-    return into_ball(mobius_add(p, expmap0(v / (1 - p.square().sum(-1, keepdim=True)))))
+    return into_ball(mobius_add(p, expmap0(v / (1 - dot(p, p)))))
 
 
 def transport(p: Tensor, q: Tensor, v: Tensor) -> Tensor:
     """Parallel transport of tangent vectors v (..., n) from p to q: gyr[q, -p] v lambda_p / lambda_q."""
-    p_p, q_q, p_q = ((a * b).sum(-1, keepdim=True) for a, b in ((p, p), (q, q), (p, q)))
-    p_v, q_v = ((a * v).sum(-1, keepdim=True) for a in (p, q))
-    a = -q_v * p_p - p_v + 2 * p_q * p_v  # gyr[q, -p] v = v + 2 (a q - b p) / (1 - 2<p,q> + |p|^2 |q|^2)
-    b = p_v * q_q - q_v
-    turned = v + 2 * (a * q - b * p) / (1 - 2 * p_q + p_p * q_q)
-    return turned * (1 - q_q) / (1 - p_p)
+    pp, qq, pq, pv, qv = dot(p, p), dot(q, q), dot(p, q), dot(p, v), dot(q, v)
+    a, b = 2 * pq * pv - pp * qv - pv, qq * pv - qv
+    turned = v + 2 * (a * q - b * p) / (1 - 2 * pq + pp * qq)  # gyr[q, -p] v
+    return turned * (1 - qq) / (1 - pp)
 
 
 def hyperplane_scores(x: Tensor, p: Tensor, w: Tensor) -> Tensor:
-    """Eqs. (3), (4): points (B, n), offsets and normals (O, n) -> (B, O). Near 0 it is the linear layer 2 w."""
+    """Eqs. (3), (4): points (B, n), offsets and normals (O, n) -> (B, O); linear near 0, of weight 2 w."""
     shift = (p * w).sum(-1) / (1 - p.square().sum(-1))  # s, (O,)
-    xx, norm = x.square().sum(-1, keepdim=True), w.norm(dim=-1).clamp(min=1e-15)
+    xx, norm = dot(x, x), w.norm(dim=-1).clamp(min=1e-15)
     sinh = 2 * (x @ (w + 2 * shift[:, None] * p).T - (1 + xx) * shift) / (1 - xx)
     return norm * (sinh / norm).asinh()
 
@@ -281,7 +295,7 @@ class ToBall(nn.Module):
 
 
 def srym(encoder: nn.Module) -> nn.Module:
-    """Anybody's encoder, whose last layer is linear, as S-RYM's: observations -> points of the ball (B, n)."""
+    """Anybody's encoder, whose last layer is linear, as S-RYM's: it gives points of the ball (B, n)."""
     return nn.Sequential(normalise(encoder), ToBall())
 
 
@@ -312,10 +326,10 @@ class RiemannianAdam(torch.optim.Adam):
                 step=p.new_zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p[:, :1])
             )
         step = state["step"].add_(1)
-        half = (1 - p.square().sum(-1, keepdim=True)) / 2  # 1 / lambda_p
+        half = (1 - dot(p, p)) / 2  # 1 / lambda_p
         gradient = half.square() * p.grad
         mean = state["exp_avg"].lerp_(gradient, 1 - beta1)
-        square = state["exp_avg_sq"].lerp_((gradient / half).square().sum(-1, keepdim=True), 1 - beta2)
+        square = state["exp_avg_sq"].lerp_(dot(gradient, gradient) / half.square(), 1 - beta2)
         along = mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + group["eps"])
         moved = expmap(p, -group["lr"] * along)
         mean.copy_(transport(p, moved, mean))
@@ -326,7 +340,7 @@ class RiemannianAdam(torch.optim.Adam):
 
 
 def hyperboloid_scores(x: Tensor, r: Tensor, z: Tensor) -> Tensor:
-    """Eq. (7), right: points (B, n + 1), offsets (O,) and normals (O, n) -> (B, O); asinh's argument is bounded."""
+    """Eq. (7), f: points (B, n + 1), offsets (O,), normals (O, n) -> (B, O); asinh's argument is bounded."""
     norm = z.norm(dim=-1).clamp(min=1e-15)
     sinh = x[:, 1:] @ (z / norm[:, None] * r.cosh()[:, None]).T - x[:, :1] * r.sinh()
     bound = math.log(2 / torch.finfo(torch.float64).eps)
@@ -343,12 +357,11 @@ class HyperboloidLayer(nn.Module):
         self.offset = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return hyperboloid_scores(x, self.offset.double(), self.weight.double()).float()
+        return hyperboloid_scores(x, self.offset.double(), self.weight.double()).float()
 
 
 class ToHyperboloid(nn.Module):
-    """Eq. (7), left: features (B, n) to points of the hyperboloid (B, n + 1), in float64."""
+    """Eq. (7), v and x: features (B, n) to points of the hyperboloid (B, n + 1), in float64."""
 
     def __init__(self, n: int):
         super().__init__()
@@ -372,12 +385,11 @@ class Levels(NamedTuple):
 
     wall: np.ndarray  # (L, S S)
     picture: np.ndarray  # (L, 3, S S), without agent and key
-    start: np.ndarray  # (L,)
-    goals: np.ndarray  # (L, 2): key, treasure
+    places: np.ndarray  # (L, 3): start, key, treasure
 
 
 def make_levels(seed: list[int], count: int, cells: int) -> Levels:
-    """Mazes of cells x cells rooms: a tree, for each room but the first opens to the room above or to the left.
+    """Mazes of cells x cells rooms: trees, for each room but the first opens to the one above or to the left.
 
     Rooms are the odd squares, and walls or passages lie between. Colours and noise of a level mean nothing.
     """
@@ -397,11 +409,11 @@ def make_levels(seed: list[int], count: int, cells: int) -> Levels:
     picture = np.where(wall[:, None], stone + 75, floor) + random.uniform(-30, 30, (count, 3, side**2))
     picture = picture.astype(np.uint8)
     picture[np.arange(count), :, places[:, 2]] = TREASURE
-    return Levels(wall, picture, places[:, 0], places[:, 1:])
+    return Levels(wall, picture, places)
 
 
 class TreasureTree(gymnasium.vector.VectorEnv):
-    """Fetch the key, then the treasure, in a maze that is a tree; a level an episode. Moves: up, right, down, left.
+    """Fetch the key, then the treasure, in a maze that is a tree; actions: up, right, down, left.
 
     Pictures (3, S, S) in bytes. Levels are drawn for all `total` environments and those of `mine` played, so
     that ranks see what one would.
@@ -421,14 +433,14 @@ class TreasureTree(gymnasium.vector.VectorEnv):
         return self._picture(), {}
 
     def _begin(self, new: np.ndarray):
-        level = self.random.integers(len(self.levels.start), size=self.total)[self.mine]
+        level = self.random.integers(len(self.levels.wall), size=self.total)[self.mine]
         self.level[new] = level[new]
-        self.place[new] = self.levels.start[self.level[new]]
+        self.place[new] = self.levels.places[self.level[new], 0]
         self.age[new] = self.stage[new] = 0
 
     def _picture(self) -> np.ndarray:
         picture, lying = self.levels.picture[self.level], np.flatnonzero(self.stage == 0)
-        picture[lying, :, self.levels.goals[self.level[lying], 0]] = KEY
+        picture[lying, :, self.levels.places[self.level[lying], 1]] = KEY
         picture[np.arange(self.num_envs), :, self.place] = AGENT
         return picture.reshape(-1, 3, self.side, self.side)
 
@@ -436,7 +448,7 @@ class TreasureTree(gymnasium.vector.VectorEnv):
         ahead = self.place + self.moves[actions]
         blocked = self.levels.wall[self.level, ahead]
         self.place = np.where(blocked, self.place, ahead + self.moves[actions])
-        reached = self.place == self.levels.goals[self.level, self.stage]
+        reached = self.place == self.levels.places[self.level, self.stage + 1]
         reward = REWARDS[self.stage] * reached
         self.stage += reached
         self.age += 1
@@ -449,14 +461,13 @@ class Procgen(gymnasium.vector.VectorEnv):
     """Procgen's own vector environment (gym3) as gymnasium's; pictures (3, 64, 64) in bytes."""
 
     def __init__(self, game: str, count: int, levels: int):
-        make = common.need("procgen", "procgen").ProcgenGym3Env
-        settings = dict(num=count, env_name=game, num_levels=levels, start_level=0, distribution_mode="easy")
-        self.num_envs, self.make = count, functools.partial(make, **settings)
+        self.num_envs, self.make = count, common.need("procgen", "procgen").ProcgenGym3Env
+        self.settings = dict(num=count, env_name=game, num_levels=levels, distribution_mode="easy")
         self.single_observation_space = Box(0, 255, (3, 64, 64), np.uint8)
         self.single_action_space = Discrete(15)
 
     def reset(self, *, seed=None, options=None):
-        self.env = self.make(rand_seed=seed)
+        self.env = self.make(rand_seed=seed, **self.settings)
         return self._observe()[0], {}
 
     def _observe(self) -> tuple:
@@ -469,7 +480,7 @@ class Procgen(gymnasium.vector.VectorEnv):
 
 
 def make_envs(cfg: Config, count: int, mine: slice, train: bool) -> gymnasium.vector.VectorEnv:
-    """The `mine` of `count` environments on training levels or on others; an ended one starts anew in that step.
+    """The `mine` of `count` environments, on training levels or on others; ended ones start anew in that step.
 
     UserError for a game that there is not, or that needs a package.
     """
@@ -492,9 +503,9 @@ def make_envs(cfg: Config, count: int, mine: slice, train: bool) -> gymnasium.ve
     raise UserError(f"--env {cfg.env}: tree, procgen:GAME or atari:GAME")
 
 
-def make_tests(cfg: Config) -> dict[str, gymnasium.vector.VectorEnv]:
-    """Environments to evaluate in, an episode each: on training levels and on others."""
-    return {name: make_envs(cfg, cfg.episodes, slice(None), name == "train") for name in ("train", "test")}
+def draw_seed() -> int:
+    """A seed of environments."""
+    return int(torch.randint(2**31, ()))
 
 
 # --- networks ---
@@ -527,7 +538,7 @@ def make_body(shape: tuple[int, ...], cfg: Config) -> tuple[nn.Sequential, int]:
 
 
 class Tail(nn.Module):
-    """Last hidden layer, its map into the geometry, output layer: (B, inputs) -> (B, outputs). Here rows differ."""
+    """Last hidden layer, map into the geometry, outputs: (B, inputs) -> (B, outputs). Here rows differ."""
 
     def __init__(self, inputs: int, outputs: int, cfg: Config):
         super().__init__()
@@ -546,7 +557,7 @@ class Tail(nn.Module):
 
 
 class Net(nn.Module):
-    """An encoder and its tails: pictures (B, C, H, W) -> logits and critic (PPO), value and gains (Rainbow)."""
+    """Encoder and tails: pictures (B, C, H, W) -> logits and critic (PPO), value and gains (Rainbow)."""
 
     def __init__(self, envs: gymnasium.vector.VectorEnv, cfg: Config):
         super().__init__()
@@ -602,7 +613,7 @@ def gae(reward: Tensor, value: Tensor, done: Tensor, discount: float, decay: flo
 
 
 def hl_gauss(target: Tensor, edges: Tensor) -> Tensor:
-    """Eq. (8): targets (B,) to probabilities of bins between `edges` (bins + 1,): a Gaussian of .75 bins' width."""
+    """Eq. (8): targets (B,), edges of bins (bins + 1,) -> (B, bins); the Gaussian is .75 bins wide."""
     width = 0.75 * (edges[1] - edges[0])
     target = target.clamp(edges[0], edges[-1])[:, None]
     below = torch.special.ndtr((edges - target) / width)
@@ -622,7 +633,7 @@ def value_of(critic: Tensor, cfg: Config) -> Tensor:
 
 
 def value_loss(critic: Tensor, batch: Batch, cfg: Config) -> Tensor:
-    """Squared error, of the value or of the clipped value where that is larger; or the cross entropy with eq. (8)."""
+    """Squared error of the value or the clipped value, the larger one; or the cross entropy with eq. (8)."""
     if cfg.bins:
         wanted = hl_gauss(batch.target, bin_edges(cfg, critic.device))
         return -(wanted * critic.log_softmax(1)).sum(1).mean()
@@ -643,20 +654,19 @@ def ppo_loss(logits: Tensor, critic: Tensor, batch: Batch, cfg: Config) -> tuple
     return loss, entropy
 
 
-def discounted(reward: Tensor, done: Tensor, before: Tensor, discount: float) -> Tensor:
-    """Returns so far, R_t = r_t + gamma R_{t-1}, 0 after an end: (T, E); `before` (E,) changes in place."""
-    found = []
+def scaled(
+    reward: Tensor, done: Tensor, before: Tensor, moments: Tensor, discount: float, run: Run
+) -> Tensor:
+    """Rewards (T, E) over the standard deviation of all R_t = r_t + gamma R_{t-1} so far, clipped.
+
+    `before` (E,), the last R, and `moments` (3,), sums of 1, R and R^2, are updated in place.
+    """
+    returns = []
     for r, end in zip(reward, done, strict=True):
-        found.append(r + discount * before)
-        before.copy_(found[-1] * ~end)
-    return torch.stack(found)
-
-
-def scaled(reward: Tensor, returns: Tensor, moments: Tensor, run: Run) -> Tensor:
-    """Rewards over the standard deviation of all returns so far, clipped; `moments` (3,) are updated."""
-    x = returns.double()
-    new = torch.stack([torch.ones_like(x), x, x.square()]).sum((1, 2))
-    moments += run.mean(new) * run.world_size  # count, sum, sum of squares
+        returns.append(r + discount * before)
+        before.copy_(returns[-1] * ~end)
+    x = torch.stack(returns).double()
+    moments += run.mean(torch.stack([torch.ones_like(x), x, x.square()]).mean((1, 2)))
     mean, square = moments[1:] / moments[0]
     return (reward / (square - mean.square() + 1e-8).sqrt()).clamp(-10, 10).float()
 
@@ -706,7 +716,7 @@ def train_ppo(cfg: Config, run: Run) -> dict[str, float]:
     """One cell of the table by PPO: play, advantages, epochs of minibatches; then what the claims compare."""
     device, share = run.device, cfg.envs // run.world_size
     mine = slice(run.rank * share, (run.rank + 1) * share)
-    envs, tests = make_envs(cfg, cfg.envs, mine, train=True), make_tests(cfg)
+    envs = make_envs(cfg, cfg.envs, mine, train=True)
     net, moments = Net(envs, cfg).to(device), torch.zeros(3, dtype=torch.float64, device=device)
     parallel = run.wrap(net)
     forward = torch.compile(parallel) if cfg.compile else parallel
@@ -715,14 +725,13 @@ def train_ppo(cfg: Config, run: Run) -> dict[str, float]:
 
     for step in run.steps(cfg.steps, net=net, optimizer=optimizer, scale={"moments": moments}):
         if obs is None or step % cfg.save_every == 0:  # as in a run that resumes here
-            obs, _ = envs.reset(seed=int(torch.randint(2**31, ())))
+            obs, _ = envs.reset(seed=draw_seed())
             before = torch.zeros(share, device=device)
 
         # play
         noise = gumbel(cfg.rollout, cfg.envs, net.sizes[0][0])[:, mine].to(device)
         seen, obs = play(net, envs, obs, noise, run)
-        returns = discounted(seen.reward, seen.done, before, cfg.discount)
-        reward = scaled(seen.reward, returns, moments, run)
+        reward = scaled(seen.reward, seen.done, before, moments, cfg.discount, run)
         value = value_of(seen.critic, cfg)
         advantage = gae(reward, value, seen.done, cfg.discount, cfg.gae_lambda)
         logp = Categorical(logits=seen.logits, validate_args=False).log_prob(seen.action)
@@ -746,7 +755,7 @@ def train_ppo(cfg: Config, run: Run) -> dict[str, float]:
         learning += time.perf_counter() - begin
         logs = dict(zip(("loss", "entropy", "gradient"), torch.stack(logs).mean(0), strict=True))
         if step % cfg.eval_every == 0 or step == cfg.steps - 1:
-            logs |= measure_returns(sampled(net.eval(), run), tests)
+            logs |= measure_returns(sampled(net.eval(), run), cfg)
             logs |= measure_features(net, seen.obs, cfg, run)
         run.log(step, **logs)
 
@@ -759,7 +768,7 @@ def train_ppo(cfg: Config, run: Run) -> dict[str, float]:
 
 
 class Noise(nn.Module):
-    """A noisy layer's weight (O, n) in training mode: factorised noise of learned size is added (1706.10295)."""
+    """A noisy layer's weight (O, n) in training mode: plus factorised noise of learned size (1706.10295)."""
 
     def __init__(self, weight: Tensor, sigma: float):
         super().__init__()
@@ -781,10 +790,10 @@ def project(probs: Tensor, reward: Tensor, discount: Tensor, atoms: Tensor) -> T
     return (probs[:, :, None] * near).sum(1)
 
 
-def log_probs(net: nn.Module, obs: Tensor, cfg: Config) -> Tensor:
-    """Dueling streams: pictures (B, C, H, W) -> log-probabilities of the return's atoms (B, actions, atoms)."""
+def log_probs(net: nn.Module, obs: Tensor) -> Tensor:
+    """Dueling streams: pictures (B, C, H, W) -> log-probabilities of a return's atoms (B, actions, atoms)."""
     value, gain = net(obs)
-    gain = gain.unflatten(1, (-1, cfg.atoms))
+    gain = gain.unflatten(1, (-1, value.shape[1]))
     return (value[:, None] + gain - gain.mean(1, keepdim=True)).log_softmax(2)
 
 
@@ -801,7 +810,7 @@ class Transitions(NamedTuple):
 
 
 def sample(replay: common.Replay, cfg: Config) -> Transitions:
-    """Transitions drawn by priority: the cumulative sum of 10^5 priorities takes no longer than a tree would."""
+    """Transitions drawn by priority; a cumulative sum of 10^5 priorities takes no longer than a tree."""
     n, device = cfg.nstep, replay.added.device
     sums = replay.priority[: int(replay.added) - n].cumsum(0, dtype=torch.float64)
     rows = torch.searchsorted(sums, torch.rand(cfg.batch, device=device) * sums[-1]).clamp(max=len(sums) - 1)
@@ -813,20 +822,20 @@ def sample(replay: common.Replay, cfg: Config) -> Transitions:
     return Transitions(rows, replay.priority[rows] / sums[-1], *facts, replay.obs[rows + n])
 
 
-def rainbow_loss(net: nn.Module, target: nn.Module, batch: Transitions, atoms: Tensor, cfg: Config) -> Tensor:
+def rainbow_loss(net: nn.Module, target: nn.Module, batch: Transitions, atoms: Tensor) -> Tensor:
     """Cross entropy (B,) with eq. (11) at the action that `net` prefers and `target` values (double DQN)."""
     each = torch.arange(len(batch.rows), device=atoms.device)
     with torch.no_grad():
-        best = (log_probs(net, batch.after, cfg).exp() @ atoms).argmax(1)
-        probs = log_probs(target, batch.after, cfg)[each, best].exp()
+        best = (log_probs(net, batch.after).exp() @ atoms).argmax(1)
+        probs = log_probs(target, batch.after)[each, best].exp()
         wanted = project(probs, batch.reward, batch.discount, atoms)
-    return -(wanted * log_probs(net, batch.obs, cfg)[each, batch.action]).sum(1)
+    return -(wanted * log_probs(net, batch.obs)[each, batch.action]).sum(1)
 
 
 def train_rainbow(cfg: Config, run: Run) -> dict[str, float]:
     """One cell of the table by Rainbow: act, store, learn; then what the claims compare."""
     device = run.device
-    envs, tests = make_envs(cfg, 1, slice(None), train=True), make_tests(cfg)
+    envs = make_envs(cfg, 1, slice(None), train=True)
     net = Net(envs, cfg).to(device)
     for layer in (x for tail in net.tails for x in (tail.hidden, tail.last)):
         parametrize.register_parametrization(layer, "weight", Noise(layer.weight, cfg.noise))
@@ -839,12 +848,12 @@ def train_rainbow(cfg: Config, run: Run) -> dict[str, float]:
 
     @torch.no_grad()
     def act(obs: np.ndarray) -> np.ndarray:
-        q = log_probs(net, torch.as_tensor(obs, device=device), cfg).exp() @ atoms
+        q = log_probs(net, torch.as_tensor(obs, device=device)).exp() @ atoms
         return q.argmax(1).cpu().numpy()
 
     for step in run.steps(cfg.steps, net=net, target=target, optimizer=optimizer, replay=replay):
         if obs is None or step % cfg.save_every == 0:
-            obs, _ = envs.reset(seed=int(torch.randint(2**31, ())))
+            obs, _ = envs.reset(seed=draw_seed())
 
         # act with the layers' noise, and store
         action, before = act(obs), obs
@@ -857,7 +866,7 @@ def train_rainbow(cfg: Config, run: Run) -> dict[str, float]:
         logs = {"reward": reward[0]}
         if step >= cfg.warmup:
             batch = sample(replay, cfg)
-            loss = rainbow_loss(net, target, batch, atoms, cfg)
+            loss = rainbow_loss(net, target, batch, atoms)
             beta = cfg.correction + (1 - cfg.correction) * step / cfg.steps
             weight = batch.probability**-beta
             optimizer.zero_grad(set_to_none=True)
@@ -870,7 +879,7 @@ def train_rainbow(cfg: Config, run: Run) -> dict[str, float]:
             target.load_state_dict(net.state_dict())
         if (step + 1) % cfg.eval_every == 0 or step == cfg.steps - 1:
             net.eval()
-            logs |= measure_returns(act, tests)
+            logs |= measure_returns(act, cfg)
             net.train()
         run.log(step, **logs)
     return summary(cfg, run)
@@ -890,16 +899,18 @@ def sampled(net: nn.Module, run: Run) -> Callable:
     return act
 
 
-def measure_returns(policy: Callable, tests: dict) -> dict[str, float]:
-    """Mean return on training levels, on others, and their difference."""
-    seed = int(torch.randint(2**31, ()))
-    found = {name: common.evaluate_policy(envs, policy, seed).mean() for name, envs in tests.items()}
+def measure_returns(policy: Callable, cfg: Config) -> dict[str, float]:
+    """Mean return on training levels, on others, and their difference; an episode of each environment."""
+    found = {}
+    for name in ("train", "test"):
+        envs = make_envs(cfg, cfg.episodes, slice(None), name == "train")
+        found[name] = common.evaluate_policy(envs, policy, draw_seed()).mean()
     return found | {"gap": found["train"] - found["test"]}
 
 
 @torch.no_grad()
 def measure_features(net: nn.Module, obs: Tensor, cfg: Config, run: Run) -> dict[str, float]:
-    """Relative delta of features of pictures (T, E, ...), and the share of points within .01 of the border."""
+    """Relative delta of features of pictures (T, E, ...), and the share of points beyond |x| = .99."""
     (tail,), pictures = net.tails, obs.flatten(0, 1)
     features = tail.hidden(net.read(pictures[torch.randperm(len(pictures))[: cfg.points]])).float()
     found = {"delta": relative_delta(torch.cdist(features, features))}
@@ -925,7 +936,7 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def summary(cfg: Config, run: Run) -> dict[str, float]:
-    """What was measured last; of PPO the mean gradient norm, and how delta goes with return (Spearman), too."""
+    """What was measured last; of PPO the mean gradient norm and the rank correlation of delta and return."""
     lines = read_metrics(run.folder)
     found = {k: v for k, v in lines[-1].items() if k not in ("step", "loss", "reward")}
     game = cfg.env.removeprefix("procgen:")
@@ -943,7 +954,7 @@ def summary(cfg: Config, run: Run) -> dict[str, float]:
 
 
 def draw(figure, table: dict, run: Run):
-    """Means over seeds: returns and gradient norms over training, delta over return; an episode in the disc."""
+    """Means over seeds: returns, gradient norms over training, delta over return; an episode in the disc."""
     *axes, disc = figure.subplots(1, 4)
     seeds = range(run.cfg.seed, run.cfg.seed + run.cfg.seeds)
     for row in table:

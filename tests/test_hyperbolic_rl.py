@@ -78,7 +78,7 @@ def test_near_the_origin_the_layer_is_linear_with_twice_the_weight():
 
 
 def test_layer_a_is_the_hyperboloid_s_with_normal_and_offset_of_the_same_hyperplane():
-    """Stereographic: x_r = sinh 2|v|; p, w become z along w + 2 s p, of length |w|, and r = asinh(2 s / |w|)."""
+    """|x_r| = sinh 2|v|; p and w become z along w + 2 s p, of length |w|, and r = asinh(2 s / |w|)."""
     v, (p, w) = 0.3 * torch.randn(9, 4, dtype=torch.float64), layer()
     norm = 2 * v.norm(dim=1, keepdim=True)
     lifted = torch.cat([norm.cosh(), norm.sinh() * 2 * v / norm], 1)
@@ -204,8 +204,7 @@ def test_rewards_are_scaled_by_the_standard_deviation_of_all_returns_so_far():
             running = r + 0.9 * running
             seen.append(running)
             running = running * ~end
-        returns = hrl.discounted(reward, done, before, 0.9)
-        found = hrl.scaled(reward, returns, moments, RUN)
+        found = hrl.scaled(reward, done, before, moments, 0.9, RUN)
         np.testing.assert_allclose(found, reward.numpy() / np.std(seen), rtol=1e-4)
 
 
@@ -283,10 +282,10 @@ def test_mazes_are_trees_and_can_be_won_in_time(cells):
     for i in range(40):
         graph = walk(levels, i, side)
         far = shortest_path(graph)
-        key, treasure = levels.goals[i]
+        start, key, treasure = levels.places[i]
         assert graph.sum() == 2 * (cells**2 - 1)
-        assert np.isfinite(far[levels.start[i]]).sum() == cells**2
-        assert far[levels.start[i], key] + far[key, treasure] <= 2 * (cells**2 - 1)
+        assert np.isfinite(far[start]).sum() == cells**2
+        assert far[start, key] + far[key, treasure] <= 2 * (cells**2 - 1)
 
 
 def test_environments_step_as_a_scalar_one_does_and_ranks_see_their_share():
@@ -299,7 +298,7 @@ def test_environments_step_as_a_scalar_one_does_and_ranks_see_their_share():
         obs, reward, done, _, _ = envs.step(action)
         assert np.array_equal(half.step(action[2:])[0], obs[2:])
         place += 0 if levels.wall[level, place + move] else 2 * move
-        reached = place == levels.goals[level, stage]
+        reached = place == levels.places[level, stage + 1]
         assert reward[3] == (reached and (0.5, 1)[stage])
         age, stage = age + 1, stage + reached
         assert done[3] == (stage == 2 or age == 12)
