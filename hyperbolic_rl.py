@@ -76,13 +76,13 @@ class Config(common.Config):
     # task
     env: str = "tree"  # tree (ours), procgen:GAME or atari:GAME
     envs: int = 64  # environments that step together (E)
-    levels: int = 100  # levels to train on; the test has others
-    cells: int = 4  # side of the tree's maze, in rooms
-    horizon: int = 40  # steps of an episode of the tree
+    levels: int = 50  # levels to train on; the test has others
+    cells: int = 3  # side of the tree's maze, in rooms
+    horizon: int = 24  # steps of an episode of the tree
     # network
     body: Literal["impala", "der"] = "impala"  # IMPALA's residual stacks or data-efficient Rainbow's encoder
-    gain: float = 1.0  # pictures are floats in [-gain, gain]
-    channels: tuple[int, ...] = (8, 16)  # of the IMPALA stacks
+    gain: float = 4.0  # pictures are floats in [-gain, gain]
+    channels: tuple[int, ...] = (16,)  # of the IMPALA stacks
     features: int = 32  # of the last hidden layer (n)
     geometry: Literal["flat", "ball", "hyperboloid"] = "ball"  # where they live
     spectral: bool = True  # spectral normalisation of all layers before the geometry
@@ -91,15 +91,15 @@ class Config(common.Config):
     bins: int = 0  # of a categorical critic (HL-Gauss); 0: a scalar with a clipped squared error
     # learning
     algo: Literal["ppo", "rainbow"] = "ppo"
-    steps: int = 40  # PPO: iterations of rollout and update; Rainbow: steps of the environment
-    lr: float = 5e-4  # Adam's and Riemannian Adam's, constant
+    steps: int = 45  # PPO: iterations of rollout and update; Rainbow: steps of the environment
+    lr: float = 1e-3  # Adam's and Riemannian Adam's, constant
     adam_eps: float = 1e-5
     discount: float = 0.999  # gamma
     max_grad: float = 0.5  # the gradient's norm is clipped to this
     # PPO
-    rollout: int = 64  # steps of each environment an iteration (T)
+    rollout: int = 32  # steps of each environment an iteration (T)
     epochs: int = 3  # passes over them
-    minibatches: int = 4  # updates a pass
+    minibatches: int = 8  # updates a pass
     gae_lambda: float = 0.95
     clip: float = 0.2  # of the ratio, and of the change of a value
     value_coef: float = 0.5
@@ -115,7 +115,7 @@ class Config(common.Config):
     correction: float = 0.4  # exponent of the importance weights (beta) at first; 1 at the end
     target_every: int = 2000  # steps between two copies to the target network
     # evaluation
-    eval_every: int = 5  # steps between two evaluations
+    eval_every: int = 11  # steps between two evaluations
     episodes: int = 256  # an evaluation, on the training and on the test levels
     points: int = 300  # features that the relative delta is computed on
 
@@ -148,10 +148,11 @@ FULL = replace(
     seeds=5,
     env="procgen:starpilot",
     levels=200,
+    gain=1.0,
     channels=(16, 32, 32),
+    lr=5e-4,
     steps=1526,  # 25 M steps
     rollout=256,
-    minibatches=8,
     eval_every=50,
     episodes=10,
     points=1000,
@@ -754,6 +755,7 @@ def train_ppo(cfg: Config, run: Run) -> dict[str, float]:
                 logs.append(torch.stack([loss, entropy, norm]).detach())
         learning += time.perf_counter() - begin
         logs = dict(zip(("loss", "entropy", "gradient"), torch.stack(logs).mean(0), strict=True))
+        logs["reward"] = seen.reward.mean()
         if step % cfg.eval_every == 0 or step == cfg.steps - 1:
             logs |= measure_returns(sampled(net.eval(), run), cfg)
             logs |= measure_features(net, seen.obs, cfg, run)
