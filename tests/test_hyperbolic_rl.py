@@ -43,15 +43,14 @@ def explicit(x, p, w):
 # --- the ball
 
 
-def test_mobius_addition_has_its_identities_and_is_geoopt_s():
-    x, y = points(50, 4), points(50, 4)
-    close(hrl.mobius_add(torch.zeros_like(x), x), x)
+def test_mobius_addition_cancels_from_the_left_and_is_geoopt_s():
+    x, y = points(2, 50, 4)
     close(hrl.mobius_add(-x, hrl.mobius_add(x, y)), y)
     close(hrl.mobius_add(x, y), BALL.mobius_add(x, y))
 
 
 def test_exponential_maps_and_transport_are_geoopt_s_and_norms_are_half_distances():
-    p, q, v = points(50, 4), points(50, 4), randn(50, 4)
+    (p, q), v = points(2, 50, 4), randn(50, 4)
     close(BALL.dist0(hrl.expmap0(v)), 2 * v.norm(dim=1))
     close(BALL.logmap0(hrl.expmap0(v)), v)
     close(hrl.expmap(p, 0.1 * v), BALL.expmap(p, 0.1 * v))
@@ -91,8 +90,7 @@ def test_layer_a_is_the_hyperboloid_s_with_normal_and_offset_of_the_same_hyperpl
 
 
 def test_normals_start_small_where_the_public_code_passes_that_number_as_their_mean():
-    ours = hrl.HyperplaneLayer(32, 5000).weight
-    theirs = torch.empty(5000, 32).normal_(0.01 / 32**0.5)
+    ours, theirs = hrl.HyperplaneLayer(32, 5000).weight, torch.empty(5000, 32).normal_(0.01 / 32**0.5)
     assert ours.std().item() == pytest.approx(0.01 / 32**0.5, rel=0.02) and abs(ours.mean()) < 1e-4
     assert theirs.std().item() == pytest.approx(1, rel=0.02)
 
@@ -109,20 +107,13 @@ def test_riemannian_adam_is_geoopt_s():
     close(ours.data, theirs.data, rtol=1e-4, atol=1e-4)
 
 
-def test_no_riemannian_step_leaves_the_ball_and_other_parameters_take_adam_s():
-    p, flat, plain = (
-        hrl.BallPoints(torch.zeros(5, 3)),
-        nn.Parameter(torch.ones(3)),
-        nn.Parameter(torch.ones(3)),
-    )
-    optimizers = hrl.RiemannianAdam([p, flat], lr=1.0), torch.optim.Adam([plain], lr=1.0)
+def test_no_riemannian_step_leaves_the_ball():
+    p = hrl.BallPoints(torch.zeros(5, 3))
+    optimizer = hrl.RiemannianAdam([p], lr=1.0)
     for _ in range(1000):
-        p.grad, flat.grad = torch.randn(5, 3), torch.randn(3)
-        plain.grad = flat.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
+        p.grad = torch.randn(5, 3)
+        optimizer.step()
         assert p.norm(dim=1).max() < 1
-    close(flat, plain)
 
 
 # --- delta
@@ -191,15 +182,14 @@ def test_gae_is_the_discounted_sum_of_errors_up_to_the_episode_s_end():
 
 
 def test_rewards_are_scaled_by_the_standard_deviation_of_all_returns_so_far():
-    moments, before, seen, running = torch.zeros(3, dtype=torch.float64), torch.zeros(2), [], np.zeros(2)
+    moments, before, seen, last = torch.zeros(3, dtype=torch.float64), torch.zeros(2), [], np.zeros(2)
     for _ in range(3):
         reward, done = torch.randn(5, 2), torch.rand(5, 2) < 0.3
         for r, end in zip(reward.numpy(), done.numpy(), strict=True):
-            running = r + 0.9 * running
-            seen.append(running)
-            running = running * ~end
+            seen.append(r + 0.9 * last)
+            last = seen[-1] * ~end
         found = hrl.scaled(reward, done, before, moments, 0.9, RUN)
-        np.testing.assert_allclose(found, reward.numpy() / np.std(seen), rtol=1e-4)
+        close(found, reward / np.std(seen), rtol=1e-4, atol=1e-5)
 
 
 def test_the_loss_at_ratio_one_has_the_policy_gradient_and_clips_values():
@@ -223,13 +213,13 @@ def test_hl_gauss_sums_to_one_and_its_mean_is_the_target_also_at_the_ends():
 
 
 def test_projection_keeps_mass_and_mean_and_shares_an_atom_between_its_neighbours():
-    atoms, probs = torch.linspace(-2, 2, 9), torch.rand(4, 9).softmax(1)
-    reward, discount = torch.tensor([0.3, 0.0, 9.0, -0.2]), torch.tensor([0.8, 1.0, 0.9, 0.0])
+    atoms, probs = torch.linspace(-2, 2, 9), torch.rand(3, 9).softmax(1)
+    reward, discount = torch.tensor([0.3, 9.0, -0.2]), torch.tensor([0.8, 0.9, 0.0])
     found = hrl.project(probs, reward, discount, atoms)
-    wanted = (reward[:, None] + discount[:, None] * atoms).clamp(-2, 2)
-    close(found @ atoms, (probs * wanted).sum(1))
-    close(found.sum(1), torch.ones(4))
-    assert found[3].nonzero().ravel().tolist() == [3, 4]
+    moved = (reward[:, None] + discount[:, None] * atoms).clamp(-2, 2)
+    close(found @ atoms, (probs * moved).sum(1))
+    close(found.sum(1), torch.ones(3))
+    assert found[2].nonzero().ravel().tolist() == [3, 4]
 
 
 def test_transitions_stop_at_an_episode_s_end_and_follow_the_priorities():
@@ -243,11 +233,6 @@ def test_transitions_stop_at_an_episode_s_end_and_follow_the_priorities():
     assert batch.probability[0].item() == pytest.approx(1 / 3)
 
 
-def test_noise_acts_in_training_mode_alone():
-    noise, weight = hrl.Noise(torch.ones(3, 4), 0.1), torch.ones(3, 4)
-    assert not torch.equal(noise(weight), noise(weight)) and torch.equal(noise.eval()(weight), weight)
-
-
 # --- tasks
 
 
@@ -256,24 +241,22 @@ def test_mazes_are_trees_and_can_be_won_in_time():
     assert all(np.array_equal(a, b) for a, b in zip(levels, again, strict=True))
     rooms = [9 * row + column for row in (1, 3, 5, 7) for column in (1, 3, 5, 7)]
     for wall, places in zip(levels.wall, levels.places, strict=True):
-        graph = np.zeros((81, 81))
+        graph = np.zeros((99, 99))
         for room, move in itertools.product(rooms, (-9, 1, 9, -1)):
-            graph[room, room + 2 * move if not wall[room + move] else room] = 1
-        np.fill_diagonal(graph, 0)
+            graph[room, room + 2 * move] = not wall[room + move]
         far = shortest_path(graph)[places]
         assert graph.sum() == 2 * 15 and np.isfinite(far[:, rooms]).all()  # edges = rooms - 1
         assert far[0, places[1]] + far[1, places[2]] <= 2 * 15
 
 
-def test_environments_step_as_a_scalar_one_does_and_ranks_see_their_share():
+def test_environments_step_as_a_scalar_one_does():
     levels = hrl.make_levels([1, 0], 9, 3)
-    envs, half = (hrl.TreasureTree(levels, 4, mine, 12) for mine in (slice(None), slice(2, 4)))
-    assert np.array_equal(half.reset(seed=5)[0], envs.reset(seed=5)[0][2:])
+    envs = hrl.TreasureTree(levels, 4, slice(None), 12)
+    envs.reset(seed=5)
     age, stage, place = 0, 0, envs.place[3]
     for action in np.random.default_rng(0).integers(0, 4, (900, 4)):
         level, move = envs.level[3], (-7, 1, 7, -1)[action[3]]
         obs, reward, done, *_ = envs.step(action)
-        assert np.array_equal(half.step(action[2:])[0], obs[2:])
         place += 0 if levels.wall[level, place + move] else 2 * move
         reached = place == levels.places[level, stage + 1]
         assert reward[3] == (reached and (0.5, 1)[stage])
