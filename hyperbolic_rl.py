@@ -76,7 +76,7 @@ class Config(common.Config):
     # task
     env: str = "tree"  # tree (ours), procgen:GAME or atari:GAME
     envs: int = 64  # environments that step together (E)
-    levels: int = 50  # levels to train on; the test has others
+    levels: int = 100  # levels to train on; the test has others
     cells: int = 3  # side of the tree's maze, in rooms
     horizon: int = 24  # steps of an episode of the tree
     # network
@@ -163,9 +163,7 @@ CONFIGS = {
         DEMO, ranks=1, seeds=1, rows=tuple(ROWS)[:5], envs=8, rollout=8, steps=3, episodes=8, points=32
     ),
     "demo": DEMO,
-    "gpu": replace(
-        DEMO, ranks=4, cells=6, horizon=100, levels=200, channels=(16, 32, 32), rollout=256, steps=60
-    ),
+    "gpu": replace(DEMO, ranks=4, cells=6, horizon=100, channels=(16, 32, 32), rollout=256, steps=60),
     "full": FULL,
     "atari": replace(
         FULL,
