@@ -1,5 +1,6 @@
 """hyperbolic_rl.py: the ball beside geoopt, layer (A), delta, mazes, PPO, Rainbow, command line."""
 
+import copy
 import functools
 import itertools
 import json
@@ -91,7 +92,7 @@ def test_layer_a_is_the_hyperboloid_s_with_normal_and_offset_of_the_same_hyperpl
 
 def test_normals_start_small_where_the_public_code_passes_that_number_as_their_mean():
     ours, theirs = hrl.HyperplaneLayer(32, 5000).weight, torch.empty(5000, 32).normal_(0.01 / 32**0.5)
-    assert ours.std().item() == pytest.approx(0.01 / 32**0.5, rel=0.02) and abs(ours.mean()) < 1e-4
+    assert ours.std().item() == pytest.approx(0.01 / 32**0.5, rel=0.02)
     assert theirs.std().item() == pytest.approx(1, rel=0.02)
 
 
@@ -163,10 +164,9 @@ def test_spectral_norms_are_one_and_linear_encoders_shrink_distances_by_sqrt_n()
 def test_acting_changes_no_buffer():
     envs = hrl.make_envs(SMOKE, 8, slice(None), train=True)
     net, (obs, _) = hrl.Net(envs, SMOKE), envs.reset(seed=0)
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    seen, _ = hrl.play(net, envs, obs, hrl.gumbel(4, 8, 4), RUN)
+    before = copy.deepcopy(net.state_dict())
+    hrl.play(net, envs, obs, hrl.gumbel(4, 8, 4), RUN)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    assert seen.critic.shape == (5, 8, 1)
 
 
 # --- PPO
@@ -230,7 +230,7 @@ def test_transitions_stop_at_an_episode_s_end_and_follow_the_priorities():
     batch = hrl.sample(replay, replace(SMOKE, nstep=3, discount=0.5, batch=4000))
     found = {row: facts for row, *facts in zip(*(x.tolist() for x in (batch.rows, *batch[4:])), strict=True)}
     assert found == {1: [2.75, 0.125, 4], 3: [5, 0, 6], 5: [9.75, 0.125, 8]}
-    assert batch.probability[0].item() == pytest.approx(1 / 3)
+    close(batch.probability, torch.ones(4000) / 3)
 
 
 # --- tasks
