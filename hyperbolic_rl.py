@@ -81,13 +81,14 @@ class Config(common.Config):
     horizon: int = 24  # steps of an episode of the tree
     # network
     body: Literal["impala", "der"] = "impala"  # IMPALA's residual stacks or data-efficient Rainbow's encoder
-    gain: float = 4.0  # pictures are floats in [-gain, gain]
+    gain: float = 2.0  # pictures are floats in [-gain, gain]
     channels: tuple[int, ...] = (16,)  # of the IMPALA stacks
     features: int = 32  # of the last hidden layer (n)
     geometry: Literal["flat", "ball", "hyperboloid"] = "ball"  # where they live
     spectral: bool = True  # spectral normalisation of all layers before the geometry
     rescale: bool = True  # features times 1 / sqrt n before exp_0
     relu: bool = False  # ReLU before exp_0
+    normals: float = 1.0  # first standard deviation of w_i, times sqrt n
     bins: int = 0  # of a categorical critic (HL-Gauss); 0: a scalar with a clipped squared error
     # learning
     algo: Literal["ppo", "rainbow"] = "ppo"
@@ -148,6 +149,7 @@ FULL = replace(
     env="procgen:starpilot",
     levels=200,
     gain=1.0,
+    normals=0.01,
     channels=(16, 32, 32),
     lr=5e-4,
     steps=1526,  # 25 M steps
@@ -163,7 +165,7 @@ CONFIGS = {
         DEMO, ranks=1, seeds=1, rows=tuple(ROWS)[:5], envs=8, rollout=8, steps=3, episodes=8, points=32
     ),
     "demo": DEMO,
-    "gpu": replace(DEMO, ranks=4, cells=6, horizon=100, channels=(16, 32, 32), rollout=256, steps=60),
+    "gpu": replace(DEMO, cells=6, horizon=100, channels=(16, 32, 32), rollout=256, steps=60),
     "full": FULL,
     "atari": replace(
         FULL,
@@ -271,9 +273,9 @@ class BallPoints(nn.Parameter):
 class HyperplaneLayer(nn.Module):
     """Layer (A): points of the ball (B, n) -> (B, outputs). Train it with RiemannianAdam."""
 
-    def __init__(self, n: int, outputs: int):
+    def __init__(self, n: int, outputs: int, std: float = 0.01):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, n) * 0.01 / n**0.5)
+        self.weight = nn.Parameter(torch.randn(outputs, n) * std / n**0.5)
         self.offset = BallPoints(torch.zeros(outputs, n))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -548,7 +550,7 @@ class Tail(nn.Module):
             self.place, self.last = nn.ReLU(), nn.Linear(n, outputs)
         elif cfg.geometry == "ball":
             self.place = nn.Sequential(nn.ReLU() if cfg.relu else nn.Identity(), ToBall(cfg.rescale))
-            self.last = HyperplaneLayer(n, outputs)
+            self.last = HyperplaneLayer(n, outputs, cfg.normals)
         else:
             self.place, self.last = ToHyperboloid(n), HyperboloidLayer(n, outputs)
 
