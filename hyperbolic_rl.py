@@ -33,13 +33,15 @@ How to run
   torchrun --nproc_per_node=8 hyperbolic_rl.py --config full     ranks take other rows and seeds
 
 Departures
-- w_i starts at N(0, (0.01 / sqrt n)^2), as the paper says; its code passes that number as the mean.
+- w_i starts at N(0, (0.01 / sqrt n)^2), as the paper says (its code passes that number as the mean: |w_i| is
+  about sqrt n); in the demo with |w_i| about 1, as in Hyper++, since small ones first drive x to the border.
 - A minibatch has the same number of steps of each environment, so that ranks can share it.
 - Every --save_every steps all episodes start anew, so that resuming is exact. A time limit is an end.
 - Acting runs no power iteration: rollouts and updates see the same network.
 - Rainbow (no public code): noise lies on normalised weights, not on biases; a lost life ends a training
   episode; the replay holds the whole run, 2.8 GB of stacked frames.
 - The demo's pictures are scaled up (gain): an encoder of spectral norm 1 cannot raise the norm of small ones.
+- Returns of several games are left to rliable; `score` is Procgen's normalised return.
 
 Reading order: Config, ROWS, hyperplane_scores, srym, RiemannianAdam, Tail, train_ppo, train_rainbow.
 """
