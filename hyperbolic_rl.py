@@ -742,7 +742,7 @@ def train_ppo(cfg: Config, run: Run) -> dict[str, float]:
         data = Batch(seen.obs, seen.action, logp, value[:-1], advantage, advantage + value[:-1])
 
         # learn
-        begin, logs = time.perf_counter(), []
+        begin, logs = time.process_time(), []
         for _ in range(cfg.epochs):
             order = torch.rand(cfg.rollout, cfg.envs).argsort(0)[:, mine].to(device)
             for rows in order.chunk(cfg.minibatches):
@@ -756,7 +756,7 @@ def train_ppo(cfg: Config, run: Run) -> dict[str, float]:
                 norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.max_grad)
                 optimizer.step()
                 logs.append(torch.stack([loss, entropy, norm]).detach())
-        learning += time.perf_counter() - begin
+        learning += time.process_time() - begin
         logs = dict(zip(("loss", "entropy", "gradient"), torch.stack(logs).mean(0), strict=True))
         logs["reward"] = seen.reward.mean()
         if step % cfg.eval_every == 0 or step == cfg.steps - 1:
