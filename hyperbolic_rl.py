@@ -93,20 +93,20 @@ class Config(common.Config):
     normals: float = 1.0  # first standard deviation of w_i, times sqrt n
     bins: int = 0  # of a categorical critic (HL-Gauss); 0: a scalar with a clipped squared error
     # learning
-    algo: Literal["ppo", "rainbow"] = "ppo"
+    algo: Literal["ppo", "rainbow"] = "ppo"  # what learns
     steps: int = 45  # PPO: iterations of rollout and update; Rainbow: steps of the environment
     lr: float = 1e-3  # Adam's and Riemannian Adam's, constant
-    adam_eps: float = 1e-5
+    adam_eps: float = 1e-5  # epsilon of both
     discount: float = 0.999  # gamma
     max_grad: float = 0.5  # the gradient's norm is clipped to this
     # PPO
     rollout: int = 32  # steps of each environment an iteration (T)
     epochs: int = 3  # passes over them
     minibatches: int = 8  # updates a pass
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.95  # lambda
     clip: float = 0.2  # of the ratio, and of the change of a value
-    value_coef: float = 0.5
-    entropy_coef: float = 0.01
+    value_coef: float = 0.5  # weight of the value loss
+    entropy_coef: float = 0.01  # weight of the entropy
     # Rainbow
     warmup: int = 1600  # steps before the first update
     batch: int = 32  # transitions an update
