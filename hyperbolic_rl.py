@@ -864,7 +864,6 @@ def train_rainbow(cfg: Config, run: Run) -> dict[str, float]:
         done = terminated | truncated | ((step + 1) % cfg.save_every == 0)
         highest = replay.priority.max().clamp(min=1e-6)[None]
         replay.add(obs=before, action=action, reward=np.float32(reward), done=done, priority=highest)
-
         # learn
         logs = {"reward": reward[0]}
         if step >= cfg.warmup:
