@@ -3,7 +3,9 @@
 NAME mood: DIR is algorithms/offline of a checkout of CORL. Sizes are CORL's: observations of 17, actions of
 6, batch 256, two critics, hidden layers 256x2, for AWAC too (CORL's third is taken out). NAME rmc: DIR is
 sspg_dmc of markov-chain-reasoning; an update of encoder, critics, actor and temperature from pixels at the
-paper's sizes, batch 32, chains of 4 steps. Medians of seven intervals, in turn, so that slow minutes hit all
+paper's sizes, batch 32, chains of 4 steps. NAME hyperbolic_rl takes no DIR: layer (A) for 2048 points of 32
+dimensions and 16 outputs, forward and backward, and the demo's PPO update, beside a layer that makes each z
+of eq. (3) as the public code does. Medians of seven intervals, in turn, so that slow minutes hit all
 alike.
 """
 
@@ -26,6 +28,7 @@ import torch
 from gymnasium.spaces import Box
 
 import common
+import hyperbolic_rl
 import mood
 import rmc
 
@@ -152,6 +155,48 @@ def bench_rmc(folder: Path, run: common.Run, batch: int = 32, dims: int = 12):
     report("rmc", median_rates(steps | {"theirs": lambda: reference.update(stream, 0)}, run.device))
 
 
+class ExplicitLayer(hyperbolic_rl.HyperplaneLayer):
+    """Eq. (3) with all z = -p (+) x, (B, outputs, n), and the rescaling by 1 - |p|^2 and back."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = hyperbolic_rl.mobius_add(-self.offset, x[:, None])
+        shrink = 1 - self.offset.square().sum(-1, keepdim=True)
+        normal = self.weight * shrink
+        norm = normal.norm(dim=-1)
+        along = (z * normal).sum(-1)
+        return 2 / shrink[:, 0] * norm * torch.asinh(2 * along / ((1 - z.square().sum(-1)) * norm)) / 2
+
+
+def bench_hyperbolic_rl(run: common.Run):
+    """The layer and the update in both ways, from the same weights."""
+    x = hyperbolic_rl.expmap0(torch.randn(2048, 32, device=run.device) / 6).requires_grad_()
+    layers = {"ours": hyperbolic_rl.HyperplaneLayer(32, 16), "theirs": ExplicitLayer(32, 16)}
+    layers["theirs"].load_state_dict(layers["ours"].state_dict())
+    torch.testing.assert_close(*(layer.to(run.device)(x) for layer in layers.values()), rtol=1e-3, atol=1e-5)
+    steps = {name: lambda layer=layer: layer(x).sum().backward() for name, layer in layers.items()}
+    report("layer (A)", median_rates(steps, run.device))
+
+    cfg = replace(hyperbolic_rl.DEMO, **hyperbolic_rl.ROWS["S-RYM"])
+    envs = hyperbolic_rl.make_envs(cfg, cfg.envs, slice(None), train=True)
+    size, updates = cfg.envs * cfg.rollout // cfg.minibatches, {}
+    obs = torch.as_tensor(envs.reset(seed=0)[0]).repeat(size // cfg.envs, 1, 1, 1).to(run.device)
+    zero = torch.zeros(size, device=run.device)
+    batch = hyperbolic_rl.Batch(obs, zero.long(), zero, zero, torch.randn_like(zero), zero)
+    for name, layer in layers.items():
+        net = hyperbolic_rl.Net(envs, cfg).to(run.device)
+        net.tails[0].last = type(layer)(cfg.features, sum(net.sizes[0])).to(run.device)
+        optimizer = hyperbolic_rl.RiemannianAdam(net.parameters(), cfg.lr, fused=True)
+
+        def update(net=net, optimizer=optimizer):
+            loss, _ = hyperbolic_rl.ppo_loss(*net(batch.obs), batch, cfg)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        updates[name] = update
+    report(f"PPO update of {size} steps", median_rates(updates, run.device))
+
+
 def bench_mood(folder: Path, run: common.Run):
     """mood.update beside CORL's."""
     g = torch.Generator().manual_seed(0)
@@ -172,7 +217,10 @@ def report(name: str, rates: dict[str, float]):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in ("mood", "rmc"):
-        sys.exit("python tests/bench.py mood|rmc DIR")
     here = common.Run(common.Config())  # for its device, its precision and oneDNN's products
-    {"mood": bench_mood, "rmc": bench_rmc}[sys.argv[1]](Path(sys.argv[2]), here)
+    if sys.argv[1:] == ["hyperbolic_rl"]:
+        bench_hyperbolic_rl(here)
+    elif len(sys.argv) == 3 and sys.argv[1] in ("mood", "rmc"):
+        {"mood": bench_mood, "rmc": bench_rmc}[sys.argv[1]](Path(sys.argv[2]), here)
+    else:
+        sys.exit("python tests/bench.py mood|rmc DIR, or hyperbolic_rl")
