@@ -1,0 +1,1022 @@
+"""Diffusion finetuning of a language model (L2D): let a frozen model spend several steps on each token.
+
+Cetin, Zhao, Tang, "Large Language Models to Diffusion Finetuning", ICML 2025, arXiv 2501.15781.
+
+The claim. A language model (LM) already is a one-step diffusion model, at time 0. A path of its own layers,
+beside the frozen ones, reads the LM's keys and values and a noisy embedding of the NEXT token; trained by
+cross entropy, it lets every token be decoded by integrating an ODE. Accuracy rises with the evaluations T
+spent on a token, an adaptive solver spends more on harder ones, guidance specialises, and T = 1 is the LM.
+
+Token y, its frozen embedding e_y in R^d; c: tokens so far; f: logits of the next token; sigma: noise
+  eq. (1)  x_t = t x_1 + (1 - t) x_0,   x_1 = V_y,  x_0 ~ N(0, sigma^2 I)                          corruption
+  eq. (2)  V_y = sqrt(d_f) u_y / |u_y|,  u_y = W_v e_y + b_v                       the diffusion vocabulary
+  eq. (3)  loss = -E log softmax f(x_t, t, c)_y,   t ~ U[0, 1];  t and x_0 drawn for each token on its own
+  eq. (4)  dx/dt = (x_hat - x) / (1 - t),  x_hat: V_y of y ~ p (sampled, argmax), or sum_y p_y V_y (averaged)
+           for a fixed x_hat exactly x_t' = x_t + (t' - t) / (1 - t) (x_hat - x_t)
+  eq. (5)  h <- h + r1 O'(Attn(RoPE(Q' z), K_l, V_l)),  z = RMS(h) (gamma1 + m1) + s1;  K, V: the frozen LM's
+           h <- h + r2 MLP'(RMS(h) (gamma2 + m2) + s2);  m, s, r = head_l(tau(t)); primes: LoRA, or copies
+  eq. (6)  f = LM's norm and head of (h_LM + w(t) h),  w(t) = W(tau(t)) - W(tau(0)) in R^d:  w(0) = 0
+  eq. (7)  x_hat = g x_hat(class) + (1 - g) x_hat(no class)                       classifier-free guidance
+
+How to run
+  python diffusion_lm.py                                        the effect in miniature, on two CPU cores
+  python diffusion_lm.py --config text --model M --data F       a real model: hub id, folder, .gguf; F: .jsonl
+  torchrun --nproc_per_node=8 diffusion_lm.py --config full     Llama-3.2-1B-Instruct on SmolTalk, the paper's
+  ... --config full --model Qwen/Qwen2.5-7B-Instruct --rank 0   full copies instead of LoRA: FSDP2
+
+Departures from the paper and its code
+- w is a vector and sits before the LM's last norm; rank 32 (its parameter counts need both); eq. (7) has the
+  sign that makes g = 1 the conditional model. All from the code, as are t (not times 1000) and all inits.
+- The adaptive solver takes steps of eq. (4)'s exact form, with t, step size and count for each sample. The
+  code's has one step size a batch and a jump to zero velocity at t = 1, which costs 49 evaluations even where
+  the prediction never changes. It integrates the averaged x_hat: sampled ones are no field.
+- Diffusion tokens stand at label positions only, a conversation is one example with all its answers, and the
+  loss is divided once. Masks come from lengths, never from a pad id. One chat template everywhere.
+- t = 0 is the LM's own logits, so it costs nothing; it counts as an evaluation. T: evaluations a token.
+- lm-eval's prompts and graders; classes for guidance by benchmark (all of MMLU is "general").
+- The demo's task is ours: the LM can tell how often a given word occurs, but not find the one that occurs
+  twice. sigma / sqrt(d_f) is 1 there, 4 in the paper. Settings were tuned on seeds from 100 on.
+
+Reading order: Config, ROWS, DiffusionPath, corrupt, the solvers, Decoder, fit, train.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import common
+from common import Claim, Run, UserError
+
+
+@dataclass
+class Config(common.Config):
+    # model and data
+    model: str = "tiny"  # hub id, folder or .gguf of a Llama or Qwen2; tiny: trained here
+    data: str = "duplicates"  # or a .jsonl, folder or hub id; rows have messages, or question and solution
+    subsets: tuple[str, ...] = ()  # of the data, each with a class of its own
+    holdout: int = 4000  # examples for evaluation: of each length, or the last rows of the data
+    context: int = 2048  # tokens of a conversation, at most
+    bench: tuple[str, ...] = ()  # lm-eval tasks
+    # the demo's lists and its LM
+    lengths: tuple[int, ...] = (8, 12, 16)  # words in the lists of the evaluation
+    width: int = 24  # of the LM (d)
+    base_steps: int = 2500  # of its pre-training
+    base_batch: int = 256  # lists a step
+    # diffusion path
+    method: Literal["L2D", "base", "LoRA", "full"] = "L2D"  # what is trained: the path, nothing, the LM
+    rank: int = 0  # of the path's LoRA; 0: full copies of the LM's layers
+    size: int = 32  # of diffusion embeddings (d_f)
+    sigma: float = 32**0.5  # of the noise
+    hidden: int = 64  # features of t, condition, and every hidden layer around the path (C, F)
+    blind: bool = False  # control: noise of the same variance instead of x_t
+    classes: int = 2  # of the data (J); in the demo the topics of lists with two duplicates
+    conditional: bool = False  # the path knows the class
+    drop: float = 0.2  # chance that a token's class is dropped in training
+    # training
+    steps: int = 2500  # optimizer steps
+    batch: int = 256  # examples a step, over all ranks
+    micro: int = 256  # examples in one forward and backward pass
+    draws: int = 4  # of t and x_0 for each token
+    lr: float = 5e-3  # AdamW, peak
+    warmup: int = 50  # steps to the peak; then a line to lr_end
+    lr_end: float = 0.02  # share of the peak
+    baseline_rank: int = 24  # of the LoRA baseline
+    baseline_layers: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )  # it adapts
+    # decoding
+    solver: Literal["euler", "midpoint", "adaptive"] = "euler"  # of eq. (4)
+    evals: int = 16  # evaluations of f a token (T); odd for midpoint; adaptive finds its own
+    tol: float = 0.1  # error a step of the adaptive solver, rms of an embedding
+    x_hat: Literal["sample", "argmax", "average"] = "sample"  # prediction that the ODE moves to
+    cooling: bool = False  # x_hat at temperature 1 - t (end of the stage), not 1
+    guidance: float = 1.0  # weight of the class (g)
+    bayes: bool = False  # control: f is the exact posterior under the LM's own p(y | c)
+    max_new: int = 0  # tokens to write for a held-out prompt, and in benchmarks; 0: none
+
+    def check(self):
+        super().check()
+        if (self.model == "tiny") != (self.data == "duplicates"):
+            raise UserError("--data duplicates goes with --model tiny, other data with another model")
+        if self.solver == "midpoint" and self.evals % 2 == 0:
+            raise UserError(f"--evals {self.evals}: midpoint needs an odd number, such as {self.evals + 1}")
+        if not self.lengths or not set(self.lengths) <= set(LENGTHS):
+            raise UserError(f"--lengths must be some of {LENGTHS}")
+        if self.guidance != 1 and not self.conditional:
+            raise UserError(f"--guidance {self.guidance} needs --conditional")
+        if self.share == "run" and self.batch % int(os.environ.get("WORLD_SIZE", self.ranks)):
+            raise UserError(f"--batch {self.batch} must be a multiple of the ranks")
+        if self.x_hat != "average" and self.solver == "adaptive":
+            raise UserError("--solver adaptive needs --x_hat average: other predictions are no smooth field")
+
+
+DEMO = Config(seeds=3, ranks=2, log_every=50, save_every=1250)
+REAL = replace(
+    DEMO,
+    seeds=1,
+    ranks=1,
+    share="run",
+    model="",
+    data="",
+    classes=3,
+    rank=32,
+    size=256,
+    sigma=64.0,
+    hidden=256,
+    draws=1,
+    lr=1e-4,
+    lr_end=0.01,
+    baseline_rank=32,
+    baseline_layers=("q_proj", "v_proj"),
+)
+CONFIGS = {
+    "smoke": replace(
+        DEMO,
+        seeds=1,
+        ranks=1,
+        holdout=16,
+        base_steps=6,
+        base_batch=16,
+        steps=6,
+        batch=16,
+        micro=8,
+        log_every=1,
+    ),
+    "demo": DEMO,
+    "gpu": replace(
+        DEMO, ranks=8, seeds=8, width=32, base_steps=10_000, steps=10_000, holdout=20_000, save_every=5000
+    ),
+    "text": replace(
+        REAL,
+        rows=("base", "LoRA", "T = 1", "T = 4", "T = 16"),
+        holdout=4,
+        context=256,
+        steps=30,
+        batch=4,
+        micro=4,
+        lr=1e-3,
+        warmup=3,
+        max_new=24,
+        log_every=1,
+    ),
+    "full": replace(
+        REAL,
+        rows=("base", "LoRA", "full finetuning", "T = 15, midpoint", "adaptive", "classes: g = 3"),
+        model="meta-llama/Llama-3.2-1B-Instruct",
+        data="HuggingFaceTB/smoltalk",
+        subsets=(
+            "self-oss-instruct",
+            "metamathqa-50k",
+            "numina-cot-100k",
+            "openhermes-100k",
+            "smol-magpie-ultra",
+        ),
+        holdout=256,
+        bench=(
+            "gsm8k",
+            "hendrycks_math",
+            "mmlu_generative",
+            "mmlu_pro",
+            "humaneval_instruct",
+            "mbpp_instruct",
+        ),
+        steps=27_884,
+        batch=32,
+        micro=4,
+        warmup=100,
+        max_new=256,
+        log_every=10,
+        save_every=1000,
+    ),
+}
+
+# a row of the table is the settings that it changes: the difference of two rows is an idea of the paper
+ROWS = {
+    "base": dict(method="base", evals=1),
+    "LoRA": dict(method="LoRA", evals=1),
+    "full finetuning": dict(method="full", evals=1),
+}
+ROWS |= {f"T = {evals}": dict(evals=evals) for evals in (1, 2, 4, 8, 16)}
+ROWS |= {
+    "T = 15, midpoint": dict(solver="midpoint", evals=15),
+    "T = 16, cooling": dict(cooling=True),
+    "T = 16, average": dict(x_hat="average"),
+    "blind path": dict(blind=True),
+    "Bayes control": dict(bayes=True),
+    "adaptive": dict(solver="adaptive", x_hat="average"),
+    "classes: base": dict(conditional=True, method="base", evals=1),
+}
+ROWS |= {f"adaptive, lists of {n}": ROWS["adaptive"] | dict(lengths=(n,)) for n in (4, 16)}
+ROWS |= {f"classes: g = {g}": dict(conditional=True, guidance=float(g)) for g in (0, 1, 3)}
+CLAIMS = [
+    Claim(f"sampled accuracy rises from T = {few} to {many}", "sampled", f"T = {many}", f"T = {few}")
+    for few, many in pairwise((1, 2, 4, 8, 16))
+]
+CLAIMS += [
+    Claim(f"... where it is above: {rival}", "sampled", "T = 16", rival)
+    for rival in ("LoRA", "full finetuning", "blind path", "Bayes control")
+]
+CLAIMS += [
+    Claim(
+        "the adaptive solver spends more on longer lists",
+        "evaluations",
+        "adaptive, lists of 16",
+        "adaptive, lists of 4",
+    ),
+    Claim("guidance raises the accuracy of a class", "greedy", "classes: g = 3", "classes: g = 1"),
+    Claim("... at the cost of either answer", "either", "classes: g = 3", "classes: g = 1", "lower"),
+]
+
+
+# --- data ---
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples and the diffusion tokens in them; no tuple, which FSDP would round to bfloat16.
+
+    A diffusion token stands at a place whose next token is a label: K of them in an example, with padding.
+    """
+
+    ids: Tensor  # (B, T), right-padded
+    places: Tensor  # (B, K)
+    targets: Tensor  # (B, K) next tokens
+    mask: Tensor  # (B, K) false for padding
+    label: Tensor  # (B, K) classes
+    t: Tensor | None = None  # (B, K) times
+    noise: Tensor | None = None  # (B, K, d_f) x_0
+
+    def each(self, change: Callable) -> Batch:
+        return Batch(**{name: change(x) for name, x in vars(self).items() if x is not None})
+
+
+LENGTHS = (4, 8, 12, 16)
+WORDS, WHICH, NONE = 256, 256, 257  # words, the question, and the answers none, once, twice to any other
+ALPHABET = [chr(0x4E00 + i) for i in range(WORDS)] + list("?012.")  # a word is a character
+
+
+def duplicates(count: int, lengths: Sequence[int], both: bool, chance=None) -> Batch:
+    """Lists of distinct words but for one that occurs twice, then WHICH; the answer is that word.
+
+    The label is its topic, the half of the words it is from. With `both` a word of the other topic occurs
+    twice as well, so that the label decides.
+    """
+    rand = partial(torch.rand, generator=chance)
+    topic = (rand(count, 1) < 0.5).long()
+    halves = rand(count, 2, WORDS // 2).topk(8).indices + torch.tensor([[0], [WORDS // 2]])
+    halves = torch.where(topic[..., None] == 1, halves.flip(1), halves)
+    words = halves.mT.flatten(1)  # (B, 16) of the label's topic and the other in turn
+    n = torch.tensor(lengths)[(rand(count, 1) * len(lengths)).long()]
+    order = rand(count, 16).masked_fill(torch.arange(16) >= n, 2.0).argsort(1)
+    repeated = [0, 0, 1, 1, *range(2, 14)] if both else [0, 0, *range(1, 15)]
+    ids = F.pad(words[:, repeated].gather(1, order), (0, 1)).scatter(1, n, WHICH)
+    return Batch(ids, n, words[:, :1], torch.ones_like(n, dtype=torch.bool), topic)
+
+
+def how_often(batch: Batch, share: float) -> Batch:
+    """The same lists; a share of them ends with a word w instead, and the answer is how often w occurs."""
+    ids, n, twice = batch.ids, batch.places, batch.targets
+    kind, place = torch.rand(2, len(n), 1)
+    any_word = torch.randint(WORDS, n.shape)
+    word = torch.where(kind < 0.85, ids.gather(1, (place * n).long()), any_word)
+    word = torch.where(kind < 0.4, twice, word)
+    often = ((ids == word) & (torch.arange(17) < n)).sum(1, keepdim=True)
+    asked = torch.rand(n.shape) < share
+    ids = torch.where(asked, ids.scatter(1, n, word), ids)
+    return replace(batch, ids=ids, targets=torch.where(asked, NONE + often, twice))
+
+
+CLASSES = {
+    "metamathqa-50k": 0,
+    "numina-cot-100k": 0,
+    "math": 0,
+    "self-oss-instruct": 1,
+    "coding": 1,
+}  # 2: any other
+DROPPED = {"advice-seeking", "brainstorming", "creative-writing", "editing", "planning", "role-playing"}
+
+
+def load_conversations(cfg: Config) -> list[tuple[list[dict], int]]:
+    """(turns, class) of each row of all subsets; UserError names a row that has no conversation."""
+    found = []
+    for subset in cfg.subsets or (None,):
+        for number, row in enumerate(common.load_rows(cfg.data, subset=subset), 1):
+            turns, kind = row.get("messages"), row.get("category") or subset
+            if turns is None:
+                common.need_text(cfg.data, [row], ["question", "solution"])
+                answer = {"role": "assistant", "content": row["solution"]}
+                turns = [{"role": "user", "content": row["question"]}, answer]
+            if "assistant" not in [turn.get("role") for turn in turns]:
+                raise UserError(f"{cfg.data}, row {number}: no answer among its messages")
+            if kind not in DROPPED:
+                found.append((turns, CLASSES.get(kind, 2)))
+    return found
+
+
+def encode(turns: list[dict], tokenizer, context: int) -> tuple[list[int], list[int]]:
+    """Ids of a conversation, and the places whose next token is part of an answer or ends it.
+
+    Ends before the first answer that goes beyond `context` tokens; too long a first answer is cut.
+    """
+    ids, places = [], []
+    for i, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        asked = chat(turns[:i], tokenizer)
+        whole = chat(turns[: i + 1], tokenizer)
+        if places and len(whole) > context:
+            break
+        ids = whole[:context]
+        places += range(len(asked) - 1, len(ids) - 1)
+    return ids, places
+
+
+def chat(turns: list[dict], tokenizer) -> list[int]:
+    """Ids of the turns by the chat template, up to an answer's beginning or its end-of-turn token."""
+    opened = turns[-1]["role"] != "assistant"
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=opened, tokenize=False)
+    return tokenizer.encode(text if opened else text.rstrip("\n"), add_special_tokens=False)
+
+
+def conversations(rows: list, tokenizer, context: int) -> Batch:
+    """A batch of what load_conversations gave."""
+    ids, places = zip(*(encode(turns, tokenizer, context) for turns, _ in rows), strict=True)
+    ids, _ = common.collate(ids, "cpu")
+    places, mask = common.collate(places, "cpu")
+    label = torch.tensor([kind for _, kind in rows])[:, None].expand_as(places)
+    return Batch(ids, places, ids.gather(1, places + 1), mask, label)
+
+
+def open_data(cfg: Config, tokenizer, run: Run) -> tuple[Callable, list[Batch]]:
+    """batch_of(step), and batches to evaluate on."""
+    if cfg.data == "duplicates":
+        chance = run.generator("test")
+        tests = [duplicates(cfg.holdout, (n,), cfg.conditional, chance) for n in cfg.lengths]
+        return lambda step: duplicates(cfg.batch, LENGTHS, cfg.conditional), tests
+    rows = load_conversations(cfg)
+    held, rows = rows[-cfg.holdout :], rows[: -cfg.holdout]
+    if len(rows) < cfg.batch:
+        raise UserError(f"{cfg.data}: {len(rows)} rows are too few for --holdout and --batch")
+
+    def batch_of(step):
+        epoch, place = divmod(step, len(rows) // cfg.batch)
+        order = torch.randperm(len(rows), generator=run.generator(f"epoch {epoch}"))
+        chosen = [rows[i] for i in order[place * cfg.batch :][: cfg.batch].tolist()]
+        return conversations(chosen, tokenizer, cfg.context)
+
+    parts = [held[i : i + cfg.micro] for i in range(0, len(held), cfg.micro)]
+    return batch_of, [conversations(part, tokenizer, cfg.context) for part in parts]
+
+
+# --- the frozen language model: the main path ---
+
+
+class Context(NamedTuple):
+    """What diffusion tokens read of the main path: B sequences of T tokens, K diffusion tokens in each."""
+
+    kv: list[tuple[Tensor, Tensor]]  # keys (after RoPE) and values of each layer, (B, heads, T, d_head)
+    hidden: Tensor  # (B, K, d) at the tokens' places, before the last norm
+    position: Tensor  # (B, K) for RoPE
+    visible: Tensor  # (B, K, T) keys up to the token's own place
+    logits: Tensor | None = None  # (B, K, |V|) the LM's own: f at t = 0
+
+
+def main_path(lm, ids: Tensor, cache, **where) -> Tensor:
+    """Run the LM on ids (B, T) after what `cache` holds; keys and values stay there -> (B, T, d), pre-norm."""
+    caught = []
+    hook = lm.base_model.norm.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    lm.base_model(input_ids=ids, cache=cache, use_cache=True, **where)
+    hook.remove()
+    return caught[0]
+
+
+def new_cache(lm):
+    from transformers import DynamicCache
+
+    return DynamicCache(config=lm.config)
+
+
+def look(lm, batch: Batch) -> Context:
+    """The context of all diffusion tokens of a batch, in one pass."""
+    cache = new_cache(lm)
+    hidden = main_path(lm, batch.ids, cache).take_along_dim(batch.places[..., None], 1)
+    visible = torch.arange(batch.ids.shape[1], device=hidden.device) <= batch.places[..., None]
+    return Context([(layer.keys, layer.values) for layer in cache.layers], hidden, batch.places, visible)
+
+
+def lm_head(lm, hidden: Tensor) -> Tensor:
+    """The LM's last norm and head: (..., d) -> fp32 (..., |V|)."""
+    return lm.lm_head(lm.base_model.norm(hidden)).float()
+
+
+def token_losses(lm, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropies (B, K) of pre-norm states (B, K, d)."""
+    logits = lm_head(lm, hidden).flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
+
+
+def checksum(lm) -> str:
+    """Of all weights."""
+    digest = hashlib.sha256()
+    for p in lm.parameters():
+        digest.update(p.data.cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer, not ours to save, plus B A: A ~ N(0, 1 / r^2), B = 0, alpha = r."""
+
+    def __init__(self, linear: nn.Linear, rank: int):
+        super().__init__()
+        self.linear = (linear,)  # a tuple hides it from parameters()
+        device = linear.weight.device
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features, device=device) / rank)
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear[0](x) + F.linear(F.linear(x, self.A), self.B)
+
+
+class Finetuned(nn.Module):
+    """The baselines: the LM itself, with LoRA or whole, trained on the same labels."""
+
+    def __init__(self, lm, cfg: Config):
+        super().__init__()
+        self.lm = lm.requires_grad_(cfg.method == "full")
+        for module in list(lm.modules()):
+            for name in set(cfg.baseline_layers) & set(module._modules) if cfg.method == "LoRA" else ():
+                setattr(module, name, LoRA(getattr(module, name), cfg.baseline_rank))
+
+    def forward(self, batch: Batch) -> Tensor:
+        return token_losses(self.lm, look(self.lm, batch).hidden, batch.targets)
+
+
+# --- the diffusion path ---
+
+
+def mlp(inputs: int, hidden: int, outputs: int, zero: bool = True) -> nn.Sequential:
+    """Two layers, Xavier weights and zero biases; with `zero` the last one's weights are 0, too."""
+    net = nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
+    for layer in (net[0], net[2]):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    if zero:
+        nn.init.zeros_(net[2].weight)
+    return net
+
+
+class Condition(NamedTuple):
+    """All that depends on time and class alone: for K tokens (B, K, ...), or for each class (J + 1, ...)."""
+
+    scale: Tensor  # (..., 1) standard deviation of a coordinate of x_t
+    layers: list[Tensor]  # (..., 6 d) modulations of each layer
+    weight: Tensor  # (..., d) w of eq. (6)
+
+    def pick(self, label: Tensor) -> Condition:
+        return Condition(self.scale[label], [m[label] for m in self.layers], self.weight[label])
+
+
+class Block(nn.Module):
+    """Eq. (5): a layer of the path; own weights, or LoRA, for all but keys and values."""
+
+    def __init__(self, layer, cfg: Config):
+        super().__init__()
+        self.layer = (layer,)
+        attention, net = layer.self_attn, layer.mlp
+        linears = dict(
+            q=attention.q_proj, o=attention.o_proj, gate=net.gate_proj, up=net.up_proj, down=net.down_proj
+        )
+        for name, linear in linears.items():
+            own = LoRA(linear, cfg.rank) if cfg.rank else copy.deepcopy(linear).float().requires_grad_(True)
+            self.add_module(name, own)
+
+    def forward(self, h: Tensor, modulation: Tensor, kv: tuple, rope: tuple, visible: Tensor) -> Tensor:
+        layer = self.layer[0]
+        m1, s1, r1, m2, s2, r2 = modulation.chunk(6, -1)
+        q = self.q(modulated_norm(layer.input_layernorm, h, m1, s1))
+        h = h + r1 * self.o(attend(q, *kv, rope, visible))
+        z = modulated_norm(layer.post_attention_layernorm, h, m2, s2)
+        return h + r2 * self.down(F.silu(self.gate(z)) * self.up(z))
+
+
+def modulated_norm(norm, h: Tensor, m: Tensor, s: Tensor) -> Tensor:
+    """RMS norm whose frozen weight is moved by m, and its result by s; all (B, K, d)."""
+    return F.rms_norm(h, h.shape[-1:], eps=norm.variance_epsilon) * (norm.weight + m) + s
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, rope: tuple, visible: Tensor) -> Tensor:
+    """Queries (B, K, d) before RoPE on the LM's keys and values (B, G, T, d_head) -> (B, K, d).
+
+    Heads that share keys (grouped queries) are folded into the length, so that nothing is repeated.
+    """
+    groups, width = keys.shape[1], keys.shape[3]
+    q = q.unflatten(-1, (groups, -1, width)).permute(0, 2, 3, 1, 4)  # (B, G, heads a group, K, d_head)
+    cos, sin = (x[:, None, None] for x in rope)
+    a, b = q.chunk(2, -1)
+    q = (q * cos + torch.cat([-b, a], -1) * sin).to(keys.dtype)
+    heads = q.shape[2]
+    mask = visible.repeat(1, heads, 1)[:, None]
+    out = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, mask)
+    return out.unflatten(2, (heads, -1)).permute(0, 3, 1, 2, 4).flatten(2)
+
+
+class DiffusionPath(nn.Module):
+    """All that is trained; the LM is only read."""
+
+    def __init__(self, lm, cfg: Config):
+        super().__init__()
+        self.lm, self.cfg = (lm,), cfg
+        d, hidden, self.classes = lm.config.hidden_size, cfg.hidden, cfg.classes * cfg.conditional
+        self.blocks = nn.ModuleList(Block(layer, cfg) for layer in lm.base_model.layers)
+        self.heads = nn.ModuleList(mlp(hidden, hidden, 6 * d) for _ in self.blocks)
+        self.weight = mlp(hidden, hidden, d)  # W
+        self.embedding = nn.Linear(d, cfg.size)  # W_v, b_v
+        nn.init.xavier_uniform_(self.embedding.weight)
+        nn.init.zeros_(self.embedding.bias)
+        self.reader = mlp(cfg.size, hidden, d, zero=False)
+        self.time = mlp(hidden, hidden, hidden, zero=False)
+        for layer in (self.time[0], self.time[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        if self.classes:  # and one more, for no class
+            self.label = nn.Embedding(self.classes + 1, hidden)
+            nn.init.normal_(self.label.weight, std=0.02)
+
+    @torch.autocast("cuda", enabled=False)
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Eq. (2): tokens (...) -> fp32 (..., d_f), of norm sqrt(d_f)."""
+        e = self.lm[0].get_input_embeddings()(tokens)
+        return self.cfg.size**0.5 * F.normalize(self.embedding(e.float()), dim=-1)
+
+    def tau(self, t: Tensor, label: Tensor) -> Tensor:
+        """Times and classes (...) -> (..., C)."""
+        half = self.cfg.hidden // 2
+        angle = t[..., None] * 10_000.0 ** (-torch.arange(half, device=t.device) / half)
+        tau = self.time(torch.cat([angle.cos(), angle.sin()], -1))
+        return tau + self.label(label) if self.classes else tau
+
+    @torch.autocast("cuda", enabled=False)
+    def condition(self, t: Tensor, label: Tensor) -> Condition:
+        """Times and classes (...) -> scale, modulations and w, which is 0 at t = 0 to the bit."""
+        tau, start = self.tau(t, label), self.tau(torch.zeros_like(t), label)
+        weight = (t > 0)[..., None] * (self.weight(tau) - self.weight(start))  # eq. (6)
+        scale = ((1 - t).square() * self.cfg.sigma**2 + t.square()).sqrt()[..., None]
+        return Condition(scale, [head(tau) for head in self.heads], weight)
+
+    def merge(self, x: Tensor, condition: Condition, context: Context) -> Tensor:
+        """Eqs. (5), (6): noisy tokens (B, K, d_f) -> what the LM's last norm and head turn to logits."""
+        rope = self.lm[0].base_model.rotary_emb(context.hidden, context.position)
+        h = self.reader(torch.randn_like(x) if self.cfg.blind else x / condition.scale)
+        layers = zip(self.blocks, condition.layers, context.kv, strict=True)
+        for block, modulation, kv in layers:
+            h = block(h, modulation, kv, rope, context.visible)
+        return (context.hidden + condition.weight * h).to(context.hidden.dtype)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Eq. (3): losses of the diffusion tokens (B, K)."""
+        lm = self.lm[0]
+        with torch.no_grad():
+            context = look(lm, batch)
+        x = corrupt(self.embed(batch.targets), batch.noise, batch.t)
+        h = self.merge(x, self.condition(batch.t, batch.label), context)
+        return token_losses(lm, h, batch.targets)
+
+
+def corrupt(x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """Eq. (1): (..., d_f) twice, times (...)."""
+    return t[..., None] * x1 + (1 - t[..., None]) * x0
+
+
+def with_noise(batch: Batch, cfg: Config) -> Batch:
+    """`draws` copies of each diffusion token; t, x_0 and whether its class is dropped, drawn for each copy."""
+    copies = {
+        name: getattr(batch, name).repeat(1, cfg.draws) for name in ("places", "targets", "mask", "label")
+    }
+    label = copies["label"]
+    t, keep = torch.rand(2, *label.shape, device=label.device)
+    copies["label"] = torch.where(keep < cfg.drop, cfg.classes, label)
+    noise = cfg.sigma * torch.randn(*label.shape, cfg.size, device=label.device)
+    return replace(batch, **copies, t=t, noise=noise)
+
+
+# --- solvers of eq. (4): predict(x, t, end of the stage) -> x_hat ---
+
+
+def euler(predict: Callable, x: Tensor, times: list[float]) -> Tensor:
+    """One prediction an interval; exact while it does not change."""
+    for t, end in pairwise(times):
+        x = x.lerp(predict(x, t, end), (end - t) / (1 - t))
+    return x
+
+
+def midpoint(predict: Callable, x: Tensor, times: list[float]) -> Tensor:
+    """Two predictions an interval; the velocity of the second, halfway, moves x all the way."""
+    for t, end in pairwise(times):
+        middle = (t + end) / 2
+        half = x.lerp(predict(x, t, middle), (middle - t) / (1 - t))
+        x = x + (end - t) / (1 - middle) * (predict(half, middle, end) - half)
+    return x
+
+
+def adaptive(predict: Callable, x: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+    """x (B, K, d_f) -> x at t = 1, and predictions (B, K): each sample has times, steps and a count of its own.
+
+    A step moves by the mean of the predictions at its two ends, in eq. (4)'s exact form; its error is how far
+    that is from Euler's step. predict(x, t, end) gets t (B, K), and finished samples until all are.
+    """
+    t, h, count = torch.zeros_like(x[..., :1]), torch.full_like(x[..., :1], 0.05), torch.ones_like(x[..., 0])
+    x_hat = predict(x, t[..., 0], t)
+    while (running := t < 1).any():
+        end = torch.where(h < 0.999 * (1 - t), t + h, 1.0)
+        share = torch.where(running, (end - t) / (1 - t), 0.0)
+        ahead = predict(x.lerp(x_hat, share), end[..., 0], end)
+        error = share / 2 * (ahead - x_hat).square().mean(-1, keepdim=True).sqrt()
+        good = (error <= tol) | (h <= 1e-3)
+        x = torch.where(good, x.lerp((x_hat + ahead) / 2, share), x)
+        x_hat, t = torch.where(good, ahead, x_hat), torch.where(good, end, t)
+        h = h * (0.9 * (tol / error).sqrt()).clamp(0.2, 10)
+        count += running[..., 0]
+    return x, count
+
+
+def draw_token(logits: Tensor, temperature: float) -> Tensor:
+    """Sample (...) from logits (..., |V|) by the inverse CDF; temperature 0 is the argmax."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cdf = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.double)
+    picked = torch.rand_like(cdf[..., :1]) * cdf[..., -1:]
+    return torch.searchsorted(cdf, picked, right=True)[..., 0]
+
+
+def to_embedding(logits: Tensor, table: Tensor, kind: str, temperature: float) -> Tensor:
+    """x_hat (..., d_f) of logits (..., |V|) and the diffusion vocabulary (|V|, d_f)."""
+    if kind == "average":
+        return logits.softmax(-1) @ table
+    return table[draw_token(logits, 0.0 if kind == "argmax" else temperature)]
+
+
+def guide(known: Tensor, free: Tensor, g: float) -> Tensor:
+    """Eq. (7): x_hat with and without the class."""
+    return g * known + (1 - g) * free
+
+
+def bayes_logits(logits: Tensor, x: Tensor, t: float, table: Tensor, sigma: float) -> Tensor:
+    """log p(y | c) + log N(x; t V_y, (1 - t)^2 sigma^2) up to a constant, since all |V_y| are alike."""
+    return logits.log_softmax(-1) + t * x @ table.mT / (max(1 - t, 1e-3) * sigma) ** 2
+
+
+class Decoder:
+    """The LM and a path, or none, with all that decoding can compute once: table and modulations."""
+
+    @torch.no_grad()
+    def __init__(self, lm, path: DiffusionPath | Finetuned, vocab: int, cfg: Config):
+        self.lm, self.path, self.vocab, self.cfg = lm, path, vocab, cfg
+        points = cfg.evals if cfg.solver == "euler" else (cfg.evals + 1) // 2
+        self.times = torch.linspace(0, 1, points, dtype=torch.double).tolist()
+        if cfg.method != "L2D":  # the LM alone, one evaluation at t = 0
+            return
+        self.table = path.embed(torch.arange(vocab, device=lm.device))
+        classes = torch.arange(path.classes + 1, device=lm.device)
+        middles = [(t + end) / 2 for t, end in pairwise(self.times)]
+        grid = [] if cfg.solver == "adaptive" else self.times + middles
+        self.conditions = {
+            t: path.condition(torch.full_like(classes, t, dtype=torch.float), classes) for t in grid
+        }
+
+    def f(self, x: Tensor, t, label: Tensor, context: Context) -> Tensor:
+        """Eq. (6): logits at one time t, or at times (B, K); those of t = 0 are there already."""
+        if not torch.as_tensor(t).any():
+            return context.logits
+        if self.cfg.bayes:
+            return bayes_logits(context.logits, x, t, self.table, self.cfg.sigma)
+        adaptive = self.cfg.solver == "adaptive"
+        condition = self.path.condition(t, label) if adaptive else self.conditions[t].pick(label)
+        return lm_head(self.lm, self.path.merge(x, condition, context))[..., : self.vocab]
+
+    @torch.no_grad()
+    def solve(self, context: Context, label: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Next tokens (B, K) and evaluations (B, K) for classes (B, K); the last draw has `temperature`."""
+        cfg = self.cfg
+        label, nobody = label * cfg.conditional, torch.full_like(label, cfg.classes)
+        context = context._replace(logits=lm_head(self.lm, context.hidden)[..., : self.vocab])
+
+        def predict(x, t, end):
+            heat = 1 - end if cfg.cooling else 1.0
+            x_hat = to_embedding(self.f(x, t, label, context), self.table, cfg.x_hat, heat)
+            if cfg.guidance == 1:
+                return x_hat
+            free = to_embedding(self.f(x, t, nobody, context), self.table, cfg.x_hat, heat)
+            return guide(x_hat, free, cfg.guidance)
+
+        x = cfg.sigma * torch.randn(*label.shape, cfg.size, device=label.device)
+        if cfg.solver == "adaptive":
+            x, count = adaptive(predict, x, cfg.tol)
+            end = torch.ones_like(count)
+        else:
+            x, end = (
+                {"euler": euler, "midpoint": midpoint}[cfg.solver](predict, x, self.times),
+                self.times[-1],
+            )
+            count = torch.full(label.shape, cfg.evals - 1.0, device=label.device)
+        logits = self.f(x, end, label, context)
+        return draw_token(logits, temperature), count * (1 + (cfg.guidance != 1)) + 1
+
+
+@torch.no_grad()
+def generate(
+    decoder: Decoder, prompts: list[list[int]], new: int, ends: list[int], kind: int, temperature: float
+):
+    """Answers (B lists of ids, each up to the first of `ends`) of at most `new` tokens, of class `kind`.
+
+    The main path runs once a token, however many evaluations the solver takes.
+    """
+    lm, ended = decoder.lm, False
+    ids, mask = (x.flip(1) for x in common.collate([p[::-1] for p in prompts], lm.device))  # left-padded
+    label, cache, written = torch.full((len(ids), 1), kind, device=lm.device), new_cache(lm), []
+    while len(written) < new and not torch.as_tensor(ended).all():
+        position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        hidden = main_path(lm, ids, cache, attention_mask=mask.long(), position_ids=position)
+        kv = [(layer.keys, layer.values) for layer in cache.layers]
+        context = Context(kv, hidden[:, -1:], position[:, -1:], mask[:, None])
+        ids, _ = decoder.solve(context, label, temperature)
+        written.append(ids)
+        mask = F.pad(mask, (0, 1), value=True)
+        ended = ended | torch.isin(ids, torch.tensor(ends, device=lm.device))
+
+    def cut(row):
+        return row[: min((row.index(end) for end in ends if end in row), default=len(row)) + 1]
+
+    return [cut(row) for row in torch.cat(written, 1).tolist()]
+
+
+# --- training ---
+
+
+def fit(model: nn.Module, batch_of: Callable, steps: int, cfg: Config, run: Run):
+    """Train what needs a gradient in `model`, whose forward gives the losses of a batch's labels, in place."""
+    large = sum(p.numel() for p in model.parameters() if p.requires_grad) > 1e9
+    full_precision = copy.copy(run)
+    full_precision.amp = False  # t, tau and the vocabulary need float32; autocast rounds the rest
+    parallel = full_precision.shard(model) if large else run.wrap(model)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in weights if (p.dim() > 1) == decay]) for decay in (True, False)]
+    groups[1]["weight_decay"] = 0.0
+    fused = run.device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=fused)
+    for step in run.steps(steps, model=model, optimizer=optimizer):
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min((step + 1) / cfg.warmup, 1 - (1 - cfg.lr_end) * step / steps)
+        batch = batch_of(step).each(lambda x: x.to(run.device))
+        if isinstance(model, DiffusionPath):
+            batch = with_noise(batch, cfg)
+        share = batch.mask.sum() / run.world_size  # labels of a rank: gradients are averaged
+        total, mine = 0.0, torch.arange(run.rank, len(batch.ids), run.world_size)
+        for rows in mine.split(cfg.micro):
+            part = batch.each(lambda x: x[rows])  # noqa: B023
+            with run.autocast():
+                loss = (parallel(part) * part.mask).sum() / share  # eq. (3)
+            loss.backward()
+            total += loss.detach()
+        norm = whole(nn.utils.clip_grad_norm_(weights, 1.0))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        run.log(step, loss=total, grad_norm=norm)
+
+
+def whole(p: Tensor) -> Tensor:
+    """A sharded tensor gathered, on all ranks together; others as they are."""
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
+
+
+def load(base: str, cfg: Config, run: Run, half: bool) -> tuple:
+    """The LM, frozen, on the device, its tokenizer, and what this row trains: path or LM."""
+    lm, tokenizer = common.load_lm(base, torch.bfloat16 if half else torch.float32)
+    lm.to(run.device).requires_grad_(False)
+    model = DiffusionPath(lm, cfg) if cfg.method == "L2D" else Finetuned(lm, cfg)
+    return lm, tokenizer, model.to(run.device)
+
+
+def make_base(run: Run):
+    """Pre-train the demo's LM: one layer, too narrow to hold a list; 30 % of its questions are WHICH."""
+    cfg = run.cfg
+    size = dict(heads=1, intermediate_size=2 * cfg.width, initializer_range=cfg.width**-0.5)
+    lm = common.tiny_lm(len(ALPHABET), cfg.width, 1, **size).to(run.device)
+
+    def batch_of(step):
+        return how_often(duplicates(cfg.base_batch, LENGTHS, False), 0.7)
+
+    fit(Finetuned(lm, replace(cfg, method="full")), batch_of, cfg.base_steps, cfg, run)
+    lm.should_save_on_this_rank = lambda _: True  # not on the first of all ranks alone: another may be here
+    lm.save_pretrained(run.folder / "model")
+    common.CharTokenizer("".join(ALPHABET), eos=".").save_pretrained(run.folder / "model")
+
+
+def learn(base: str, run: Run):
+    """Train the path, or a baseline, and keep its weights."""
+    cfg = run.cfg
+    lm, tokenizer, model = load(base, cfg, run, run.amp and cfg.method != "full")
+    before = checksum(lm)
+    fit(model, open_data(cfg, tokenizer, run)[0], cfg.steps, cfg, run)
+    weights = {name: whole(p.detach()).cpu() for name, p in model.named_parameters() if p.requires_grad}
+    if run.rank == 0:
+        save_file(weights, run.folder / "weights.safetensors")
+    if cfg.method == "L2D":
+        size = sum(w.numel() for w in weights.values())
+        run.print(f"{size:,} parameters trained; checksum of the LM before: {before}, after: {checksum(lm)}")
+
+
+def train(cfg: Config, run: Run) -> dict[str, float]:
+    """One cell of the table: base, path or baseline, and how it decodes."""
+    base, weights = cfg.model, {}
+    if base == "tiny":
+        base = str(run.once("language model", make_base) / "model")
+    if cfg.method != "base":
+        name = f"{cfg.method} blind={cfg.blind} classes={cfg.conditional}"
+        weights = load_file(run.once(name, partial(learn, base)) / "weights.safetensors")
+    lm, tokenizer, model = load(base, cfg, run, run.amp)
+    model.load_state_dict(weights, strict=False)
+    decoder = Decoder(lm, model, len(tokenizer), cfg)
+    tests = open_data(cfg, tokenizer, run)[1]
+    if cfg.data != "duplicates":
+        prompt = tests[0].ids[0, : tests[0].places[0, 0] + 1].tolist()
+        answer = generate(decoder, [prompt], cfg.max_new, common.end_ids(lm, tokenizer), 0, 0.0)[0]
+        run.print(f"{run.folder.name}: {tokenizer.decode(answer)!r}")
+    return evaluate(decoder, tests, cfg, run) | benchmarks(decoder, tokenizer, cfg, run)
+
+
+# --- evaluation ---
+
+
+@torch.no_grad()
+def evaluate(decoder: Decoder, tests: list[Batch], cfg: Config, run: Run) -> dict[str, float]:
+    """Accuracy of the next token after true ones: `sampled` at temperature 1, and `greedy` (x_hat, too).
+
+    With it evaluations and milliseconds a token, all held-out tokens of a batch at once. `either`: the
+    greedy answer occurs twice, whatever its topic.
+    """
+    found = {}
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        torch.manual_seed(run.generator("decoding").initial_seed())  # pairs rows
+        decoder.cfg = replace(
+            cfg, x_hat="argmax" if name == "greedy" and cfg.x_hat == "sample" else cfg.x_hat
+        )
+        sums, begin = 0.0, time.time()
+        for batch in tests:
+            batch = batch.each(lambda x: x[run.rank :: run.world_size].to(run.device))
+            with run.autocast():
+                token, count = decoder.solve(look(decoder.lm, batch), batch.label, temperature)
+            either = (batch.ids[:, None] == token[..., None]).sum(-1) > 1
+            columns = torch.stack([token == batch.targets, count, either, batch.mask])
+            sums = sums + (columns * batch.mask).sum((1, 2))
+        right, evaluations, either, tokens = run.mean(sums).tolist()
+        seconds = time.time() - begin
+        found |= {name: right / tokens, "evaluations": evaluations / tokens, "ms": 1000 * seconds / tokens}
+        run.speed[f"{name} tokens_per_s"] = tokens / seconds
+        if cfg.conditional and name == "greedy":
+            found["either"] = either / tokens
+    return found
+
+
+BENCH_CLASSES = {"gsm8k": 0, "hendrycks_math": 0, "humaneval_instruct": 1, "mbpp_instruct": 1}  # 2: any other
+
+
+def benchmarks(decoder: Decoder, tokenizer, cfg: Config, run: Run) -> dict[str, float]:
+    """lm-eval's tasks, five examples as turns of the chat, decoded by ours; x_hat as in `greedy`."""
+    if not cfg.bench:
+        return {}
+    hf = common.need("lm_eval.models.huggingface", "lm")
+    ends, kind = common.end_ids(decoder.lm, tokenizer), 2
+
+    class Ours(hf.HFLM):
+        def _model_generate(self, context, max_length, stop, attention_mask, **settings):
+            prompts = [row[seen].tolist() for row, seen in zip(context, attention_mask.bool(), strict=True)]
+            answers = generate(decoder, prompts, max_length - context.shape[1], ends, kind, 1.0)
+            ids, mask = common.collate(answers, context.device)
+            return torch.cat([context, ids.masked_fill(~mask, ends[0])], 1)
+
+    lm, found, decoder.cfg = (
+        Ours(pretrained=decoder.lm, tokenizer=tokenizer, batch_size=8),
+        {},
+        replace(cfg, x_hat="argmax"),
+    )
+    for task in cfg.bench:
+        kind = BENCH_CLASSES.get(task, 2)
+        more = (
+            dict(num_fewshot=5, fewshot_as_multiturn=True)
+            if kind != 1
+            else dict(confirm_run_unsafe_code=True)
+        )
+        scores = common.benchmark(
+            lm, tokenizer, [task], run=run, gen_kwargs=dict(max_gen_toks=cfg.max_new), **more
+        )
+        values = [x for name, x in scores.get(task, {}).items() if name.startswith(("exact_match,", "pass"))]
+        found[task] = values[0] if values else math.nan
+    return found
+
+
+# --- figure, sizes without weights, main ---
+
+
+def draw(figure, table: dict, run: Run):
+    """Sampled and greedy accuracy of each row over its evaluations a token, with intervals."""
+    for axis, metric in zip(figure.subplots(1, 2, sharey=True), ("sampled", "greedy"), strict=True):
+        for row, cells in table.items():
+            if row.startswith(("classes", "adaptive,")):
+                continue
+            (x, _), (y, half) = (
+                common.interval([cell[key] for cell in cells]) for key in ("evaluations", metric)
+            )
+            axis.errorbar(x, y, half, fmt="o", label=row)
+        axis.set(xscale="log", xlabel="evaluations a token", title=f"{metric}: accuracy")
+    axis.legend(fontsize="small")
+
+
+LLAMA, QWEN = "meta-llama/Llama-3", "Qwen/Qwen2.5-"
+FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+FIELDS += ("vocab_size", "tie_word_embeddings")
+SIZES = {
+    LLAMA + ".2-1B-Instruct": (2048, 8192, 16, 32, 8, 128256, True),
+    LLAMA + ".1-8B-Instruct": (4096, 14336, 32, 32, 8, 128256, False),
+    QWEN + "1.5B-Instruct": (1536, 8960, 28, 12, 2, 151936, True),
+    QWEN + "7B-Instruct": (3584, 18944, 28, 28, 4, 152064, False),
+}
+
+
+def missing(cfg: Config) -> list[str]:
+    """What this config needs and does not find or cannot use, a line each."""
+    from transformers import AutoConfig
+
+    if cfg.model == "tiny":
+        return []
+    found, path = [], Path(cfg.model)
+    try:
+        where = (path.parent, dict(gguf_file=path.name)) if path.suffix == ".gguf" else (path, {})
+        kind = AutoConfig.from_pretrained(where[0], **where[1]).model_type
+        if kind not in ("llama", "qwen2"):
+            found.append(f"--model {path}: a {kind}; the path is built for llama and qwen2")
+    except (OSError, ValueError):
+        found.append(f"--model {cfg.model!r}: neither here nor on the hub (hub id, folder or .gguf)")
+    try:
+        load_conversations(cfg)
+    except UserError as e:
+        found.append(f"--data {e} (.jsonl, folder or hub id)")
+    if cfg.bench and importlib.util.find_spec("lm_eval") is None:
+        found.append('lm_eval: pip install -e ".[lm]"')
+    if any(BENCH_CLASSES.get(task) == 1 for task in cfg.bench) and "HF_ALLOW_CODE_EVAL" not in os.environ:
+        found.append("HF_ALLOW_CODE_EVAL=1: these --bench tasks run programs that the model wrote")
+    return found
+
+
+def dry_run(cfg: Config, run: Run):
+    """Print exact parameter counts, memory and hours on H100s, every conversation of full length."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if cfg.model in SIZES:
+        kind = "qwen2" if QWEN in cfg.model else "llama"
+        config = AutoConfig.for_model(kind, **dict(zip(FIELDS, SIZES[cfg.model], strict=True)))
+    ...
+
+
+def main():
+    cfg = common.parse_config(CONFIGS)
+    with Run(cfg, "" if cfg.model == "tiny" else cfg.model) as run:
+        lacking = missing(cfg)
+        if cfg.dry_run:
+            dry_run(cfg, run)
+            return run.print("\n".join(f"missing: {line}" for line in lacking))
+        if lacking:
+            raise UserError("; ".join(lacking))
+        table = run.grid(ROWS, train)
+        run.check(CLAIMS, table)
+        run.figure(draw, table, run, size=(12, 5))
+
+
+if __name__ == "__main__":
+    main()
