@@ -42,7 +42,9 @@ Reading order: Config, ROWS, DiffusionPath, corrupt, the solvers, Decoder, fit, 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import hashlib
 import importlib.util
 import math
@@ -52,6 +54,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -687,32 +690,32 @@ def bayes_logits(logits: Tensor, x: Tensor, t: float, table: Tensor, sigma: floa
 
 
 class Decoder:
-    """The LM and a path, or none, with all that decoding can compute once: table and modulations."""
+    """The LM and a path, or the LM alone, and what decoding needs to compute only once."""
 
     @torch.no_grad()
     def __init__(self, lm, path: DiffusionPath | Finetuned, vocab: int, cfg: Config):
         self.lm, self.path, self.vocab, self.cfg = lm, path, vocab, cfg
-        points = cfg.evals if cfg.solver == "euler" else (cfg.evals + 1) // 2
+        points = (cfg.evals + 1) // 2 if cfg.solver == "midpoint" else cfg.evals
         self.times = torch.linspace(0, 1, points, dtype=torch.double).tolist()
-        if cfg.method != "L2D":  # the LM alone, one evaluation at t = 0
+        if cfg.method != "L2D":  # one evaluation, at t = 0
             return
         self.table = path.embed(torch.arange(vocab, device=lm.device))
         classes = torch.arange(path.classes + 1, device=lm.device)
-        middles = [(t + end) / 2 for t, end in pairwise(self.times)]
-        grid = [] if cfg.solver == "adaptive" else self.times + middles
-        self.conditions = {
-            t: path.condition(torch.full_like(classes, t, dtype=torch.float), classes) for t in grid
-        }
+        tabulated = functools.cache(
+            lambda t: path.condition(torch.full_like(classes, t, dtype=torch.float), classes)
+        )
+        self.condition = lambda t, label: tabulated(t).pick(label)
+        if cfg.solver == "adaptive":
+            self.condition = path.condition
 
-    def f(self, x: Tensor, t, label: Tensor, context: Context) -> Tensor:
-        """Eq. (6): logits at one time t, or at times (B, K); those of t = 0 are there already."""
+    def f(self, x: Tensor, t: float | Tensor, label: Tensor, context: Context) -> Tensor:
+        """Eq. (6): logits at time t, or at times (B, K) of the adaptive solver; those of t = 0 are known."""
         if not torch.as_tensor(t).any():
             return context.logits
         if self.cfg.bayes:
             return bayes_logits(context.logits, x, t, self.table, self.cfg.sigma)
-        adaptive = self.cfg.solver == "adaptive"
-        condition = self.path.condition(t, label) if adaptive else self.conditions[t].pick(label)
-        return lm_head(self.lm, self.path.merge(x, condition, context))[..., : self.vocab]
+        h = self.path.merge(x, self.condition(t, label), context)
+        return lm_head(self.lm, h)[..., : self.vocab]
 
     @torch.no_grad()
     def solve(self, context: Context, label: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -730,44 +733,40 @@ class Decoder:
             return guide(x_hat, free, cfg.guidance)
 
         x = cfg.sigma * torch.randn(*label.shape, cfg.size, device=label.device)
+        end, count = self.times[-1], torch.full(label.shape, cfg.evals - 1.0, device=label.device)
         if cfg.solver == "adaptive":
             x, count = adaptive(predict, x, cfg.tol)
             end = torch.ones_like(count)
+        elif cfg.solver == "midpoint":
+            x = midpoint(predict, x, self.times)
         else:
-            x, end = (
-                {"euler": euler, "midpoint": midpoint}[cfg.solver](predict, x, self.times),
-                self.times[-1],
-            )
-            count = torch.full(label.shape, cfg.evals - 1.0, device=label.device)
+            x = euler(predict, x, self.times)
         logits = self.f(x, end, label, context)
         return draw_token(logits, temperature), count * (1 + (cfg.guidance != 1)) + 1
 
 
 @torch.no_grad()
 def generate(
-    decoder: Decoder, prompts: list[list[int]], new: int, ends: list[int], kind: int, temperature: float
-):
-    """Answers (B lists of ids, each up to the first of `ends`) of at most `new` tokens, of class `kind`.
+    decoder: Decoder, prompts: list, new: int, ends: list[int], kind: int, temperature: float
+) -> Tensor:
+    """Answers (B, at most `new`) to lists of ids, of class `kind`, filled up with ends[0] after any of `ends`.
 
     The main path runs once a token, however many evaluations the solver takes.
     """
-    lm, ended = decoder.lm, False
+    lm = decoder.lm
     ids, mask = (x.flip(1) for x in common.collate([p[::-1] for p in prompts], lm.device))  # left-padded
     label, cache, written = torch.full((len(ids), 1), kind, device=lm.device), new_cache(lm), []
-    while len(written) < new and not torch.as_tensor(ended).all():
+    ended = torch.zeros_like(label, dtype=torch.bool)
+    while len(written) < new and not ended.all():
         position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         hidden = main_path(lm, ids, cache, attention_mask=mask.long(), position_ids=position)
         kv = [(layer.keys, layer.values) for layer in cache.layers]
         context = Context(kv, hidden[:, -1:], position[:, -1:], mask[:, None])
-        ids, _ = decoder.solve(context, label, temperature)
+        ids = decoder.solve(context, label, temperature)[0].masked_fill(ended, ends[0])
         written.append(ids)
         mask = F.pad(mask, (0, 1), value=True)
-        ended = ended | torch.isin(ids, torch.tensor(ends, device=lm.device))
-
-    def cut(row):
-        return row[: min((row.index(end) for end in ends if end in row), default=len(row)) + 1]
-
-    return [cut(row) for row in torch.cat(written, 1).tolist()]
+        ended |= torch.isin(ids, torch.tensor(ends, device=lm.device))
+    return torch.cat(written, 1)
 
 
 # --- training ---
@@ -780,10 +779,7 @@ def fit(model: nn.Module, batch_of: Callable, steps: int, cfg: Config, run: Run)
     full_precision.amp = False  # t, tau and the vocabulary need float32; autocast rounds the rest
     parallel = full_precision.shard(model) if large else run.wrap(model)
     weights = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in weights if (p.dim() > 1) == decay]) for decay in (True, False)]
-    groups[1]["weight_decay"] = 0.0
-    fused = run.device.type == "cuda"
-    optimizer = torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=fused)
+    optimizer = torch.optim.AdamW(weights, cfg.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     for step in run.steps(steps, model=model, optimizer=optimizer):
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min((step + 1) / cfg.warmup, 1 - (1 - cfg.lr_end) * step / steps)
@@ -793,7 +789,7 @@ def fit(model: nn.Module, batch_of: Callable, steps: int, cfg: Config, run: Run)
         share = batch.mask.sum() / run.world_size  # labels of a rank: gradients are averaged
         total, mine = 0.0, torch.arange(run.rank, len(batch.ids), run.world_size)
         for rows in mine.split(cfg.micro):
-            part = batch.each(lambda x: x[rows])  # noqa: B023
+            part = batch.each(itemgetter(rows))
             with run.autocast():
                 loss = (parallel(part) * part.mask).sum() / share  # eq. (3)
             loss.backward()
@@ -817,11 +813,16 @@ def load(base: str, cfg: Config, run: Run, half: bool) -> tuple:
     return lm, tokenizer, model.to(run.device)
 
 
-def make_base(run: Run):
-    """Pre-train the demo's LM: one layer, too narrow to hold a list; 30 % of its questions are WHICH."""
-    cfg = run.cfg
+def make_tiny(cfg: Config):
+    """The demo's LM: one layer, too narrow to hold a list."""
     size = dict(heads=1, intermediate_size=2 * cfg.width, initializer_range=cfg.width**-0.5)
-    lm = common.tiny_lm(len(ALPHABET), cfg.width, 1, **size).to(run.device)
+    return common.tiny_lm(len(ALPHABET), cfg.width, 1, **size)
+
+
+def make_base(run: Run):
+    """Pre-train the demo's LM; 30 % of the questions are WHICH."""
+    cfg = run.cfg
+    lm = make_tiny(cfg).to(run.device)
 
     def batch_of(step):
         return how_often(duplicates(cfg.base_batch, LENGTHS, False), 0.7)
@@ -906,20 +907,14 @@ def benchmarks(decoder: Decoder, tokenizer, cfg: Config, run: Run) -> dict[str, 
     if not cfg.bench:
         return {}
     hf = common.need("lm_eval.models.huggingface", "lm")
-    ends, kind = common.end_ids(decoder.lm, tokenizer), 2
+    decoder.cfg, ends, kind = replace(cfg, x_hat="argmax"), common.end_ids(decoder.lm, tokenizer), 2
 
     class Ours(hf.HFLM):
         def _model_generate(self, context, max_length, stop, attention_mask, **settings):
             prompts = [row[seen].tolist() for row, seen in zip(context, attention_mask.bool(), strict=True)]
-            answers = generate(decoder, prompts, max_length - context.shape[1], ends, kind, 1.0)
-            ids, mask = common.collate(answers, context.device)
-            return torch.cat([context, ids.masked_fill(~mask, ends[0])], 1)
+            return torch.cat([context, generate(decoder, prompts, cfg.max_new, ends, kind, 1.0)], 1)
 
-    lm, found, decoder.cfg = (
-        Ours(pretrained=decoder.lm, tokenizer=tokenizer, batch_size=8),
-        {},
-        replace(cfg, x_hat="argmax"),
-    )
+    lm, found = Ours(pretrained=decoder.lm, tokenizer=tokenizer, batch_size=8), {}
     for task in cfg.bench:
         kind = BENCH_CLASSES.get(task, 2)
         more = (
@@ -969,39 +964,61 @@ SIZES = {
 }
 
 
-def missing(cfg: Config) -> list[str]:
-    """What this config needs and does not find or cannot use, a line each."""
+def read_config(name: str):
+    """The LM's transformers config from its files or the hub; None if there is none."""
     from transformers import AutoConfig
 
+    path, more = name, {}
+    if name.endswith(".gguf"):
+        path, more = Path(name).parent, {"gguf_file": Path(name).name}
+    with contextlib.suppress(OSError, ValueError):
+        return AutoConfig.from_pretrained(path, **more)
+
+
+def missing(cfg: Config) -> list[str]:
+    """What this config needs and does not find or cannot use, a line each."""
     if cfg.model == "tiny":
         return []
-    found, path = [], Path(cfg.model)
-    try:
-        where = (path.parent, dict(gguf_file=path.name)) if path.suffix == ".gguf" else (path, {})
-        kind = AutoConfig.from_pretrained(where[0], **where[1]).model_type
-        if kind not in ("llama", "qwen2"):
-            found.append(f"--model {path}: a {kind}; the path is built for llama and qwen2")
-    except (OSError, ValueError):
+    found, config = [], read_config(cfg.model)
+    if config is None:
         found.append(f"--model {cfg.model!r}: neither here nor on the hub (hub id, folder or .gguf)")
+    elif config.model_type not in ("llama", "qwen2"):
+        found.append(f"--model {cfg.model}: a {config.model_type}; the path is made for llama and qwen2")
     try:
         load_conversations(cfg)
     except UserError as e:
         found.append(f"--data {e} (.jsonl, folder or hub id)")
     if cfg.bench and importlib.util.find_spec("lm_eval") is None:
         found.append('lm_eval: pip install -e ".[lm]"')
-    if any(BENCH_CLASSES.get(task) == 1 for task in cfg.bench) and "HF_ALLOW_CODE_EVAL" not in os.environ:
-        found.append("HF_ALLOW_CODE_EVAL=1: these --bench tasks run programs that the model wrote")
+    if 1 in map(BENCH_CLASSES.get, cfg.bench) and "HF_ALLOW_CODE_EVAL" not in os.environ:
+        found.append("HF_ALLOW_CODE_EVAL=1 in the environment: some of --bench run what the model wrote")
     return found
 
 
 def dry_run(cfg: Config, run: Run):
-    """Print exact parameter counts, memory and hours on H100s, every conversation of full length."""
+    """Print exact parameter counts, and memory and hours on H100s if all conversations had full length."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if cfg.model in SIZES:
+    def size(model):
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    config = read_config(cfg.model)
+    if config is None and cfg.model in SIZES:
         kind = "qwen2" if QWEN in cfg.model else "llama"
         config = AutoConfig.for_model(kind, **dict(zip(FIELDS, SIZES[cfg.model], strict=True)))
-    ...
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config) if config else make_tiny(cfg)
+        n = size(lm)
+        lm.requires_grad_(False)
+        copies = size(DiffusionPath(lm, replace(cfg, rank=0)))
+        path = size(DiffusionPath(lm, cfg))
+        lora = size(Finetuned(lm, replace(cfg, method="LoRA")))
+    run.print(
+        f"{cfg.model}: {n:,} parameters; path {path:,} ({copies:,} as full copies); LoRA baseline {lora:,}"
+    )
+    tokens = cfg.steps * cfg.batch * cfg.context
+    hours = tokens * 6 * n / 3600 / (0.4 * 989e12)  # main path 2 N, path 4 N; 40 % of an H100's peak
+    run.print(f"{(2 * n + 16 * path) / 1e9:.0f} GB of weights and AdamW; {hours:.1f} GPU hours for the path")
 
 
 def main():
