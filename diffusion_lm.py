@@ -46,7 +46,6 @@ import contextlib
 import copy
 import functools
 import hashlib
-import importlib.util
 import math
 import os
 import time
@@ -59,6 +58,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -100,15 +100,7 @@ class Config(common.Config):
     warmup: int = 50  # steps to the peak; then a line to lr_end
     lr_end: float = 0.02  # share of the peak
     baseline_rank: int = 24  # of the LoRA baseline
-    baseline_layers: tuple[str, ...] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    )  # it adapts
+    baseline_layers: tuple[str, ...] = ("_proj",)  # what their names end with
     # decoding
     solver: Literal["euler", "midpoint", "adaptive"] = "euler"  # of eq. (4)
     evals: int = 16  # evaluations of f a token (T); odd for midpoint; adaptive finds its own
@@ -136,23 +128,41 @@ class Config(common.Config):
 
 
 DEMO = Config(seeds=3, ranks=2, log_every=50, save_every=1250)
-REAL = replace(
+FULL = replace(
     DEMO,
+    rows=("base", "LoRA", "full finetuning", "T = 15, midpoint", "adaptive", "classes: g = 3"),
     seeds=1,
     ranks=1,
     share="run",
-    model="",
-    data="",
+    model="meta-llama/Llama-3.2-1B-Instruct",
+    data="HuggingFaceTB/smoltalk",
+    subsets=(
+        "self-oss-instruct",
+        "metamathqa-50k",
+        "numina-cot-100k",
+        "openhermes-100k",
+        "smol-magpie-ultra",
+    ),
     classes=3,
+    holdout=256,
+    bench=("gsm8k", "hendrycks_math", "mmlu_generative", "mmlu_pro", "humaneval_instruct", "mbpp_instruct"),
     rank=32,
     size=256,
     sigma=64.0,
     hidden=256,
+    steps=27_884,
+    batch=32,
+    micro=4,
     draws=1,
     lr=1e-4,
+    warmup=100,
     lr_end=0.01,
     baseline_rank=32,
     baseline_layers=("q_proj", "v_proj"),
+    x_hat="argmax",
+    max_new=256,
+    log_every=10,
+    save_every=1000,
 )
 CONFIGS = {
     "smoke": replace(
@@ -172,47 +182,22 @@ CONFIGS = {
         DEMO, ranks=8, seeds=8, width=32, base_steps=10_000, steps=10_000, holdout=20_000, save_every=5000
     ),
     "text": replace(
-        REAL,
+        FULL,
         rows=("base", "LoRA", "T = 1", "T = 4", "T = 16"),
+        model="",
+        data="",
+        subsets=(),
         holdout=4,
         context=256,
+        bench=(),
         steps=30,
         batch=4,
-        micro=4,
         lr=1e-3,
         warmup=3,
         max_new=24,
         log_every=1,
     ),
-    "full": replace(
-        REAL,
-        rows=("base", "LoRA", "full finetuning", "T = 15, midpoint", "adaptive", "classes: g = 3"),
-        model="meta-llama/Llama-3.2-1B-Instruct",
-        data="HuggingFaceTB/smoltalk",
-        subsets=(
-            "self-oss-instruct",
-            "metamathqa-50k",
-            "numina-cot-100k",
-            "openhermes-100k",
-            "smol-magpie-ultra",
-        ),
-        holdout=256,
-        bench=(
-            "gsm8k",
-            "hendrycks_math",
-            "mmlu_generative",
-            "mmlu_pro",
-            "humaneval_instruct",
-            "mbpp_instruct",
-        ),
-        steps=27_884,
-        batch=32,
-        micro=4,
-        warmup=100,
-        max_new=256,
-        log_every=10,
-        save_every=1000,
-    ),
+    "full": FULL,
 }
 
 # a row of the table is the settings that it changes: the difference of two rows is an idea of the paper
@@ -269,46 +254,45 @@ class Batch:
     mask: Tensor  # (B, K) false for padding
     label: Tensor  # (B, K) classes
     t: Tensor | None = None  # (B, K) times
-    noise: Tensor | None = None  # (B, K, d_f) x_0
+    x0: Tensor | None = None  # (B, K, d_f) noise
 
     def each(self, change: Callable) -> Batch:
         return Batch(**{name: change(x) for name, x in vars(self).items() if x is not None})
 
 
-LENGTHS = (4, 8, 12, 16)
-WORDS, WHICH, NONE = 256, 256, 257  # words, the question, and the answers none, once, twice to any other
-ALPHABET = [chr(0x4E00 + i) for i in range(WORDS)] + list("?012.")  # a word is a character
+LENGTHS, LONGEST = (4, 8, 12, 16), 16
+WORDS, WHICH, NONE, BLANK = 256, 256, 257, 260  # words, question, answers none, once, twice, what fills up
+ALPHABET = "".join(chr(0x4E00 + i) for i in range(WORDS)) + "?012."  # a word is a character
 
 
 def duplicates(count: int, lengths: Sequence[int], both: bool, chance=None) -> Batch:
-    """Lists of distinct words but for one that occurs twice, then WHICH; the answer is that word.
+    """Lists of distinct words but for one that occurs twice, in a random order with blanks; then WHICH.
 
-    The label is its topic, the half of the words it is from. With `both` a word of the other topic occurs
-    twice as well, so that the label decides.
+    The answer is the word that occurs twice, the label its topic: is it even or odd? With `both` a word of
+    the other topic occurs twice as well, so that the label decides.
     """
     rand = partial(torch.rand, generator=chance)
-    topic = (rand(count, 1) < 0.5).long()
-    halves = rand(count, 2, WORDS // 2).topk(8).indices + torch.tensor([[0], [WORDS // 2]])
-    halves = torch.where(topic[..., None] == 1, halves.flip(1), halves)
-    words = halves.mT.flatten(1)  # (B, 16) of the label's topic and the other in turn
-    n = torch.tensor(lengths)[(rand(count, 1) * len(lengths)).long()]
-    order = rand(count, 16).masked_fill(torch.arange(16) >= n, 2.0).argsort(1)
+    pairs = rand(count, WORDS // 2).topk(LONGEST).indices  # of words 2 i and 2 i + 1
+    topic = (rand(count, LONGEST) < 0.5).long()
+    topic[:, 1] = 1 - topic[:, 0]
     repeated = [0, 0, 1, 1, *range(2, 14)] if both else [0, 0, *range(1, 15)]
-    ids = F.pad(words[:, repeated].gather(1, order), (0, 1)).scatter(1, n, WHICH)
-    return Batch(ids, n, words[:, :1], torch.ones_like(n, dtype=torch.bool), topic)
+    n = torch.tensor(lengths)[(rand(count, 1) * len(lengths)).long()]
+    words = 2 * pairs + topic
+    ids = words[:, repeated].masked_fill(torch.arange(LONGEST) >= n, BLANK)
+    ids = F.pad(ids.gather(1, rand(count, LONGEST).argsort(1)), (0, 1), value=WHICH)
+    return Batch(ids, torch.full_like(n, LONGEST), words[:, :1], n > 0, topic[:, :1])
 
 
 def how_often(batch: Batch, share: float) -> Batch:
     """The same lists; a share of them ends with a word w instead, and the answer is how often w occurs."""
-    ids, n, twice = batch.ids, batch.places, batch.targets
-    kind, place = torch.rand(2, len(n), 1)
-    any_word = torch.randint(WORDS, n.shape)
-    word = torch.where(kind < 0.85, ids.gather(1, (place * n).long()), any_word)
+    ids, twice = batch.ids.clone(), batch.targets
+    asked, kind = torch.rand(2, *twice.shape)
+    listed = ids.gather(1, (torch.rand(ids.shape) * (ids < WORDS)).argmax(1, keepdim=True))
+    word = torch.where(kind < 0.85, listed, torch.randint(WORDS, twice.shape))
     word = torch.where(kind < 0.4, twice, word)
-    often = ((ids == word) & (torch.arange(17) < n)).sum(1, keepdim=True)
-    asked = torch.rand(n.shape) < share
-    ids = torch.where(asked, ids.scatter(1, n, word), ids)
-    return replace(batch, ids=ids, targets=torch.where(asked, NONE + often, twice))
+    often = (ids == word).sum(1, keepdim=True)
+    ids[:, -1:] = torch.where(asked < share, word, WHICH)
+    return replace(batch, ids=ids, targets=torch.where(asked < share, NONE + often, twice))
 
 
 CLASSES = {
@@ -322,53 +306,34 @@ DROPPED = {"advice-seeking", "brainstorming", "creative-writing", "editing", "pl
 
 
 def load_conversations(cfg: Config) -> list[tuple[list[dict], int]]:
-    """(turns, class) of each row of all subsets; UserError names a row that has no conversation."""
+    """An example for each answer in the rows of all subsets: the turns up to it, and its class."""
     found = []
     for subset in cfg.subsets or (None,):
-        for number, row in enumerate(common.load_rows(cfg.data, subset=subset), 1):
+        for row in common.load_rows(cfg.data, subset=subset):
             turns, kind = row.get("messages"), row.get("category") or subset
             if turns is None:
                 common.need_text(cfg.data, [row], ["question", "solution"])
-                answer = {"role": "assistant", "content": row["solution"]}
-                turns = [{"role": "user", "content": row["question"]}, answer]
-            if "assistant" not in [turn.get("role") for turn in turns]:
-                raise UserError(f"{cfg.data}, row {number}: no answer among its messages")
+                turns = [{"role": "user", "content": row["question"]}]
+                turns += [{"role": "assistant", "content": row["solution"]}]
+            answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
             if kind not in DROPPED:
-                found.append((turns, CLASSES.get(kind, 2)))
+                found += [(turns[: i + 1], CLASSES.get(kind, 2)) for i in answers]
     return found
 
 
-def encode(turns: list[dict], tokenizer, context: int) -> tuple[list[int], list[int]]:
-    """Ids of a conversation, and the places whose next token is part of an answer or ends it.
+def conversations(examples: list, tokenizer, context: int) -> Batch:
+    """Examples of load_conversations, cut at `context`; labels are the answer and its end of turn."""
 
-    Ends before the first answer that goes beyond `context` tokens; too long a first answer is cut.
-    """
-    ids, places = [], []
-    for i, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        asked = chat(turns[:i], tokenizer)
-        whole = chat(turns[: i + 1], tokenizer)
-        if places and len(whole) > context:
-            break
-        ids = whole[:context]
-        places += range(len(asked) - 1, len(ids) - 1)
-    return ids, places
+    def encode(turns, opened):
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=opened, tokenize=False)
+        return tokenizer.encode(text if opened else text.rstrip("\n"), add_special_tokens=False)[:context]
 
-
-def chat(turns: list[dict], tokenizer) -> list[int]:
-    """Ids of the turns by the chat template, up to an answer's beginning or its end-of-turn token."""
-    opened = turns[-1]["role"] != "assistant"
-    text = tokenizer.apply_chat_template(turns, add_generation_prompt=opened, tokenize=False)
-    return tokenizer.encode(text if opened else text.rstrip("\n"), add_special_tokens=False)
-
-
-def conversations(rows: list, tokenizer, context: int) -> Batch:
-    """A batch of what load_conversations gave."""
-    ids, places = zip(*(encode(turns, tokenizer, context) for turns, _ in rows), strict=True)
-    ids, _ = common.collate(ids, "cpu")
-    places, mask = common.collate(places, "cpu")
-    label = torch.tensor([kind for _, kind in rows])[:, None].expand_as(places)
+    rows = [encode(turns, False) for turns, _ in examples]
+    firsts = [len(encode(turns[:-1], True)) - 1 for turns, _ in examples]
+    ids, _ = common.collate(rows, "cpu")
+    spans = [range(first, len(row) - 1) for first, row in zip(firsts, rows, strict=True)]
+    places, mask = common.collate(spans, "cpu")
+    label = torch.tensor([kind for _, kind in examples])[:, None].expand_as(places)
     return Batch(ids, places, ids.gather(1, places + 1), mask, label)
 
 
@@ -378,18 +343,19 @@ def open_data(cfg: Config, tokenizer, run: Run) -> tuple[Callable, list[Batch]]:
         chance = run.generator("test")
         tests = [duplicates(cfg.holdout, (n,), cfg.conditional, chance) for n in cfg.lengths]
         return lambda step: duplicates(cfg.batch, LENGTHS, cfg.conditional), tests
-    rows = load_conversations(cfg)
-    held, rows = rows[-cfg.holdout :], rows[: -cfg.holdout]
-    if len(rows) < cfg.batch:
-        raise UserError(f"{cfg.data}: {len(rows)} rows are too few for --holdout and --batch")
+    examples = load_conversations(cfg)
+    held, examples = examples[-cfg.holdout :], examples[: -cfg.holdout]
+    if len(examples) < cfg.batch:
+        raise UserError(f"{cfg.data}: {len(examples)} answers are too few for --holdout and --batch")
 
     def batch_of(step):
-        epoch, place = divmod(step, len(rows) // cfg.batch)
-        order = torch.randperm(len(rows), generator=run.generator(f"epoch {epoch}"))
-        chosen = [rows[i] for i in order[place * cfg.batch :][: cfg.batch].tolist()]
-        return conversations(chosen, tokenizer, cfg.context)
+        epoch, place = divmod(step, len(examples) // cfg.batch)
+        order = torch.randperm(len(examples), generator=run.generator(f"epoch {epoch}"))
+        chosen = order[place * cfg.batch :][: cfg.batch].tolist()
+        return conversations([examples[i] for i in chosen], tokenizer, cfg.context)
 
-    parts = [held[i : i + cfg.micro] for i in range(0, len(held), cfg.micro)]
+    size = cfg.micro * run.world_size
+    parts = [held[i : i + size] for i in range(0, len(held), size)]
     return batch_of, [conversations(part, tokenizer, cfg.context) for part in parts]
 
 
@@ -406,27 +372,20 @@ class Context(NamedTuple):
     logits: Tensor | None = None  # (B, K, |V|) the LM's own: f at t = 0
 
 
-def main_path(lm, ids: Tensor, cache, **where) -> Tensor:
-    """Run the LM on ids (B, T) after what `cache` holds; keys and values stay there -> (B, T, d), pre-norm."""
+def main_path(lm, ids: Tensor, cache, **where) -> tuple[list, Tensor]:
+    """Run the LM on ids (B, T) after what `cache` holds -> all keys and values, pre-norm states (B, T, d)."""
     caught = []
     hook = lm.base_model.norm.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
     lm.base_model(input_ids=ids, cache=cache, use_cache=True, **where)
     hook.remove()
-    return caught[0]
-
-
-def new_cache(lm):
-    from transformers import DynamicCache
-
-    return DynamicCache(config=lm.config)
+    return [(layer.keys, layer.values) for layer in cache.layers], caught[0]
 
 
 def look(lm, batch: Batch) -> Context:
     """The context of all diffusion tokens of a batch, in one pass."""
-    cache = new_cache(lm)
-    hidden = main_path(lm, batch.ids, cache).take_along_dim(batch.places[..., None], 1)
+    kv, hidden = main_path(lm, batch.ids, transformers.DynamicCache(config=lm.config))
     visible = torch.arange(batch.ids.shape[1], device=hidden.device) <= batch.places[..., None]
-    return Context([(layer.keys, layer.values) for layer in cache.layers], hidden, batch.places, visible)
+    return Context(kv, hidden.take_along_dim(batch.places[..., None], 1), batch.places, visible)
 
 
 def lm_head(lm, hidden: Tensor) -> Tensor:
@@ -468,9 +427,9 @@ class Finetuned(nn.Module):
     def __init__(self, lm, cfg: Config):
         super().__init__()
         self.lm = lm.requires_grad_(cfg.method == "full")
-        for module in list(lm.modules()):
-            for name in set(cfg.baseline_layers) & set(module._modules) if cfg.method == "LoRA" else ():
-                setattr(module, name, LoRA(getattr(module, name), cfg.baseline_rank))
+        for name, layer in list(lm.named_modules()):
+            if cfg.method == "LoRA" and name.endswith(cfg.baseline_layers):
+                lm.set_submodule(name, LoRA(layer, cfg.baseline_rank))
 
     def forward(self, batch: Batch) -> Tensor:
         return token_losses(self.lm, look(self.lm, batch).hidden, batch.targets)
@@ -479,15 +438,8 @@ class Finetuned(nn.Module):
 # --- the diffusion path ---
 
 
-def mlp(inputs: int, hidden: int, outputs: int, zero: bool = True) -> nn.Sequential:
-    """Two layers, Xavier weights and zero biases; with `zero` the last one's weights are 0, too."""
-    net = nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
-    for layer in (net[0], net[2]):
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    if zero:
-        nn.init.zeros_(net[2].weight)
-    return net
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
 
 
 class Condition(NamedTuple):
@@ -552,19 +504,23 @@ class DiffusionPath(nn.Module):
         super().__init__()
         self.lm, self.cfg = (lm,), cfg
         d, hidden, self.classes = lm.config.hidden_size, cfg.hidden, cfg.classes * cfg.conditional
-        self.blocks = nn.ModuleList(Block(layer, cfg) for layer in lm.base_model.layers)
-        self.heads = nn.ModuleList(mlp(hidden, hidden, 6 * d) for _ in self.blocks)
+        self.blocks = nn.ModuleList()  # the first list: FSDP shards by its items
+        self.heads = nn.ModuleList(mlp(hidden, hidden, 6 * d) for _ in lm.base_model.layers)
         self.weight = mlp(hidden, hidden, d)  # W
         self.embedding = nn.Linear(d, cfg.size)  # W_v, b_v
-        nn.init.xavier_uniform_(self.embedding.weight)
-        nn.init.zeros_(self.embedding.bias)
-        self.reader = mlp(cfg.size, hidden, d, zero=False)
-        self.time = mlp(hidden, hidden, hidden, zero=False)
-        for layer in (self.time[0], self.time[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        self.reader, self.time = mlp(cfg.size, hidden, d), mlp(hidden, hidden, hidden)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        for head in (*self.heads, self.weight):  # at first the path adds nothing
+            nn.init.zeros_(head[2].weight)
+        nn.init.normal_(self.time[0].weight, std=0.02)
+        nn.init.normal_(self.time[2].weight, std=0.02)
         if self.classes:  # and one more, for no class
             self.label = nn.Embedding(self.classes + 1, hidden)
             nn.init.normal_(self.label.weight, std=0.02)
+        self.blocks.extend(Block(layer, cfg) for layer in lm.base_model.layers)
 
     @torch.autocast("cuda", enabled=False)
     def embed(self, tokens: Tensor) -> Tensor:
@@ -601,7 +557,7 @@ class DiffusionPath(nn.Module):
         lm = self.lm[0]
         with torch.no_grad():
             context = look(lm, batch)
-        x = corrupt(self.embed(batch.targets), batch.noise, batch.t)
+        x = corrupt(self.embed(batch.targets), batch.x0, batch.t)
         h = self.merge(x, self.condition(batch.t, batch.label), context)
         return token_losses(lm, h, batch.targets)
 
@@ -612,15 +568,13 @@ def corrupt(x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
 
 
 def with_noise(batch: Batch, cfg: Config) -> Batch:
-    """`draws` copies of each diffusion token; t, x_0 and whether its class is dropped, drawn for each copy."""
-    copies = {
-        name: getattr(batch, name).repeat(1, cfg.draws) for name in ("places", "targets", "mask", "label")
-    }
-    label = copies["label"]
+    """`draws` copies of each diffusion token; t, x_0 and whether the class is dropped are drawn for each."""
+    columns = (batch.places, batch.targets, batch.mask, batch.label)
+    places, targets, mask, label = (x.repeat(1, cfg.draws) for x in columns)
     t, keep = torch.rand(2, *label.shape, device=label.device)
-    copies["label"] = torch.where(keep < cfg.drop, cfg.classes, label)
-    noise = cfg.sigma * torch.randn(*label.shape, cfg.size, device=label.device)
-    return replace(batch, **copies, t=t, noise=noise)
+    label = torch.where(keep < cfg.drop, cfg.classes, label)
+    x0 = cfg.sigma * torch.randn(*label.shape, cfg.size, device=label.device)
+    return Batch(batch.ids, places, targets, mask, label, t, x0)
 
 
 # --- solvers of eq. (4): predict(x, t, end of the stage) -> x_hat ---
@@ -642,24 +596,25 @@ def midpoint(predict: Callable, x: Tensor, times: list[float]) -> Tensor:
     return x
 
 
-def adaptive(predict: Callable, x: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+def adaptive(predict: Callable, x: Tensor, tol: float) -> tuple:
     """x (B, K, d_f) -> x at t = 1, and predictions (B, K): each sample has times, steps and a count of its own.
 
     A step moves by the mean of the predictions at its two ends, in eq. (4)'s exact form; its error is how far
     that is from Euler's step. predict(x, t, end) gets t (B, K), and finished samples until all are.
     """
-    t, h, count = torch.zeros_like(x[..., :1]), torch.full_like(x[..., :1], 0.05), torch.ones_like(x[..., 0])
+    t = torch.zeros_like(x[..., :1])
+    h, count = t + 0.05, t[..., 0] + 1
     x_hat = predict(x, t[..., 0], t)
-    while (running := t < 1).any():
-        end = torch.where(h < 0.999 * (1 - t), t + h, 1.0)
-        share = torch.where(running, (end - t) / (1 - t), 0.0)
+    while (t < 1).any():
+        end = (t + h).clamp(max=1)
+        share = ((end - t) / (1 - t)).nan_to_num()  # 0 where t is 1
         ahead = predict(x.lerp(x_hat, share), end[..., 0], end)
         error = share / 2 * (ahead - x_hat).square().mean(-1, keepdim=True).sqrt()
         good = (error <= tol) | (h <= 1e-3)
+        count += t[..., 0] < 1
         x = torch.where(good, x.lerp((x_hat + ahead) / 2, share), x)
         x_hat, t = torch.where(good, ahead, x_hat), torch.where(good, end, t)
         h = h * (0.9 * (tol / error).sqrt()).clamp(0.2, 10)
-        count += running[..., 0]
     return x, count
 
 
@@ -718,19 +673,18 @@ class Decoder:
         return lm_head(self.lm, h)[..., : self.vocab]
 
     @torch.no_grad()
-    def solve(self, context: Context, label: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Next tokens (B, K) and evaluations (B, K) for classes (B, K); the last draw has `temperature`."""
+    def solve(self, context: Context, label: Tensor, temperature: float) -> tuple:
+        """Next tokens (B, K) and evaluations (B, K) for classes (B, K), at a temperature for all draws."""
         cfg = self.cfg
         label, nobody = label * cfg.conditional, torch.full_like(label, cfg.classes)
         context = context._replace(logits=lm_head(self.lm, context.hidden)[..., : self.vocab])
 
         def predict(x, t, end):
-            heat = 1 - end if cfg.cooling else 1.0
-            x_hat = to_embedding(self.f(x, t, label, context), self.table, cfg.x_hat, heat)
-            if cfg.guidance == 1:
-                return x_hat
-            free = to_embedding(self.f(x, t, nobody, context), self.table, cfg.x_hat, heat)
-            return guide(x_hat, free, cfg.guidance)
+            def x_hat(label):
+                return to_embedding(self.f(x, t, label, context), self.table, cfg.x_hat, heat)
+
+            heat = temperature * (1 - end if cfg.cooling else 1)
+            return x_hat(label) if cfg.guidance == 1 else guide(x_hat(label), x_hat(nobody), cfg.guidance)
 
         x = cfg.sigma * torch.randn(*label.shape, cfg.size, device=label.device)
         end, count = self.times[-1], torch.full(label.shape, cfg.evals - 1.0, device=label.device)
@@ -755,12 +709,11 @@ def generate(
     """
     lm = decoder.lm
     ids, mask = (x.flip(1) for x in common.collate([p[::-1] for p in prompts], lm.device))  # left-padded
-    label, cache, written = torch.full((len(ids), 1), kind, device=lm.device), new_cache(lm), []
-    ended = torch.zeros_like(label, dtype=torch.bool)
+    label = torch.full((len(ids), 1), kind, device=lm.device)
+    cache, written, ended = transformers.DynamicCache(config=lm.config), [], label < 0
     while len(written) < new and not ended.all():
         position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        hidden = main_path(lm, ids, cache, attention_mask=mask.long(), position_ids=position)
-        kv = [(layer.keys, layer.values) for layer in cache.layers]
+        kv, hidden = main_path(lm, ids, cache, attention_mask=mask.long(), position_ids=position)
         context = Context(kv, hidden[:, -1:], position[:, -1:], mask[:, None])
         ids = decoder.solve(context, label, temperature)[0].masked_fill(ended, ends[0])
         written.append(ids)
@@ -830,7 +783,7 @@ def make_base(run: Run):
     fit(Finetuned(lm, replace(cfg, method="full")), batch_of, cfg.base_steps, cfg, run)
     lm.should_save_on_this_rank = lambda _: True  # not on the first of all ranks alone: another may be here
     lm.save_pretrained(run.folder / "model")
-    common.CharTokenizer("".join(ALPHABET), eos=".").save_pretrained(run.folder / "model")
+    common.CharTokenizer(ALPHABET, eos=".").save_pretrained(run.folder / "model")
 
 
 def learn(base: str, run: Run):
@@ -879,9 +832,6 @@ def evaluate(decoder: Decoder, tests: list[Batch], cfg: Config, run: Run) -> dic
     found = {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         torch.manual_seed(run.generator("decoding").initial_seed())  # pairs rows
-        decoder.cfg = replace(
-            cfg, x_hat="argmax" if name == "greedy" and cfg.x_hat == "sample" else cfg.x_hat
-        )
         sums, begin = 0.0, time.time()
         for batch in tests:
             batch = batch.each(lambda x: x[run.rank :: run.world_size].to(run.device))
@@ -903,11 +853,11 @@ BENCH_CLASSES = {"gsm8k": 0, "hendrycks_math": 0, "humaneval_instruct": 1, "mbpp
 
 
 def benchmarks(decoder: Decoder, tokenizer, cfg: Config, run: Run) -> dict[str, float]:
-    """lm-eval's tasks, five examples as turns of the chat, decoded by ours; x_hat as in `greedy`."""
+    """lm-eval's tasks, five examples as turns of the chat, decoded by ours at temperature 1."""
     if not cfg.bench:
         return {}
     hf = common.need("lm_eval.models.huggingface", "lm")
-    decoder.cfg, ends, kind = replace(cfg, x_hat="argmax"), common.end_ids(decoder.lm, tokenizer), 2
+    ends, kind = common.end_ids(decoder.lm, tokenizer), 2
 
     class Ours(hf.HFLM):
         def _model_generate(self, context, max_length, stop, attention_mask, **settings):
@@ -966,13 +916,11 @@ SIZES = {
 
 def read_config(name: str):
     """The LM's transformers config from its files or the hub; None if there is none."""
-    from transformers import AutoConfig
-
     path, more = name, {}
     if name.endswith(".gguf"):
         path, more = Path(name).parent, {"gguf_file": Path(name).name}
     with contextlib.suppress(OSError, ValueError):
-        return AutoConfig.from_pretrained(path, **more)
+        return transformers.AutoConfig.from_pretrained(path, **more)
 
 
 def missing(cfg: Config) -> list[str]:
@@ -984,12 +932,11 @@ def missing(cfg: Config) -> list[str]:
         found.append(f"--model {cfg.model!r}: neither here nor on the hub (hub id, folder or .gguf)")
     elif config.model_type not in ("llama", "qwen2"):
         found.append(f"--model {cfg.model}: a {config.model_type}; the path is made for llama and qwen2")
-    try:
-        load_conversations(cfg)
-    except UserError as e:
-        found.append(f"--data {e} (.jsonl, folder or hub id)")
-    if cfg.bench and importlib.util.find_spec("lm_eval") is None:
-        found.append('lm_eval: pip install -e ".[lm]"')
+    for check in (partial(load_conversations, cfg), partial(common.need, "lm_eval", "lm")):
+        try:
+            check()
+        except UserError as e:
+            found.append(f"--data or --bench: {e}")
     if 1 in map(BENCH_CLASSES.get, cfg.bench) and "HF_ALLOW_CODE_EVAL" not in os.environ:
         found.append("HF_ALLOW_CODE_EVAL=1 in the environment: some of --bench run what the model wrote")
     return found
@@ -997,7 +944,6 @@ def missing(cfg: Config) -> list[str]:
 
 def dry_run(cfg: Config, run: Run):
     """Print exact parameter counts, and memory and hours on H100s if all conversations had full length."""
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     def size(model):
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -1005,13 +951,13 @@ def dry_run(cfg: Config, run: Run):
     config = read_config(cfg.model)
     if config is None and cfg.model in SIZES:
         kind = "qwen2" if QWEN in cfg.model else "llama"
-        config = AutoConfig.for_model(kind, **dict(zip(FIELDS, SIZES[cfg.model], strict=True)))
+        sizes = dict(zip(FIELDS, SIZES[cfg.model], strict=True))
+        config = transformers.AutoConfig.for_model(kind, **sizes)
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config) if config else make_tiny(cfg)
+        lm = transformers.AutoModelForCausalLM.from_config(config) if config else make_tiny(cfg)
         n = size(lm)
         lm.requires_grad_(False)
-        copies = size(DiffusionPath(lm, replace(cfg, rank=0)))
-        path = size(DiffusionPath(lm, cfg))
+        path, copies = size(DiffusionPath(lm, cfg)), size(DiffusionPath(lm, replace(cfg, rank=0)))
         lora = size(Finetuned(lm, replace(cfg, method="LoRA")))
     run.print(
         f"{cfg.model}: {n:,} parameters; path {path:,} ({copies:,} as full copies); LoRA baseline {lora:,}"
