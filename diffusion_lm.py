@@ -49,7 +49,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -58,8 +58,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -76,10 +76,9 @@ class Config(common.Config):
     holdout: int = 4000  # examples for evaluation: of each length, or the last rows of the data
     context: int = 2048  # tokens of a conversation, at most
     bench: tuple[str, ...] = ()  # lm-eval tasks
-    # the demo's lists and its LM
-    lengths: tuple[int, ...] = (8, 12, 16)  # words in the lists of the evaluation
-    width: int = 24  # of the LM (d)
-    base_steps: int = 2500  # of its pre-training
+    # the demo
+    lengths: tuple[Literal[4, 8, 12, 16], ...] = (8, 12, 16)  # words in the lists of the evaluation
+    base_steps: int = 2500  # of the LM's pre-training
     base_batch: int = 256  # lists a step
     # diffusion path
     method: Literal["L2D", "base", "LoRA", "full"] = "L2D"  # what is trained: the path, nothing, the LM
@@ -88,21 +87,16 @@ class Config(common.Config):
     sigma: float = 32**0.5  # of the noise
     hidden: int = 64  # features of t, condition, and every hidden layer around the path (C, F)
     blind: bool = False  # control: noise of the same variance instead of x_t
-    classes: int = 2  # of the data (J); in the demo the topics of lists with two duplicates
     conditional: bool = False  # the path knows the class
-    drop: float = 0.2  # chance that a token's class is dropped in training
     # training
     steps: int = 2500  # optimizer steps
     batch: int = 256  # examples a step, over all ranks
     micro: int = 256  # examples in one forward and backward pass
     draws: int = 4  # of t and x_0 for each token
     lr: float = 5e-3  # AdamW, peak
-    warmup: int = 50  # steps to the peak; then a line to lr_end
-    lr_end: float = 0.02  # share of the peak
-    baseline_rank: int = 24  # of the LoRA baseline
     baseline_layers: tuple[str, ...] = ("_proj",)  # what their names end with
     # decoding
-    solver: Literal["euler", "midpoint", "adaptive"] = "euler"  # of eq. (4)
+    solver: Literal["euler", "midpoint", "adaptive"] = "euler"  # of eq. (4); adaptive: with averages
     evals: int = 16  # evaluations of f a token (T); odd for midpoint; adaptive finds its own
     tol: float = 0.1  # error a step of the adaptive solver, rms of an embedding
     x_hat: Literal["sample", "argmax", "average"] = "sample"  # prediction that the ODE moves to
@@ -117,14 +111,10 @@ class Config(common.Config):
             raise UserError("--data duplicates goes with --model tiny, other data with another model")
         if self.solver == "midpoint" and self.evals % 2 == 0:
             raise UserError(f"--evals {self.evals}: midpoint needs an odd number, such as {self.evals + 1}")
-        if not self.lengths or not set(self.lengths) <= set(LENGTHS):
-            raise UserError(f"--lengths must be some of {LENGTHS}")
         if self.guidance != 1 and not self.conditional:
             raise UserError(f"--guidance {self.guidance} needs --conditional")
         if self.share == "run" and self.batch % int(os.environ.get("WORLD_SIZE", self.ranks)):
             raise UserError(f"--batch {self.batch} must be a multiple of the ranks")
-        if self.x_hat != "average" and self.solver == "adaptive":
-            raise UserError("--solver adaptive needs --x_hat average: other predictions are no smooth field")
 
 
 DEMO = Config(seeds=3, ranks=2, log_every=50, save_every=1250)
@@ -143,7 +133,6 @@ FULL = replace(
         "openhermes-100k",
         "smol-magpie-ultra",
     ),
-    classes=3,
     holdout=256,
     bench=("gsm8k", "hendrycks_math", "mmlu_generative", "mmlu_pro", "humaneval_instruct", "mbpp_instruct"),
     rank=32,
@@ -155,14 +144,9 @@ FULL = replace(
     micro=4,
     draws=1,
     lr=1e-4,
-    warmup=100,
-    lr_end=0.01,
-    baseline_rank=32,
     baseline_layers=("q_proj", "v_proj"),
     x_hat="argmax",
     max_new=256,
-    log_every=10,
-    save_every=1000,
 )
 CONFIGS = {
     "smoke": replace(
@@ -178,9 +162,7 @@ CONFIGS = {
         log_every=1,
     ),
     "demo": DEMO,
-    "gpu": replace(
-        DEMO, ranks=8, seeds=8, width=32, base_steps=10_000, steps=10_000, holdout=20_000, save_every=5000
-    ),
+    "gpu": replace(DEMO, ranks=8, seeds=8, base_steps=10_000, steps=10_000, holdout=20_000, save_every=5000),
     "text": replace(
         FULL,
         rows=("base", "LoRA", "T = 1", "T = 4", "T = 16"),
@@ -193,7 +175,6 @@ CONFIGS = {
         steps=30,
         batch=4,
         lr=1e-3,
-        warmup=3,
         max_new=24,
         log_every=1,
     ),
@@ -210,7 +191,6 @@ ROWS |= {f"T = {evals}": dict(evals=evals) for evals in (1, 2, 4, 8, 16)}
 ROWS |= {
     "T = 15, midpoint": dict(solver="midpoint", evals=15),
     "T = 16, cooling": dict(cooling=True),
-    "T = 16, average": dict(x_hat="average"),
     "blind path": dict(blind=True),
     "Bayes control": dict(bayes=True),
     "adaptive": dict(solver="adaptive", x_hat="average"),
@@ -234,7 +214,6 @@ CLAIMS += [
         "adaptive, lists of 4",
     ),
     Claim("guidance raises the accuracy of a class", "greedy", "classes: g = 3", "classes: g = 1"),
-    Claim("... at the cost of either answer", "either", "classes: g = 3", "classes: g = 1", "lower"),
 ]
 
 
@@ -253,8 +232,8 @@ class Batch:
     targets: Tensor  # (B, K) next tokens
     mask: Tensor  # (B, K) false for padding
     label: Tensor  # (B, K) classes
-    t: Tensor | None = None  # (B, K) times
-    x0: Tensor | None = None  # (B, K, d_f) noise
+    t: Tensor = None  # (B, K) times
+    x0: Tensor = None  # (B, K, d_f) noise
 
     def each(self, change: Callable) -> Batch:
         return Batch(**{name: change(x) for name, x in vars(self).items() if x is not None})
@@ -265,7 +244,7 @@ WORDS, WHICH, NONE, BLANK = 256, 256, 257, 260  # words, question, answers none,
 ALPHABET = "".join(chr(0x4E00 + i) for i in range(WORDS)) + "?012."  # a word is a character
 
 
-def duplicates(count: int, lengths: Sequence[int], both: bool, chance=None) -> Batch:
+def duplicates(count: int, lengths: tuple, both: bool, chance=None) -> Batch:
     """Lists of distinct words but for one that occurs twice, in a random order with blanks; then WHICH.
 
     The answer is the word that occurs twice, the label its topic: is it even or odd? With `both` a word of
@@ -275,9 +254,9 @@ def duplicates(count: int, lengths: Sequence[int], both: bool, chance=None) -> B
     pairs = rand(count, WORDS // 2).topk(LONGEST).indices  # of words 2 i and 2 i + 1
     topic = (rand(count, LONGEST) < 0.5).long()
     topic[:, 1] = 1 - topic[:, 0]
+    words = 2 * pairs + topic
     repeated = [0, 0, 1, 1, *range(2, 14)] if both else [0, 0, *range(1, 15)]
     n = torch.tensor(lengths)[(rand(count, 1) * len(lengths)).long()]
-    words = 2 * pairs + topic
     ids = words[:, repeated].masked_fill(torch.arange(LONGEST) >= n, BLANK)
     ids = F.pad(ids.gather(1, rand(count, LONGEST).argsort(1)), (0, 1), value=WHICH)
     return Batch(ids, torch.full_like(n, LONGEST), words[:, :1], n > 0, topic[:, :1])
@@ -285,39 +264,37 @@ def duplicates(count: int, lengths: Sequence[int], both: bool, chance=None) -> B
 
 def how_often(batch: Batch, share: float) -> Batch:
     """The same lists; a share of them ends with a word w instead, and the answer is how often w occurs."""
-    ids, twice = batch.ids.clone(), batch.targets
-    asked, kind = torch.rand(2, *twice.shape)
+    ids, twice, kind = batch.ids, batch.targets, torch.rand(batch.targets.shape)
     listed = ids.gather(1, (torch.rand(ids.shape) * (ids < WORDS)).argmax(1, keepdim=True))
-    word = torch.where(kind < 0.85, listed, torch.randint(WORDS, twice.shape))
-    word = torch.where(kind < 0.4, twice, word)
-    often = (ids == word).sum(1, keepdim=True)
-    ids[:, -1:] = torch.where(asked < share, word, WHICH)
-    return replace(batch, ids=ids, targets=torch.where(asked < share, NONE + often, twice))
+    other = torch.where(kind < 0.85, listed, torch.randint(WORDS, twice.shape))
+    word = torch.where(kind < 0.4, twice, other)
+    asked, often = torch.rand(twice.shape) < share, (ids == word).sum(1, keepdim=True)
+    ids = torch.cat([ids[:, :-1], torch.where(asked, word, WHICH)], 1)
+    return replace(batch, ids=ids, targets=torch.where(asked, NONE + often, twice))
 
 
-CLASSES = {
-    "metamathqa-50k": 0,
-    "numina-cot-100k": 0,
-    "math": 0,
-    "self-oss-instruct": 1,
-    "coding": 1,
-}  # 2: any other
+CLASSES = {"metamathqa-50k": 0, "numina-cot-100k": 0, "math": 0, "self-oss-instruct": 1, "coding": 1}
+NOBODY = 3  # the label without a class; class 2: all else
 DROPPED = {"advice-seeking", "brainstorming", "creative-writing", "editing", "planning", "role-playing"}
 
 
-def load_conversations(cfg: Config) -> list[tuple[list[dict], int]]:
-    """An example for each answer in the rows of all subsets: the turns up to it, and its class."""
-    found = []
+def load_conversations(cfg: Config) -> list:
+    """An example for each answer in the rows of all subsets: the turns up to it, and its class.
+
+    Rows with a turn that has no text are left out; UserError if they are more than one in twenty.
+    """
+    found, bad = [], 0
     for subset in cfg.subsets or (None,):
         for row in common.load_rows(cfg.data, subset=subset):
-            turns, kind = row.get("messages"), row.get("category") or subset
-            if turns is None:
-                common.need_text(cfg.data, [row], ["question", "solution"])
-                turns = [{"role": "user", "content": row["question"]}]
-                turns += [{"role": "assistant", "content": row["solution"]}]
-            answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-            if kind not in DROPPED:
-                found += [(turns[: i + 1], CLASSES.get(kind, 2)) for i in answers]
+            pair = ("user", row.get("question")), ("assistant", row.get("solution"))
+            turns = row.get("messages") or [{"role": role, "content": text} for role, text in pair]
+            kind, empty = row.get("category") or subset, not all(turn["content"] for turn in turns)
+            bad += empty
+            for i in range(len(turns) if kind not in DROPPED and not empty else 0):
+                if turns[i]["role"] == "assistant":
+                    found.append((turns[: i + 1], CLASSES.get(kind, 2)))
+    if 20 * bad > len(found):
+        raise UserError(f"{cfg.data}: {bad} rows lack messages, question or solution")
     return found
 
 
@@ -328,16 +305,17 @@ def conversations(examples: list, tokenizer, context: int) -> Batch:
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=opened, tokenize=False)
         return tokenizer.encode(text if opened else text.rstrip("\n"), add_special_tokens=False)[:context]
 
-    rows = [encode(turns, False) for turns, _ in examples]
-    firsts = [len(encode(turns[:-1], True)) - 1 for turns, _ in examples]
+    rows, places = [], []
+    for turns, _ in examples:
+        rows.append(encode(turns, False))
+        places.append(range(len(encode(turns[:-1], True)) - 1, len(rows[-1]) - 1))
     ids, _ = common.collate(rows, "cpu")
-    spans = [range(first, len(row) - 1) for first, row in zip(firsts, rows, strict=True)]
-    places, mask = common.collate(spans, "cpu")
+    places, mask = common.collate(places, "cpu")
     label = torch.tensor([kind for _, kind in examples])[:, None].expand_as(places)
     return Batch(ids, places, ids.gather(1, places + 1), mask, label)
 
 
-def open_data(cfg: Config, tokenizer, run: Run) -> tuple[Callable, list[Batch]]:
+def open_data(cfg: Config, tokenizer, run: Run) -> tuple:
     """batch_of(step), and batches to evaluate on."""
     if cfg.data == "duplicates":
         chance = run.generator("test")
@@ -345,18 +323,14 @@ def open_data(cfg: Config, tokenizer, run: Run) -> tuple[Callable, list[Batch]]:
         return lambda step: duplicates(cfg.batch, LENGTHS, cfg.conditional), tests
     examples = load_conversations(cfg)
     held, examples = examples[-cfg.holdout :], examples[: -cfg.holdout]
-    if len(examples) < cfg.batch:
-        raise UserError(f"{cfg.data}: {len(examples)} answers are too few for --holdout and --batch")
+    if not examples:
+        raise UserError(f"{cfg.data}: --holdout {cfg.holdout} leaves no answer to train on")
 
     def batch_of(step):
-        epoch, place = divmod(step, len(examples) // cfg.batch)
-        order = torch.randperm(len(examples), generator=run.generator(f"epoch {epoch}"))
-        chosen = order[place * cfg.batch :][: cfg.batch].tolist()
-        return conversations([examples[i] for i in chosen], tokenizer, cfg.context)
+        chosen = [examples[i] for i in torch.randint(len(examples), (cfg.batch,)).tolist()]
+        return conversations(chosen, tokenizer, cfg.context)
 
-    size = cfg.micro * run.world_size
-    parts = [held[i : i + size] for i in range(0, len(held), size)]
-    return batch_of, [conversations(part, tokenizer, cfg.context) for part in parts]
+    return batch_of, [conversations([example], tokenizer, cfg.context) for example in held]
 
 
 # --- the frozen language model: the main path ---
@@ -365,20 +339,25 @@ def open_data(cfg: Config, tokenizer, run: Run) -> tuple[Callable, list[Batch]]:
 class Context(NamedTuple):
     """What diffusion tokens read of the main path: B sequences of T tokens, K diffusion tokens in each."""
 
-    kv: list[tuple[Tensor, Tensor]]  # keys (after RoPE) and values of each layer, (B, heads, T, d_head)
+    kv: list  # keys (after RoPE) and values of each layer, (B, heads, T, d_head)
     hidden: Tensor  # (B, K, d) at the tokens' places, before the last norm
     position: Tensor  # (B, K) for RoPE
     visible: Tensor  # (B, K, T) keys up to the token's own place
-    logits: Tensor | None = None  # (B, K, |V|) the LM's own: f at t = 0
+    logits: Tensor = None  # (B, K, |V|) the LM's own: f at t = 0
 
 
-def main_path(lm, ids: Tensor, cache, **where) -> tuple[list, Tensor]:
-    """Run the LM on ids (B, T) after what `cache` holds -> all keys and values, pre-norm states (B, T, d)."""
-    caught = []
+def main_path(lm, ids: Tensor, cache, **where) -> tuple:
+    """Run the LM on ids (B, T) after what `cache` holds -> all keys and values, pre-norm states (B, T, d).
+
+    Keys that several heads share are repeated here, once a token and not in each evaluation.
+    """
+    caught, config = [], lm.config
     hook = lm.base_model.norm.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
     lm.base_model(input_ids=ids, cache=cache, use_cache=True, **where)
     hook.remove()
-    return [(layer.keys, layer.values) for layer in cache.layers], caught[0]
+    heads = config.num_attention_heads // config.num_key_value_heads
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    return [tuple(x.repeat_interleave(heads, 1) for x in pair) for pair in pairs], caught[0]
 
 
 def look(lm, batch: Batch) -> Context:
@@ -403,8 +382,11 @@ def checksum(lm) -> str:
     """Of all weights."""
     digest = hashlib.sha256()
     for p in lm.parameters():
-        digest.update(p.data.cpu().view(torch.uint8).numpy())
+        digest.update(p.detach().cpu().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+RANK = 32  # of the LoRA baseline
 
 
 class LoRA(nn.Module):
@@ -413,9 +395,8 @@ class LoRA(nn.Module):
     def __init__(self, linear: nn.Linear, rank: int):
         super().__init__()
         self.linear = (linear,)  # a tuple hides it from parameters()
-        device = linear.weight.device
-        self.A = nn.Parameter(torch.randn(rank, linear.in_features, device=device) / rank)
-        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) / rank)
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear[0](x) + F.linear(F.linear(x, self.A), self.B)
@@ -429,7 +410,7 @@ class Finetuned(nn.Module):
         self.lm = lm.requires_grad_(cfg.method == "full")
         for name, layer in list(lm.named_modules()):
             if cfg.method == "LoRA" and name.endswith(cfg.baseline_layers):
-                lm.set_submodule(name, LoRA(layer, cfg.baseline_rank))
+                lm.set_submodule(name, LoRA(layer, RANK))
 
     def forward(self, batch: Batch) -> Tensor:
         return token_losses(self.lm, look(self.lm, batch).hidden, batch.targets)
@@ -442,38 +423,24 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
 
 
-class Condition(NamedTuple):
-    """All that depends on time and class alone: for K tokens (B, K, ...), or for each class (J + 1, ...)."""
-
-    scale: Tensor  # (..., 1) standard deviation of a coordinate of x_t
-    layers: list[Tensor]  # (..., 6 d) modulations of each layer
-    weight: Tensor  # (..., d) w of eq. (6)
-
-    def pick(self, label: Tensor) -> Condition:
-        return Condition(self.scale[label], [m[label] for m in self.layers], self.weight[label])
-
-
 class Block(nn.Module):
     """Eq. (5): a layer of the path; own weights, or LoRA, for all but keys and values."""
 
     def __init__(self, layer, cfg: Config):
         super().__init__()
         self.layer = (layer,)
-        attention, net = layer.self_attn, layer.mlp
-        linears = dict(
-            q=attention.q_proj, o=attention.o_proj, gate=net.gate_proj, up=net.up_proj, down=net.down_proj
-        )
-        for name, linear in linears.items():
+        for name in ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+            linear = getattr(layer.mlp, name, None) or getattr(layer.self_attn, name)
             own = LoRA(linear, cfg.rank) if cfg.rank else copy.deepcopy(linear).float().requires_grad_(True)
             self.add_module(name, own)
 
     def forward(self, h: Tensor, modulation: Tensor, kv: tuple, rope: tuple, visible: Tensor) -> Tensor:
         layer = self.layer[0]
         m1, s1, r1, m2, s2, r2 = modulation.chunk(6, -1)
-        q = self.q(modulated_norm(layer.input_layernorm, h, m1, s1))
-        h = h + r1 * self.o(attend(q, *kv, rope, visible))
+        q = self.q_proj(modulated_norm(layer.input_layernorm, h, m1, s1))
+        h = h + r1 * self.o_proj(attend(q, *kv, rope, visible))
         z = modulated_norm(layer.post_attention_layernorm, h, m2, s2)
-        return h + r2 * self.down(F.silu(self.gate(z)) * self.up(z))
+        return h + r2 * self.down_proj(F.silu(self.gate_proj(z)) * self.up_proj(z))
 
 
 def modulated_norm(norm, h: Tensor, m: Tensor, s: Tensor) -> Tensor:
@@ -482,19 +449,13 @@ def modulated_norm(norm, h: Tensor, m: Tensor, s: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, rope: tuple, visible: Tensor) -> Tensor:
-    """Queries (B, K, d) before RoPE on the LM's keys and values (B, G, T, d_head) -> (B, K, d).
-
-    Heads that share keys (grouped queries) are folded into the length, so that nothing is repeated.
-    """
-    groups, width = keys.shape[1], keys.shape[3]
-    q = q.unflatten(-1, (groups, -1, width)).permute(0, 2, 3, 1, 4)  # (B, G, heads a group, K, d_head)
-    cos, sin = (x[:, None, None] for x in rope)
+    """Queries (B, K, d) before RoPE on the LM's keys and values (B, heads, T, d_head) -> (B, K, d)."""
+    cos, sin = (x[:, :, None] for x in rope)
+    q = q.unflatten(-1, (-1, keys.shape[3]))  # (B, K, heads, d_head)
     a, b = q.chunk(2, -1)
-    q = (q * cos + torch.cat([-b, a], -1) * sin).to(keys.dtype)
-    heads = q.shape[2]
-    mask = visible.repeat(1, heads, 1)[:, None]
-    out = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, mask)
-    return out.unflatten(2, (heads, -1)).permute(0, 3, 1, 2, 4).flatten(2)
+    q = (q * cos + torch.cat([-b, a], -1) * sin).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, visible[:, None])
+    return out.transpose(1, 2).flatten(2)
 
 
 class DiffusionPath(nn.Module):
@@ -503,7 +464,7 @@ class DiffusionPath(nn.Module):
     def __init__(self, lm, cfg: Config):
         super().__init__()
         self.lm, self.cfg = (lm,), cfg
-        d, hidden, self.classes = lm.config.hidden_size, cfg.hidden, cfg.classes * cfg.conditional
+        d, hidden = lm.config.hidden_size, cfg.hidden
         self.blocks = nn.ModuleList()  # the first list: FSDP shards by its items
         self.heads = nn.ModuleList(mlp(hidden, hidden, 6 * d) for _ in lm.base_model.layers)
         self.weight = mlp(hidden, hidden, d)  # W
@@ -517,8 +478,8 @@ class DiffusionPath(nn.Module):
             nn.init.zeros_(head[2].weight)
         nn.init.normal_(self.time[0].weight, std=0.02)
         nn.init.normal_(self.time[2].weight, std=0.02)
-        if self.classes:  # and one more, for no class
-            self.label = nn.Embedding(self.classes + 1, hidden)
+        if cfg.conditional:
+            self.label = nn.Embedding(NOBODY + 1, hidden)
             nn.init.normal_(self.label.weight, std=0.02)
         self.blocks.extend(Block(layer, cfg) for layer in lm.base_model.layers)
 
@@ -533,24 +494,29 @@ class DiffusionPath(nn.Module):
         half = self.cfg.hidden // 2
         angle = t[..., None] * 10_000.0 ** (-torch.arange(half, device=t.device) / half)
         tau = self.time(torch.cat([angle.cos(), angle.sin()], -1))
-        return tau + self.label(label) if self.classes else tau
+        return tau + self.label(label) if self.cfg.conditional else tau
 
     @torch.autocast("cuda", enabled=False)
-    def condition(self, t: Tensor, label: Tensor) -> Condition:
-        """Times and classes (...) -> scale, modulations and w, which is 0 at t = 0 to the bit."""
+    def condition(self, t: Tensor, label: Tensor) -> Tensor:
+        """All that depends on time and class alone: (...) twice -> (..., 1 + d + 6 d L).
+
+        The standard deviation of a coordinate of x_t, w, which is 0 at t = 0 to the bit, and each layer's
+        modulations.
+        """
         tau, start = self.tau(t, label), self.tau(torch.zeros_like(t), label)
         weight = (t > 0)[..., None] * (self.weight(tau) - self.weight(start))  # eq. (6)
-        scale = ((1 - t).square() * self.cfg.sigma**2 + t.square()).sqrt()[..., None]
-        return Condition(scale, [head(tau) for head in self.heads], weight)
+        scale = ((1 - t).square() * self.cfg.sigma**2 + t.square()).sqrt()
+        return torch.cat([scale[..., None], weight, *(head(tau) for head in self.heads)], -1)
 
-    def merge(self, x: Tensor, condition: Condition, context: Context) -> Tensor:
+    def merge(self, x: Tensor, condition: Tensor, context: Context) -> Tensor:
         """Eqs. (5), (6): noisy tokens (B, K, d_f) -> what the LM's last norm and head turn to logits."""
-        rope = self.lm[0].base_model.rotary_emb(context.hidden, context.position)
-        h = self.reader(torch.randn_like(x) if self.cfg.blind else x / condition.scale)
-        layers = zip(self.blocks, condition.layers, context.kv, strict=True)
-        for block, modulation, kv in layers:
+        hidden, d = context.hidden, context.hidden.shape[-1]
+        scale, weight, modulations = condition.tensor_split([1, 1 + d], -1)
+        rope = self.lm[0].base_model.rotary_emb(hidden, context.position)
+        h = self.reader(torch.randn_like(x) if self.cfg.blind else x / scale)
+        for block, modulation, kv in zip(self.blocks, modulations.split(6 * d, -1), context.kv, strict=True):
             h = block(h, modulation, kv, rope, context.visible)
-        return (context.hidden + condition.weight * h).to(context.hidden.dtype)
+        return (hidden + weight * h).to(hidden.dtype)
 
     def forward(self, batch: Batch) -> Tensor:
         """Eq. (3): losses of the diffusion tokens (B, K)."""
@@ -567,12 +533,15 @@ def corrupt(x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
     return t[..., None] * x1 + (1 - t[..., None]) * x0
 
 
+DROP = 0.2  # chance that a token's class is dropped
+
+
 def with_noise(batch: Batch, cfg: Config) -> Batch:
     """`draws` copies of each diffusion token; t, x_0 and whether the class is dropped are drawn for each."""
     columns = (batch.places, batch.targets, batch.mask, batch.label)
     places, targets, mask, label = (x.repeat(1, cfg.draws) for x in columns)
     t, keep = torch.rand(2, *label.shape, device=label.device)
-    label = torch.where(keep < cfg.drop, cfg.classes, label)
+    label = torch.where(keep < DROP, NOBODY, label)
     x0 = cfg.sigma * torch.randn(*label.shape, cfg.size, device=label.device)
     return Batch(batch.ids, places, targets, mask, label, t, x0)
 
@@ -580,14 +549,14 @@ def with_noise(batch: Batch, cfg: Config) -> Batch:
 # --- solvers of eq. (4): predict(x, t, end of the stage) -> x_hat ---
 
 
-def euler(predict: Callable, x: Tensor, times: list[float]) -> Tensor:
+def euler(predict: Callable, x: Tensor, times: list) -> Tensor:
     """One prediction an interval; exact while it does not change."""
     for t, end in pairwise(times):
         x = x.lerp(predict(x, t, end), (end - t) / (1 - t))
     return x
 
 
-def midpoint(predict: Callable, x: Tensor, times: list[float]) -> Tensor:
+def midpoint(predict: Callable, x: Tensor, times: list) -> Tensor:
     """Two predictions an interval; the velocity of the second, halfway, moves x all the way."""
     for t, end in pairwise(times):
         middle = (t + end) / 2
@@ -648,55 +617,49 @@ class Decoder:
     """The LM and a path, or the LM alone, and what decoding needs to compute only once."""
 
     @torch.no_grad()
-    def __init__(self, lm, path: DiffusionPath | Finetuned, vocab: int, cfg: Config):
-        self.lm, self.path, self.vocab, self.cfg = lm, path, vocab, cfg
-        points = (cfg.evals + 1) // 2 if cfg.solver == "midpoint" else cfg.evals
-        self.times = torch.linspace(0, 1, points, dtype=torch.double).tolist()
-        if cfg.method != "L2D":  # one evaluation, at t = 0
+    def __init__(self, lm, path: nn.Module, cfg: Config):
+        self.lm, self.path, self.cfg = lm, path, cfg
+        if cfg.method != "L2D":
             return
-        self.table = path.embed(torch.arange(vocab, device=lm.device))
-        classes = torch.arange(path.classes + 1, device=lm.device)
-        tabulated = functools.cache(
-            lambda t: path.condition(torch.full_like(classes, t, dtype=torch.float), classes)
-        )
-        self.condition = lambda t, label: tabulated(t).pick(label)
-        if cfg.solver == "adaptive":
-            self.condition = path.condition
+        self.table = path.embed(torch.arange(lm.config.vocab_size, device=lm.device))
+        classes = torch.arange(NOBODY + 1, device=lm.device)
+        self.tabulated = functools.cache(lambda t: path.condition(t + 0.0 * classes, classes))
 
     def f(self, x: Tensor, t: float | Tensor, label: Tensor, context: Context) -> Tensor:
-        """Eq. (6): logits at time t, or at times (B, K) of the adaptive solver; those of t = 0 are known."""
+        """Eq. (6): logits at a time t of the grid, or at times (B, K); those of t = 0 are there already."""
         if not torch.as_tensor(t).any():
             return context.logits
         if self.cfg.bayes:
             return bayes_logits(context.logits, x, t, self.table, self.cfg.sigma)
-        h = self.path.merge(x, self.condition(t, label), context)
-        return lm_head(self.lm, h)[..., : self.vocab]
+        condition = self.tabulated(t)[label] if isinstance(t, float) else self.path.condition(t, label)
+        return lm_head(self.lm, self.path.merge(x, condition, context))
 
     @torch.no_grad()
     def solve(self, context: Context, label: Tensor, temperature: float) -> tuple:
         """Next tokens (B, K) and evaluations (B, K) for classes (B, K), at a temperature for all draws."""
-        cfg = self.cfg
-        label, nobody = label * cfg.conditional, torch.full_like(label, cfg.classes)
-        context = context._replace(logits=lm_head(self.lm, context.hidden)[..., : self.vocab])
+        cfg, labels = self.cfg, [label]
+        if cfg.guidance != 1:
+            labels.append(torch.full_like(label, NOBODY))
+        context = context._replace(logits=lm_head(self.lm, context.hidden))
 
         def predict(x, t, end):
-            def x_hat(label):
-                return to_embedding(self.f(x, t, label, context), self.table, cfg.x_hat, heat)
-
             heat = temperature * (1 - end if cfg.cooling else 1)
-            return x_hat(label) if cfg.guidance == 1 else guide(x_hat(label), x_hat(nobody), cfg.guidance)
+            logits = [self.f(x, t, label, context) for label in labels]
+            x_hats = [to_embedding(z, self.table, cfg.x_hat, heat) for z in logits]
+            return x_hats[0] if cfg.guidance == 1 else guide(*x_hats, cfg.guidance)
 
         x = cfg.sigma * torch.randn(*label.shape, cfg.size, device=label.device)
-        end, count = self.times[-1], torch.full(label.shape, cfg.evals - 1.0, device=label.device)
+        points = (cfg.evals + 1) // 2 if cfg.solver == "midpoint" else cfg.evals
+        times = torch.linspace(0, 1, points, dtype=torch.double).tolist()
+        count = torch.full_like(x[..., 0], cfg.evals - 1)
         if cfg.solver == "adaptive":
             x, count = adaptive(predict, x, cfg.tol)
-            end = torch.ones_like(count)
         elif cfg.solver == "midpoint":
-            x = midpoint(predict, x, self.times)
+            x = midpoint(predict, x, times)
         else:
-            x = euler(predict, x, self.times)
-        logits = self.f(x, end, label, context)
-        return draw_token(logits, temperature), count * (1 + (cfg.guidance != 1)) + 1
+            x = euler(predict, x, times)
+        logits = self.f(x, times[-1], label, context)
+        return draw_token(logits, temperature), count * len(labels) + 1
 
 
 @torch.no_grad()
@@ -709,7 +672,7 @@ def generate(
     """
     lm = decoder.lm
     ids, mask = (x.flip(1) for x in common.collate([p[::-1] for p in prompts], lm.device))  # left-padded
-    label = torch.full((len(ids), 1), kind, device=lm.device)
+    label = torch.full_like(ids[:, :1], kind)
     cache, written, ended = transformers.DynamicCache(config=lm.config), [], label < 0
     while len(written) < new and not ended.all():
         position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -731,11 +694,12 @@ def fit(model: nn.Module, batch_of: Callable, steps: int, cfg: Config, run: Run)
     full_precision = copy.copy(run)
     full_precision.amp = False  # t, tau and the vocabulary need float32; autocast rounds the rest
     parallel = full_precision.shard(model) if large else run.wrap(model)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, cfg.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), cfg.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
     for step in run.steps(steps, model=model, optimizer=optimizer):
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min((step + 1) / cfg.warmup, 1 - (1 - cfg.lr_end) * step / steps)
+            group["lr"] = cfg.lr * min((step + 1) / min(100, steps / 10), 1 - 0.99 * step / steps)
         batch = batch_of(step).each(lambda x: x.to(run.device))
         if isinstance(model, DiffusionPath):
             batch = with_noise(batch, cfg)
@@ -747,35 +711,30 @@ def fit(model: nn.Module, batch_of: Callable, steps: int, cfg: Config, run: Run)
                 loss = (parallel(part) * part.mask).sum() / share  # eq. (3)
             loss.backward()
             total += loss.detach()
-        norm = whole(nn.utils.clip_grad_norm_(weights, 1.0))
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        run.log(step, loss=total, grad_norm=norm)
+        run.log(step, loss=total)
 
 
-def whole(p: Tensor) -> Tensor:
-    """A sharded tensor gathered, on all ranks together; others as they are."""
-    return p.full_tensor() if hasattr(p, "full_tensor") else p
-
-
-def load(base: str, cfg: Config, run: Run, half: bool) -> tuple:
+def load(base: str, cfg: Config, run: Run) -> tuple:
     """The LM, frozen, on the device, its tokenizer, and what this row trains: path or LM."""
+    half = run.amp and cfg.method != "full"
     lm, tokenizer = common.load_lm(base, torch.bfloat16 if half else torch.float32)
     lm.to(run.device).requires_grad_(False)
     model = DiffusionPath(lm, cfg) if cfg.method == "L2D" else Finetuned(lm, cfg)
     return lm, tokenizer, model.to(run.device)
 
 
-def make_tiny(cfg: Config):
+def make_tiny():
     """The demo's LM: one layer, too narrow to hold a list."""
-    size = dict(heads=1, intermediate_size=2 * cfg.width, initializer_range=cfg.width**-0.5)
-    return common.tiny_lm(len(ALPHABET), cfg.width, 1, **size)
+    return common.tiny_lm(len(ALPHABET), 24, 1, heads=1, intermediate_size=48, initializer_range=24**-0.5)
 
 
 def make_base(run: Run):
     """Pre-train the demo's LM; 30 % of the questions are WHICH."""
     cfg = run.cfg
-    lm = make_tiny(cfg).to(run.device)
+    lm = make_tiny().to(run.device)
 
     def batch_of(step):
         return how_often(duplicates(cfg.base_batch, LENGTHS, False), 0.7)
@@ -787,72 +746,65 @@ def make_base(run: Run):
 
 
 def learn(base: str, run: Run):
-    """Train the path, or a baseline, and keep its weights."""
+    """Train the path, or a baseline; the last checkpoint keeps it."""
     cfg = run.cfg
-    lm, tokenizer, model = load(base, cfg, run, run.amp and cfg.method != "full")
+    if cfg.method == "base":
+        return
+    lm, tokenizer, model = load(base, cfg, run)
     before = checksum(lm)
     fit(model, open_data(cfg, tokenizer, run)[0], cfg.steps, cfg, run)
-    weights = {name: whole(p.detach()).cpu() for name, p in model.named_parameters() if p.requires_grad}
-    if run.rank == 0:
-        save_file(weights, run.folder / "weights.safetensors")
     if cfg.method == "L2D":
-        size = sum(w.numel() for w in weights.values())
-        run.print(f"{size:,} parameters trained; checksum of the LM before: {before}, after: {checksum(lm)}")
+        run.print(f"checksum of the LM: {before} before training, {checksum(lm)} after")
 
 
-def train(cfg: Config, run: Run) -> dict[str, float]:
+def train(cfg: Config, run: Run) -> dict:
     """One cell of the table: base, path or baseline, and how it decodes."""
-    base, weights = cfg.model, {}
+    base = cfg.model
     if base == "tiny":
         base = str(run.once("language model", make_base) / "model")
+    learned = run.once(f"{cfg.method} blind={cfg.blind} classes={cfg.conditional}", partial(learn, base))
+    lm, tokenizer, model = load(base, cfg, run)
     if cfg.method != "base":
-        name = f"{cfg.method} blind={cfg.blind} classes={cfg.conditional}"
-        weights = load_file(run.once(name, partial(learn, base)) / "weights.safetensors")
-    lm, tokenizer, model = load(base, cfg, run, run.amp)
-    model.load_state_dict(weights, strict=False)
-    decoder = Decoder(lm, model, len(tokenizer), cfg)
+        dcp.load({"model": model}, checkpoint_id=max(learned.glob("step*")), no_dist=run.world_size == 1)
+    decoder = Decoder(lm, model, cfg)
     tests = open_data(cfg, tokenizer, run)[1]
-    if cfg.data != "duplicates":
-        prompt = tests[0].ids[0, : tests[0].places[0, 0] + 1].tolist()
-        answer = generate(decoder, [prompt], cfg.max_new, common.end_ids(lm, tokenizer), 0, 0.0)[0]
-        run.print(f"{run.folder.name}: {tokenizer.decode(answer)!r}")
-    return evaluate(decoder, tests, cfg, run) | benchmarks(decoder, tokenizer, cfg, run)
+    with run.autocast():
+        if cfg.max_new:
+            prompt = tests[0].ids[0, : tests[0].places[0, 0] + 1].tolist()
+            answer = generate(decoder, [prompt], cfg.max_new, common.end_ids(lm, tokenizer), 0, 0.0)[0]
+            run.print(f"{run.folder.name}: {tokenizer.decode(answer)!r}")
+        return evaluate(decoder, tests, cfg, run) | benchmarks(decoder, tokenizer, cfg, run)
 
 
 # --- evaluation ---
 
 
 @torch.no_grad()
-def evaluate(decoder: Decoder, tests: list[Batch], cfg: Config, run: Run) -> dict[str, float]:
-    """Accuracy of the next token after true ones: `sampled` at temperature 1, and `greedy` (x_hat, too).
+def evaluate(decoder: Decoder, tests: list, cfg: Config, run: Run) -> dict:
+    """Accuracy of the next token after true ones: `sampled` at temperature 1 and `greedy` at 0, x_hat, too.
 
-    With it evaluations and milliseconds a token, all held-out tokens of a batch at once. `either`: the
-    greedy answer occurs twice, whatever its topic.
+    With it evaluations and milliseconds a token.
     """
     found = {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         torch.manual_seed(run.generator("decoding").initial_seed())  # pairs rows
-        sums, begin = 0.0, time.time()
-        for batch in tests:
-            batch = batch.each(lambda x: x[run.rank :: run.world_size].to(run.device))
-            with run.autocast():
-                token, count = decoder.solve(look(decoder.lm, batch), batch.label, temperature)
-            either = (batch.ids[:, None] == token[..., None]).sum(-1) > 1
-            columns = torch.stack([token == batch.targets, count, either, batch.mask])
-            sums = sums + (columns * batch.mask).sum((1, 2))
-        right, evaluations, either, tokens = run.mean(sums).tolist()
-        seconds = time.time() - begin
-        found |= {name: right / tokens, "evaluations": evaluations / tokens, "ms": 1000 * seconds / tokens}
-        run.speed[f"{name} tokens_per_s"] = tokens / seconds
-        if cfg.conditional and name == "greedy":
-            found["either"] = either / tokens
+        sums, begin = torch.zeros(3, device=run.device), time.time()
+        for batch in tests[run.rank :: run.world_size]:
+            batch = batch.each(lambda x: x.to(run.device))
+            token, count = decoder.solve(look(decoder.lm, batch), batch.label, temperature)
+            columns = torch.stack([token == batch.targets, count, batch.mask])
+            sums += (columns * batch.mask).sum((1, 2))
+        right, evaluations, tokens = run.mean(sums).tolist()
+        ms = 1000 * (time.time() - begin) / tokens
+        found |= {name: right / tokens, "evaluations": evaluations / tokens, "ms": ms}
+    run.speed["tokens_per_s"] = 1000 / ms
     return found
 
 
 BENCH_CLASSES = {"gsm8k": 0, "hendrycks_math": 0, "humaneval_instruct": 1, "mbpp_instruct": 1}  # 2: any other
 
 
-def benchmarks(decoder: Decoder, tokenizer, cfg: Config, run: Run) -> dict[str, float]:
+def benchmarks(decoder: Decoder, tokenizer, cfg: Config, run: Run) -> dict:
     """lm-eval's tasks, five examples as turns of the chat, decoded by ours at temperature 1."""
     if not cfg.bench:
         return {}
@@ -875,43 +827,33 @@ def benchmarks(decoder: Decoder, tokenizer, cfg: Config, run: Run) -> dict[str, 
         scores = common.benchmark(
             lm, tokenizer, [task], run=run, gen_kwargs=dict(max_gen_toks=cfg.max_new), **more
         )
-        values = [x for name, x in scores.get(task, {}).items() if name.startswith(("exact_match,", "pass"))]
-        found[task] = values[0] if values else math.nan
+        values = (x for name, x in scores.get(task, {}).items() if name.startswith(("exact_match,", "pass")))
+        found[task] = next(values, math.nan)
     return found
 
 
 # --- figure, sizes without weights, main ---
 
 
-def draw(figure, table: dict, run: Run):
-    """Sampled and greedy accuracy of each row over its evaluations a token, with intervals."""
-    for axis, metric in zip(figure.subplots(1, 2, sharey=True), ("sampled", "greedy"), strict=True):
-        for row, cells in table.items():
-            if row.startswith(("classes", "adaptive,")):
-                continue
-            (x, _), (y, half) = (
-                common.interval([cell[key] for cell in cells]) for key in ("evaluations", metric)
-            )
-            axis.errorbar(x, y, half, fmt="o", label=row)
-        axis.set(xscale="log", xlabel="evaluations a token", title=f"{metric}: accuracy")
-    axis.legend(fontsize="small")
+def draw(figure, table: dict):
+    """Sampled accuracy of each row over its evaluations a token, a dot a seed."""
+    axes = figure.subplots()
+    for row, cells in table.items():
+        if not row.startswith(("classes", "adaptive,")):
+            x, y = ([cell[key] for cell in cells] for key in ("evaluations", "sampled"))
+            axes.plot(x, y, "o", label=row)
+    axes.set(xscale="log", xlabel="evaluations a token", ylabel="sampled accuracy")
+    figure.legend(loc="outside right")
 
 
-LLAMA, QWEN = "meta-llama/Llama-3", "Qwen/Qwen2.5-"
-FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
-FIELDS += ("vocab_size", "tie_word_embeddings")
 SIZES = {
-    LLAMA + ".2-1B-Instruct": (2048, 8192, 16, 32, 8, 128256, True),
-    LLAMA + ".1-8B-Instruct": (4096, 14336, 32, 32, 8, 128256, False),
-    QWEN + "1.5B-Instruct": (1536, 8960, 28, 12, 2, 151936, True),
-    QWEN + "7B-Instruct": (3584, 18944, 28, 28, 4, 152064, False),
+    "meta-llama/Llama-3.2-1B-Instruct": (2048, 8192, 16, 32, 8, 128256, True),
+    "meta-llama/Llama-3.1-8B-Instruct": (4096, 14336, 32, 32, 8, 128256, False),
+    "Qwen/Qwen2.5-1.5B-Instruct": (1536, 8960, 28, 12, 2, 151936, True),
+    "Qwen/Qwen2.5-7B-Instruct": (3584, 18944, 28, 28, 4, 152064, False),
 }
+FIELDS = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+FIELDS += ["num_key_value_heads", "vocab_size", "tie_word_embeddings"]
 
 
 def read_config(name: str):
@@ -923,62 +865,59 @@ def read_config(name: str):
         return transformers.AutoConfig.from_pretrained(path, **more)
 
 
-def missing(cfg: Config) -> list[str]:
-    """What this config needs and does not find or cannot use, a line each."""
+def check_inputs(cfg: Config):
+    """UserError for what a real model needs and is not there or cannot be used."""
     if cfg.model == "tiny":
-        return []
-    found, config = [], read_config(cfg.model)
+        return
+    config = read_config(cfg.model)
     if config is None:
-        found.append(f"--model {cfg.model!r}: neither here nor on the hub (hub id, folder or .gguf)")
-    elif config.model_type not in ("llama", "qwen2"):
-        found.append(f"--model {cfg.model}: a {config.model_type}; the path is made for llama and qwen2")
-    for check in (partial(load_conversations, cfg), partial(common.need, "lm_eval", "lm")):
-        try:
-            check()
-        except UserError as e:
-            found.append(f"--data or --bench: {e}")
+        raise UserError(f"--model {cfg.model!r}: neither here nor on the hub (hub id, folder or .gguf)")
+    if config.model_type not in ("llama", "qwen2"):
+        raise UserError(f"--model {cfg.model}: a {config.model_type}; the path is made for llama and qwen2")
+    load_conversations(cfg)
+    if cfg.bench:
+        common.need("lm_eval", "lm")
     if 1 in map(BENCH_CLASSES.get, cfg.bench) and "HF_ALLOW_CODE_EVAL" not in os.environ:
-        found.append("HF_ALLOW_CODE_EVAL=1 in the environment: some of --bench run what the model wrote")
-    return found
+        raise UserError("--bench: some tasks run what the model wrote; HF_ALLOW_CODE_EVAL=1 allows it")
 
 
 def dry_run(cfg: Config, run: Run):
-    """Print exact parameter counts, and memory and hours on H100s if all conversations had full length."""
+    """Print exact parameter counts, memory, hours at 40 % of an H100's peak if all texts had full length."""
 
     def size(model):
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     config = read_config(cfg.model)
-    if config is None and cfg.model in SIZES:
-        kind = "qwen2" if QWEN in cfg.model else "llama"
+    if cfg.model in SIZES and config is None:
+        kind = "qwen2" if "Qwen" in cfg.model else "llama"
         sizes = dict(zip(FIELDS, SIZES[cfg.model], strict=True))
         config = transformers.AutoConfig.for_model(kind, **sizes)
     with torch.device("meta"):
-        lm = transformers.AutoModelForCausalLM.from_config(config) if config else make_tiny(cfg)
+        lm = transformers.AutoModelForCausalLM.from_config(config) if config else make_tiny()
         n = size(lm)
         lm.requires_grad_(False)
         path, copies = size(DiffusionPath(lm, cfg)), size(DiffusionPath(lm, replace(cfg, rank=0)))
         lora = size(Finetuned(lm, replace(cfg, method="LoRA")))
+    hours = cfg.steps * cfg.batch * cfg.context * 6 * n / 3600 / (0.4 * 989e12)  # 2 N main path, 4 N path
     run.print(
-        f"{cfg.model}: {n:,} parameters; path {path:,} ({copies:,} as full copies); LoRA baseline {lora:,}"
+        f"{cfg.model}: {n:,} parameters; path {path:,} ({copies:,} as full copies); LoRA baseline {lora:,}\n"
+        f"{(2 * n + 16 * path) / 1e9:.0f} GB of weights and AdamW; {hours:.1f} GPU hours for the path"
     )
-    tokens = cfg.steps * cfg.batch * cfg.context
-    hours = tokens * 6 * n / 3600 / (0.4 * 989e12)  # main path 2 N, path 4 N; 40 % of an H100's peak
-    run.print(f"{(2 * n + 16 * path) / 1e9:.0f} GB of weights and AdamW; {hours:.1f} GPU hours for the path")
+    try:
+        check_inputs(cfg)
+    except UserError as e:
+        run.print(f"missing: {e}")
 
 
 def main():
     cfg = common.parse_config(CONFIGS)
     with Run(cfg, "" if cfg.model == "tiny" else cfg.model) as run:
-        lacking = missing(cfg)
         if cfg.dry_run:
-            dry_run(cfg, run)
-            return run.print("\n".join(f"missing: {line}" for line in lacking))
-        if lacking:
-            raise UserError("; ".join(lacking))
+            return dry_run(cfg, run)
+        check_inputs(cfg)
         table = run.grid(ROWS, train)
         run.check(CLAIMS, table)
-        run.figure(draw, table, run, size=(12, 5))
+        run.figure(draw, table, size=(9, 5))
 
 
 if __name__ == "__main__":
