@@ -252,7 +252,7 @@ def duplicates(count: int, lengths: tuple, both: bool, chance=None) -> Batch:
     """
     rand = partial(torch.rand, generator=chance)
     pairs = rand(count, WORDS // 2).topk(LONGEST).indices  # of words 2 i and 2 i + 1
-    topic = (rand(count, LONGEST) < 0.5).long()
+    topic = (rand(count, LONGEST) < (0.5 if both else rand(count, 1))).long()  # a list has a main topic
     topic[:, 1] = 1 - topic[:, 0]
     words = 2 * pairs + topic
     repeated = [0, 0, 1, 1, *range(2, 14)] if both else [0, 0, *range(1, 15)]

@@ -1,0 +1,396 @@
+"""diffusion_lm.py: the path beside the frozen LM, corruption, solvers, guidance, decoding, command line."""
+
+import json
+import math
+import shlex
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import ROOT
+from scipy import stats
+from torch import nn
+
+import common
+import diffusion_lm as dlm
+
+CFG = replace(dlm.CONFIGS["smoke"], size=8, sigma=3.0, hidden=16, draws=1)
+VOCAB = 40
+
+
+def tiny(**more):
+    """A Llama of two layers, with grouped queries."""
+    torch.manual_seed(3)
+    size = dict(heads=4, num_key_value_heads=2, intermediate_size=48, initializer_range=0.2)
+    return common.tiny_lm(VOCAB, 32, 2, **size | more).eval().requires_grad_(False)
+
+
+def make(lm=None, **settings):
+    """An LM, a path whose parameters are all random, and their settings."""
+    lm, cfg = lm or tiny(), replace(CFG, **settings)
+    path = dlm.DiffusionPath(lm, cfg)
+    torch.manual_seed(4)
+    for p in path.parameters():
+        nn.init.normal_(p, std=0.3)
+    return lm, path, cfg
+
+
+def batch_of(B=3, K=4, kind=1):
+    """Texts of nine tokens with K diffusion tokens each."""
+    ids, places = torch.randint(VOCAB, (B, 9)), torch.rand(B, 8).argsort(1)[:, :K]
+    return dlm.Batch(ids, places, ids.gather(1, places + 1), places >= 0, torch.full_like(places, kind))
+
+
+@torch.no_grad()
+def logits(lm, path, batch, x, t):
+    return dlm.lm_head(lm, path.merge(x, path.condition(t, batch.label), dlm.look(lm, batch)))
+
+
+def own_logits(lm, batch):
+    return dlm.lm_head(lm, dlm.look(lm, batch).hidden)
+
+
+X, TIME = torch.randn(3, 4, 8), torch.rand(3, 4)
+
+
+# --- the path
+
+
+@pytest.mark.parametrize("rank, kind", [(0, 0), (0, 3), (2, 1)])
+def test_at_time_zero_the_logits_are_the_lm_s_to_the_bit_whatever_path_noise_and_class(rank, kind):
+    lm, path, _ = make(rank=rank, conditional=True)
+    batch = batch_of(kind=kind)
+    own = own_logits(lm, batch)
+    assert torch.equal(logits(lm, path, batch, X, 0 * TIME), own)
+    assert torch.equal(logits(lm, path, batch, 1e4 * X, 0 * TIME), own)
+    assert not torch.allclose(logits(lm, path, batch, X, TIME), own)
+    torch.testing.assert_close(own, lm(batch.ids).logits.take_along_dim(batch.places[..., None], 1))
+
+
+def test_a_new_path_adds_nothing_at_any_time_and_lora_starts_as_the_copies_do():
+    lm, batch, found = tiny(), batch_of(), []
+    for rank in (0, 4):
+        path = dlm.DiffusionPath(lm, replace(CFG, rank=rank))
+        assert torch.equal(logits(lm, path, batch, X, TIME), own_logits(lm, batch))
+        torch.manual_seed(0)
+        for name, p in path.named_parameters():
+            p.data = p.data if "proj" in name else torch.randn_like(p)
+        found.append(logits(lm, path, batch, X, TIME))
+    torch.testing.assert_close(*found)
+
+
+def test_every_parameter_learns_but_w_s_last_bias_and_the_lm_stays():
+    lm, path, cfg = make(conditional=True, rank=2)
+    before = dlm.checksum(lm)
+    batch = dlm.with_noise(batch_of(), replace(cfg, draws=3))
+    assert batch.t.unique().numel() == batch.t.numel()
+    optimizer = torch.optim.Adam(path.parameters())
+    path(batch).mean().backward()
+    optimizer.step()
+    silent = [name for name, p in path.named_parameters() if p.grad.abs().max() < 1e-7]
+    assert silent == ["weight.2.bias"] and dlm.checksum(lm) == before
+
+
+def test_vocabulary_lies_on_a_sphere_so_its_scale_is_free_and_x_t_teaches_it():
+    _, path, cfg = make()
+    norms = path.embed(torch.arange(VOCAB)).norm(dim=1)
+    torch.testing.assert_close(norms, torch.full((VOCAB,), cfg.size**0.5))
+    batch, weight = dlm.with_noise(batch_of(), cfg), path.embedding.weight
+    loss = path(batch).mean()
+    (gradient,) = torch.autograd.grad(loss, weight)
+    step = 1e-2 * gradient / gradient.norm()
+    with torch.no_grad():
+        up, down = (path(batch).mean() for weight.data in (weight.data + step, weight.data - step))
+        assert (up - down).item() / 2e-2 == pytest.approx(gradient.norm().item(), rel=0.02)
+        weight.data = 3 * (weight.data + step)
+        path.embedding.bias *= 3
+        torch.testing.assert_close(path(batch).mean(), loss)
+
+
+def test_diffusion_tokens_see_the_context_up_to_their_place_and_not_each_other():
+    lm, path, _ = make()
+    batch = replace(batch_of(), places=torch.tensor([[2, 5, 7, 1]] * 3))
+    before, first = logits(lm, path, batch, X, TIME), torch.tensor([1.0, 0, 0, 0])
+    after = logits(lm, path, batch, X + first[:, None], TIME * (1 - first / 2))
+    assert torch.equal(after[:, 1:], before[:, 1:]) and not torch.equal(after[:, 0], before[:, 0])
+    batch.ids[:, 3] = (batch.ids[:, 3] + 1) % VOCAB
+    change = (logits(lm, path, batch, X, TIME) - before).abs().amax((0, 2))
+    assert change[[0, 3]].max() < 1e-5 and change[1:3].min() > 1e-3
+
+
+def test_the_parallel_loss_is_that_of_each_token_alone():
+    _, path, cfg = make()
+    batch = dlm.with_noise(batch_of(), cfg)
+    together = path(batch)
+    for k in range(4):
+        alone = path(batch.each(lambda x: x if x is batch.ids else x[:, k : k + 1]))  # noqa: B023
+        torch.testing.assert_close(alone[:, 0], together[:, k])
+
+
+def test_modulation_is_additive_and_time_is_not_scaled():
+    norm = tiny().base_model.layers[0].input_layernorm
+    nn.init.normal_(norm.weight)
+    h, m, s = torch.randn(3, 2, 5, 32)
+    wanted = norm(h) / norm.weight * (norm.weight + m) + s
+    torch.testing.assert_close(dlm.modulated_norm(norm, h, m, s), wanted, rtol=1e-3, atol=1e-4)
+    path = make(hidden=4)[1]
+    path.time = nn.Identity()
+    angle = torch.tensor([0.5, 0.005])
+    wanted = torch.stack([torch.tensor([1.0, 1, 0, 0]), torch.cat([angle.cos(), angle.sin()])])
+    torch.testing.assert_close(path.tau(torch.tensor([0.0, 0.5]), None), wanted)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+def test_corruption_goes_from_noise_to_the_token_with_the_variance_that_scales_it(t):
+    x1, x0, t = torch.randn(20_000, 8), CFG.sigma * torch.randn(20_000, 8), torch.full((20_000,), t)
+    x = dlm.corrupt(x1, x0, t)
+    scale = make()[1].condition(t, t.long())[:, :1]
+    assert (x / scale).var().item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(x, x1 if t[0] == 1 else x0) or 0 < t[0] < 1
+
+
+# --- solvers
+
+TIMES = [0.0, 0.2, 0.35, 0.8, 1.0]
+
+
+def test_a_constant_prediction_is_reached_exactly_by_all_solvers():
+    x, goal = torch.randn(2, 3, 1, 4)
+    for solve in (dlm.euler, dlm.midpoint):
+        torch.testing.assert_close(solve(lambda *_: goal, x, TIMES), goal)
+    found, count = dlm.adaptive(lambda *_: goal, x, 0.1)
+    torch.testing.assert_close(found, goal)
+    assert count.max() <= 6
+
+
+def test_euler_is_a_recency_weighted_vote_and_the_last_midpoint_interval_extrapolates():
+    x0, *votes = torch.randn(5, 3)
+    calls = iter(votes)
+    visited = []
+
+    def predict(x, t, end):
+        visited.append(x)
+        return next(calls)
+
+    dlm.euler(predict, x0, TIMES)
+    for i, x in enumerate(visited):
+        steps = zip(pairwise(TIMES[: i + 1]), votes, strict=False)
+        vote = sum((1 / (1 - end) - 1 / (1 - t)) * v for (t, end), v in steps)
+        torch.testing.assert_close(x, (1 - TIMES[i]) * (x0 + vote))
+    calls = iter(votes)
+    torch.testing.assert_close(dlm.midpoint(predict, x0, [0.8, 1.0]), 2 * votes[1] - votes[0])
+
+
+def test_a_gaussian_s_exact_posterior_mean_carries_noise_to_it_with_the_solvers_orders():
+    mu, s, sigma = 1.5, 0.8, 3.0
+    x0 = sigma * torch.randn(500, 1, 1, dtype=torch.double)
+
+    def predict(x, t, end):
+        t = torch.as_tensor(t).view(-1, 1, 1)
+        return mu + t * s**2 / (t**2 * s**2 + (1 - t) ** 2 * sigma**2) * (x - t * mu)
+
+    def error(solve, n):
+        exact = 0.7 * mu + x0 / sigma * ((0.7 * s) ** 2 + (0.3 * sigma) ** 2) ** 0.5
+        return (solve(predict, x0, torch.linspace(0, 0.7, n, dtype=torch.double).tolist()) - exact).norm()
+
+    assert error(dlm.euler, 101) / error(dlm.euler, 201) == pytest.approx(2, abs=0.2)
+    assert error(dlm.midpoint, 101) / error(dlm.midpoint, 201) > 3.8
+    found, _ = dlm.adaptive(predict, x0, 1e-3)
+    torch.testing.assert_close(found, mu + x0 / sigma * s, rtol=0.02, atol=0.02)
+
+
+def test_adaptive_counts_are_calls_and_rows_do_not_depend_on_their_batch():
+    x, calls = torch.randn(16, 1, 4), 0
+    freq = torch.linspace(0, 20, 16)[:, None, None]
+
+    def predict(x, t, end, freq=freq):
+        nonlocal calls
+        calls += 1
+        return (freq * t[..., None] + x).sin()
+
+    found, count = dlm.adaptive(predict, x, 0.05)
+    assert count.max() == calls and count[-1] > 2 * count[0]
+    for i in (0, 7, 15):
+        alone = dlm.adaptive(lambda x, t, end: predict(x, t, end, freq[i : i + 1]), x[i : i + 1], 0.05)  # noqa: B023
+        assert torch.equal(alone[0][0], found[i]) and alone[1] == count[i]
+
+
+# --- decoding
+
+
+def test_x_hat_is_sampled_from_p_or_its_mode_or_its_mean():
+    z, table = torch.randn(5, dtype=torch.double), torch.randn(5, 3, dtype=torch.double)
+    counts = dlm.draw_token(z.expand(20_000, 5), 1.0).bincount(minlength=5)
+    assert stats.chisquare(counts, 20_000 * z.softmax(0)).pvalue > 1e-3
+    torch.testing.assert_close(dlm.to_embedding(z, table, "average", 1.0), z.softmax(0) @ table)
+    for kind, heat in (("argmax", 1.0), ("sample", 0.0), ("sample", 1e-4)):
+        assert torch.equal(dlm.to_embedding(z, table, kind, heat), table[z.argmax()])
+
+
+@pytest.mark.parametrize("evals", [2, 8])
+def test_the_exact_posterior_keeps_the_lm_s_probabilities_at_any_number_of_evaluations(evals):
+    lm, path, cfg = make(bayes=True, evals=evals)
+    context = dlm.look(lm, batch_of(1, 1))
+    p, best = dlm.lm_head(lm, context.hidden).softmax(-1).max(-1)
+    context = context._replace(hidden=context.hidden.expand(1, 8000, -1))
+    token, _ = dlm.Decoder(lm, path, cfg).solve(context, torch.zeros(1, 8000).long(), 1.0)
+    assert stats.binomtest(int((token == best).sum()), 8000, p.item()).pvalue > 1e-3
+
+
+def test_guidance_of_one_is_the_conditional_model_and_of_zero_the_unconditional_one():
+    lm, path, cfg = make(conditional=True, x_hat="average", evals=4)
+    batch, seen = batch_of(), []
+    path.reader.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+
+    def solve(g, kind):
+        torch.manual_seed(0)
+        decoder = dlm.Decoder(lm, path, replace(cfg, guidance=g))
+        _, count = decoder.solve(dlm.look(lm, batch), torch.full_like(batch.label, kind), 0.0)
+        return seen[-1], count.unique().item()
+
+    known, free, almost, zero = (solve(*x) for x in ((1, 1), (1, dlm.NOBODY), (1 + 1e-6, 1), (0, 1)))
+    torch.testing.assert_close((almost[0], zero[0]), (known[0], free[0]), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(known[0], free[0]) and (known[1], almost[1]) == (4, 7)
+
+
+def test_a_class_is_dropped_for_one_token_in_five():
+    dropped = dlm.with_noise(batch_of(500, 8), replace(CFG, draws=4)).label == dlm.NOBODY
+    assert dropped.float().mean().item() == pytest.approx(0.2, abs=0.02)
+
+
+@pytest.mark.parametrize("evals, solver, calls", [(1, "euler", 0), (6, "euler", 5), (7, "midpoint", 6)])
+def test_the_main_path_runs_once_a_token_and_time_zero_costs_nothing(evals, solver, calls):
+    lm, path, cfg = make(evals=evals, solver=solver)
+    seen = []
+    for module in (lm.base_model, path.reader, path.time):
+        module.register_forward_hook(lambda module, *_: seen.append(module))
+    dlm.generate(dlm.Decoder(lm, path, cfg), [[1, 2, 3], [4]], 5, [99], 0, 1.0)
+    counts = [seen.count(module) for module in (lm.base_model, path.reader, path.time)]
+    assert counts == [5, 5 * calls, 2 * calls]  # the conditions of the grid are tabulated, too
+
+
+def test_one_evaluation_writes_what_transformers_writes_whatever_the_padding():
+    lm, path, cfg = make(evals=1)
+    prompts = [[5, 1, 2, 1, 7, 8], [3], [9, 9]]
+    wanted = common.generate(lm, prompts, torch.rand(3, 8), [1], 0.0)
+    found = dlm.generate(dlm.Decoder(lm, path, cfg), prompts, 8, [1], 0, 0.0).tolist()
+    for row, more in zip(found, wanted, strict=True):
+        assert row == more + [1] * (len(row) - len(more))
+
+
+def test_a_cached_and_padded_token_is_decoded_as_in_the_parallel_pass():
+    lm, path, cfg = make(evals=5, x_hat="average", sigma=0.0)
+    written = dlm.generate(dlm.Decoder(lm, path, cfg), [[5, 1, 2], [3]], 6, [99], 0, 0.0)
+    for prompt, row in (([5, 1, 2], written[0]), ([3], written[1])):
+        ids = torch.tensor([prompt + row.tolist()])
+        places = torch.arange(len(prompt) - 1, ids.shape[1] - 1)[None]
+        batch = dlm.Batch(ids, places, 0 * places, places >= 0, 0 * places)
+        token, _ = dlm.Decoder(lm, path, cfg).solve(dlm.look(lm, batch), batch.label, 0.0)
+        assert torch.equal(token[0], row)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_lists_have_one_word_twice_or_one_of_each_topic_and_counts_are_right(both):
+    batch = dlm.duplicates(500, (4, 12), both)
+    for row, target, topic in zip(batch.ids.tolist(), batch.targets, batch.label, strict=True):
+        twice = {w for w in row if row.count(w) == 2 and w < dlm.WORDS}
+        assert target.item() in twice and target % 2 == topic and len(twice) == 1 + both
+    asked = dlm.how_often(batch, 1.0)
+    often = (asked.ids[:, :-1] == asked.ids[:, -1:]).sum(1, keepdim=True)
+    assert torch.equal(asked.targets, dlm.NONE + often) and often.unique().tolist() == [0, 1, 2]
+
+
+# --- real models and the script
+
+
+@pytest.fixture
+def chats(tmp_path, bpe_tokenizer):
+    """A tiny Llama with a BPE tokenizer in a folder, and conversations: `full` in miniature."""
+    common.tiny_lm(len(bpe_tokenizer), 32, 2, initializer_range=0.2).save_pretrained(tmp_path / "lm")
+    bpe_tokenizer.save_pretrained(tmp_path / "lm")
+    turn = [{"role": "user", "content": "We add 12 and 30."}, {"role": "assistant", "content": "It is 42."}]
+    rows = [{"messages": turn * (1 + i % 2), "category": ["math", "planning"][i % 5 == 0]} for i in range(20)]
+    rows.append({"question": "12 plus 30?", "solution": "So it is 42."})
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return shlex.split("--config text --model lm --data c.jsonl --steps 3 --max_new 6 --hidden 16")
+
+
+def test_labels_are_the_answer_and_its_end_and_every_answer_is_an_example(chats, tmp_path):
+    _, tokenizer = common.load_lm(str(tmp_path / "lm"))
+    examples = dlm.load_conversations(replace(CFG, data=str(tmp_path / "c.jsonl")))
+    assert len(examples) == 25 and [kind for _, kind in examples[-2:]] == [0, 2]
+    batch = dlm.conversations(examples[-2:], tokenizer, 200)
+    texts = [tokenizer.decode(row[mask]) for row, mask in zip(batch.targets, batch.mask, strict=True)]
+    assert texts == ["It is 42.<|im_end|>", "So it is 42.<|im_end|>"]
+
+
+def test_two_ranks_train_and_measure_what_one_does(chats, run_script, tmp_path):
+    words = [ROOT / "diffusion_lm.py", *chats, "--rows", "full finetuning", "T = 4"]
+    run_script(*words, "--out", "one")
+    done = run_script(*words, "--out", "two", ranks=2)
+    tables = []
+    for out in ("one", "two"):
+        losses = [
+            json.loads(line)["loss"]
+            for f in sorted((tmp_path / out).rglob("metrics.jsonl"))
+            for line in f.open()
+        ]
+        tables.append(losses)
+    assert tables[0] == pytest.approx(tables[1], rel=1e-4) and len(tables[0]) == 6
+    before, after = done.stdout.split("checksum of the LM: ")[1].split(" before training, ")
+    assert after.startswith(before)
+
+
+def test_smoke_runs_and_a_killed_run_resumes_to_the_same_numbers(run_script, tmp_path):
+    rows = ["base", "T = 4", "T = 15, midpoint", "adaptive", "blind path", "classes: g = 3"]
+    words = [ROOT / "diffusion_lm.py", "--config", "smoke", "--save_every", "3", "--rows", *rows]
+    run_script(*words)
+    folder = tmp_path / "out" / "diffusion_lm-smoke-s0"
+    first = json.loads((folder / "results.json").read_text())
+    for cell in ("L2D_blind=False_classes=False-s0", "T_=_4-s0"):
+        (folder / cell / "result.json").unlink()
+    (folder / "L2D_blind=False_classes=False-s0" / "step00000006" / ".metadata").unlink()
+    run_script(*words, "--resume")
+    again = json.loads((folder / "results.json").read_text())
+    for row in rows:
+        first["table"][row][0].pop("ms"), again["table"][row][0].pop("ms")
+    assert again["table"] == first["table"] and first["speed"]["T = 4"][0]["tokens_per_s"] > 0
+
+
+SIZES = {
+    "meta-llama/Llama-3.2-1B-Instruct": ("73,344,256", "992,945,408", "3,407,872"),
+    "meta-llama/Llama-3.1-8B-Instruct": ("281,036,032", "6,918,522,112", "13,631,488"),
+    "Qwen/Qwen2.5-1.5B-Instruct": ("103,324,928", "1,357,825,280", "4,358,144"),
+    "Qwen/Qwen2.5-7B-Instruct": ("233,008,384", "6,582,236,416", "10,092,544"),
+}
+
+
+@pytest.mark.parametrize("model", SIZES)
+def test_the_dry_run_has_the_paper_s_parameter_counts_and_says_what_is_missing(model, run_main, tmp_path):
+    code, out, _ = run_main(dlm, "--config", "full", "--model", model, "--dry_run")
+    assert code == 0 and all(size in out for size in SIZES[model])
+    assert f"missing: --model '{model}'" in out and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ("--solver midpoint --evals 16", "odd number, such as 17"),
+        ("--guidance 2", "needs --conditional"),
+        ("--lengths 5", "lengths"),
+        ("--data x.jsonl", "goes with --model tiny"),
+        ("--sigma nan", "finite"),
+        ("--config text --model none --data c.jsonl", "neither here nor on the hub"),
+        ("--config text --model lm --data none.jsonl", "no file, folder"),
+        ("--config text --model lm --data bad.jsonl", "lack messages"),
+        ("--config text --model gpt --data c.jsonl", "made for llama and qwen2"),
+        ("--config text --model lm --data c.jsonl --bench mbpp_instruct", "HF_ALLOW_CODE_EVAL=1"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_computed(words, line, chats, run_main, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"question": "Q"}\n' * 3)
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
+    code, _, err = run_main(dlm, *words.split())
+    assert code == 2 and line in err and "Traceback" not in err and not (tmp_path / "out").exists()
