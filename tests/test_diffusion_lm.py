@@ -1,7 +1,6 @@
 """diffusion_lm.py: the path beside the frozen LM, corruption, solvers, guidance, decoding, command line."""
 
 import json
-import math
 import shlex
 from dataclasses import replace
 from itertools import pairwise
@@ -68,16 +67,13 @@ def test_at_time_zero_the_logits_are_the_lm_s_to_the_bit_whatever_path_noise_and
     torch.testing.assert_close(own, lm(batch.ids).logits.take_along_dim(batch.places[..., None], 1))
 
 
-def test_a_new_path_adds_nothing_at_any_time_and_lora_starts_as_the_copies_do():
-    lm, batch, found = tiny(), batch_of(), []
-    for rank in (0, 4):
-        path = dlm.DiffusionPath(lm, replace(CFG, rank=rank))
-        assert torch.equal(logits(lm, path, batch, X, TIME), own_logits(lm, batch))
-        torch.manual_seed(0)
-        for name, p in path.named_parameters():
-            p.data = p.data if "proj" in name else torch.randn_like(p)
-        found.append(logits(lm, path, batch, X, TIME))
-    torch.testing.assert_close(*found)
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_new_path_adds_nothing_at_any_time_and_new_lora_nothing_to_its_layer(rank):
+    lm, batch = tiny(), batch_of()
+    path = dlm.DiffusionPath(lm, replace(CFG, rank=rank))
+    assert torch.equal(logits(lm, path, batch, X, TIME), own_logits(lm, batch))
+    h, layer = torch.randn(5, 32), lm.base_model.layers[1].mlp.up_proj
+    assert torch.equal(path.blocks[1].up_proj(h), layer(h))
 
 
 def test_every_parameter_learns_but_w_s_last_bias_and_the_lm_stays():
@@ -92,20 +88,13 @@ def test_every_parameter_learns_but_w_s_last_bias_and_the_lm_stays():
     assert silent == ["weight.2.bias"] and dlm.checksum(lm) == before
 
 
-def test_vocabulary_lies_on_a_sphere_so_its_scale_is_free_and_x_t_teaches_it():
+def test_vocabulary_lies_on_a_sphere_so_its_scale_is_free():
     _, path, cfg = make()
-    norms = path.embed(torch.arange(VOCAB)).norm(dim=1)
-    torch.testing.assert_close(norms, torch.full((VOCAB,), cfg.size**0.5))
-    batch, weight = dlm.with_noise(batch_of(), cfg), path.embedding.weight
-    loss = path(batch).mean()
-    (gradient,) = torch.autograd.grad(loss, weight)
-    step = 1e-2 * gradient / gradient.norm()
-    with torch.no_grad():
-        up, down = (path(batch).mean() for weight.data in (weight.data + step, weight.data - step))
-        assert (up - down).item() / 2e-2 == pytest.approx(gradient.norm().item(), rel=0.02)
-        weight.data = 3 * (weight.data + step)
-        path.embedding.bias *= 3
-        torch.testing.assert_close(path(batch).mean(), loss)
+    table = path.embed(torch.arange(VOCAB))
+    torch.testing.assert_close(table.norm(dim=1), torch.full((VOCAB,), cfg.size**0.5))
+    for p in path.embedding.parameters():
+        p.data *= 3
+    torch.testing.assert_close(path.embed(torch.arange(VOCAB)), table)
 
 
 def test_diffusion_tokens_see_the_context_up_to_their_place_and_not_each_other():
@@ -136,18 +125,18 @@ def test_modulation_is_additive_and_time_is_not_scaled():
     torch.testing.assert_close(dlm.modulated_norm(norm, h, m, s), wanted, rtol=1e-3, atol=1e-4)
     path = make(hidden=4)[1]
     path.time = nn.Identity()
-    angle = torch.tensor([0.5, 0.005])
-    wanted = torch.stack([torch.tensor([1.0, 1, 0, 0]), torch.cat([angle.cos(), angle.sin()])])
-    torch.testing.assert_close(path.tau(torch.tensor([0.0, 0.5]), None), wanted)
+    zero, half = path.tau(torch.tensor([0.0, 0.5]), None)
+    assert zero.tolist() == [1, 1, 0, 0]
+    torch.testing.assert_close(half[:2], torch.tensor([0.5, 0.005]).cos())
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
 def test_corruption_goes_from_noise_to_the_token_with_the_variance_that_scales_it(t):
-    x1, x0, t = torch.randn(20_000, 8), CFG.sigma * torch.randn(20_000, 8), torch.full((20_000,), t)
-    x = dlm.corrupt(x1, x0, t)
-    scale = make()[1].condition(t, t.long())[:, :1]
+    x1, x0 = torch.randn(20_000, 8), CFG.sigma * torch.randn(20_000, 8)
+    x = dlm.corrupt(x1, x0, torch.full((20_000,), t))
+    scale = make()[1].condition(torch.tensor(t), torch.tensor(0))[0]
     assert (x / scale).var().item() == pytest.approx(1, abs=0.02)
-    assert torch.equal(x, x1 if t[0] == 1 else x0) or 0 < t[0] < 1
+    assert t == 0.3 or torch.equal(x, x1 if t else x0)
 
 
 # --- solvers
@@ -166,54 +155,54 @@ def test_a_constant_prediction_is_reached_exactly_by_all_solvers():
 
 def test_euler_is_a_recency_weighted_vote_and_the_last_midpoint_interval_extrapolates():
     x0, *votes = torch.randn(5, 3)
-    calls = iter(votes)
     visited = []
 
     def predict(x, t, end):
         visited.append(x)
-        return next(calls)
+        return votes[len(visited) - 1]
 
     dlm.euler(predict, x0, TIMES)
     for i, x in enumerate(visited):
-        steps = zip(pairwise(TIMES[: i + 1]), votes, strict=False)
-        vote = sum((1 / (1 - end) - 1 / (1 - t)) * v for (t, end), v in steps)
+        weights = [1 / (1 - end) - 1 / (1 - t) for t, end in pairwise(TIMES[: i + 1])]
+        vote = sum(w * v for w, v in zip(weights, votes, strict=False))
         torch.testing.assert_close(x, (1 - TIMES[i]) * (x0 + vote))
-    calls = iter(votes)
-    torch.testing.assert_close(dlm.midpoint(predict, x0, [0.8, 1.0]), 2 * votes[1] - votes[0])
+    visited.clear()
+    torch.testing.assert_close(dlm.midpoint(predict, x0, TIMES[-2:]), 2 * votes[1] - votes[0])
 
 
 def test_a_gaussian_s_exact_posterior_mean_carries_noise_to_it_with_the_solvers_orders():
-    mu, s, sigma = 1.5, 0.8, 3.0
-    x0 = sigma * torch.randn(500, 1, 1, dtype=torch.double)
+    x0 = torch.randn(500, 1, 1, dtype=torch.double)
 
-    def predict(x, t, end):
+    def predict(x, t, end):  # of N(1, 0.5^2) from N(0, 1)
         t = torch.as_tensor(t).view(-1, 1, 1)
-        return mu + t * s**2 / (t**2 * s**2 + (1 - t) ** 2 * sigma**2) * (x - t * mu)
+        return 1 + t * 0.25 / (t**2 * 0.25 + (1 - t) ** 2) * (x - t)
 
     def error(solve, n):
-        exact = 0.7 * mu + x0 / sigma * ((0.7 * s) ** 2 + (0.3 * sigma) ** 2) ** 0.5
-        return (solve(predict, x0, torch.linspace(0, 0.7, n, dtype=torch.double).tolist()) - exact).norm()
+        times = torch.linspace(0, 0.8, n, dtype=torch.double).tolist()
+        return (solve(predict, x0, times) - 0.8 - 0.2**0.5 * x0).norm()
 
     assert error(dlm.euler, 101) / error(dlm.euler, 201) == pytest.approx(2, abs=0.2)
-    assert error(dlm.midpoint, 101) / error(dlm.midpoint, 201) > 3.8
-    found, _ = dlm.adaptive(predict, x0, 1e-3)
-    torch.testing.assert_close(found, mu + x0 / sigma * s, rtol=0.02, atol=0.02)
+    assert error(dlm.midpoint, 101) / error(dlm.midpoint, 201) > 3.5
+    torch.testing.assert_close(dlm.adaptive(predict, x0, 1e-3)[0], 1 + 0.5 * x0, rtol=0.02, atol=0.02)
 
 
 def test_adaptive_counts_are_calls_and_rows_do_not_depend_on_their_batch():
-    x, calls = torch.randn(16, 1, 4), 0
-    freq = torch.linspace(0, 20, 16)[:, None, None]
+    x, calls = torch.randn(16, 1, 4), []
 
-    def predict(x, t, end, freq=freq):
-        nonlocal calls
-        calls += 1
-        return (freq * t[..., None] + x).sin()
+    def solve(rows):
+        calls.clear()
+        frequency = torch.linspace(0, 20, 16)[rows, None, None]
 
-    found, count = dlm.adaptive(predict, x, 0.05)
-    assert count.max() == calls and count[-1] > 2 * count[0]
-    for i in (0, 7, 15):
-        alone = dlm.adaptive(lambda x, t, end: predict(x, t, end, freq[i : i + 1]), x[i : i + 1], 0.05)  # noqa: B023
-        assert torch.equal(alone[0][0], found[i]) and alone[1] == count[i]
+        def predict(x, t, end):
+            calls.append(t)
+            return (frequency * t[..., None] + x).sin()
+
+        return dlm.adaptive(predict, x[rows], 0.05)
+
+    found, count = solve(slice(None))
+    assert count.max() == len(calls) and count[-1] > 2 * count[0]
+    alone, calls_alone = solve(slice(7, 8))
+    assert torch.equal(alone[0], found[7]) and calls_alone[0] == count[7] == len(calls)
 
 
 # --- decoding
@@ -240,18 +229,15 @@ def test_the_exact_posterior_keeps_the_lm_s_probabilities_at_any_number_of_evalu
 
 def test_guidance_of_one_is_the_conditional_model_and_of_zero_the_unconditional_one():
     lm, path, cfg = make(conditional=True, x_hat="average", evals=4)
-    batch, seen = batch_of(), []
-    path.reader.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-
-    def solve(g, kind):
+    batch, found = batch_of(), []
+    path.reader.register_forward_pre_hook(lambda _, x: found.append(x[0]))
+    for g, kind, evaluations in ((1, 1, 4), (1 + 1e-6, 1, 7), (1, dlm.NOBODY, 4), (0, 1, 7)):
         torch.manual_seed(0)
-        decoder = dlm.Decoder(lm, path, replace(cfg, guidance=g))
-        _, count = decoder.solve(dlm.look(lm, batch), torch.full_like(batch.label, kind), 0.0)
-        return seen[-1], count.unique().item()
-
-    known, free, almost, zero = (solve(*x) for x in ((1, 1), (1, dlm.NOBODY), (1 + 1e-6, 1), (0, 1)))
-    torch.testing.assert_close((almost[0], zero[0]), (known[0], free[0]), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(known[0], free[0]) and (known[1], almost[1]) == (4, 7)
+        decoder, label = dlm.Decoder(lm, path, replace(cfg, guidance=g)), torch.full((3, 4), kind)
+        assert (decoder.solve(dlm.look(lm, batch), label, 0.0)[1] == evaluations).all()
+    known, almost, free, zero = (found[i] for i in (2, 7, 10, 15))  # what the last evaluation gets
+    torch.testing.assert_close((almost, zero), (known, free), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(known, free)
 
 
 def test_a_class_is_dropped_for_one_token_in_five():
@@ -293,9 +279,9 @@ def test_a_cached_and_padded_token_is_decoded_as_in_the_parallel_pass():
 @pytest.mark.parametrize("both", [False, True])
 def test_lists_have_one_word_twice_or_one_of_each_topic_and_counts_are_right(both):
     batch = dlm.duplicates(500, (4, 12), both)
-    for row, target, topic in zip(batch.ids.tolist(), batch.targets, batch.label, strict=True):
-        twice = {w for w in row if row.count(w) == 2 and w < dlm.WORDS}
-        assert target.item() in twice and target % 2 == topic and len(twice) == 1 + both
+    words = batch.ids[:, :-1].where(batch.ids[:, :-1] < dlm.WORDS, -1)
+    twice = ((words[:, :, None] == words[:, None]).sum(1) == 2) & (words >= 0)
+    assert (twice.sum(1) == 2 + 2 * both).all() and torch.equal(batch.targets % 2, batch.label)
     asked = dlm.how_often(batch, 1.0)
     often = (asked.ids[:, :-1] == asked.ids[:, -1:]).sum(1, keepdim=True)
     assert torch.equal(asked.targets, dlm.NONE + often) and often.unique().tolist() == [0, 1, 2]
@@ -325,37 +311,39 @@ def test_labels_are_the_answer_and_its_end_and_every_answer_is_an_example(chats,
     assert texts == ["It is 42.<|im_end|>", "So it is 42.<|im_end|>"]
 
 
-def test_two_ranks_train_and_measure_what_one_does(chats, run_script, tmp_path):
+def losses(folder):
+    files = sorted(folder.rglob("metrics.jsonl"))
+    return [json.loads(line)["loss"] for file in files for line in file.open()]
+
+
+def test_two_ranks_train_as_one_does_and_leave_the_lm_alone(chats, run_script, tmp_path):
     words = [ROOT / "diffusion_lm.py", *chats, "--rows", "full finetuning", "T = 4"]
     run_script(*words, "--out", "one")
     done = run_script(*words, "--out", "two", ranks=2)
-    tables = []
-    for out in ("one", "two"):
-        losses = [
-            json.loads(line)["loss"]
-            for f in sorted((tmp_path / out).rglob("metrics.jsonl"))
-            for line in f.open()
-        ]
-        tables.append(losses)
-    assert tables[0] == pytest.approx(tables[1], rel=1e-4) and len(tables[0]) == 6
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-4)
     before, after = done.stdout.split("checksum of the LM: ")[1].split(" before training, ")
     assert after.startswith(before)
 
 
 def test_smoke_runs_and_a_killed_run_resumes_to_the_same_numbers(run_script, tmp_path):
-    rows = ["base", "T = 4", "T = 15, midpoint", "adaptive", "blind path", "classes: g = 3"]
+    rows = ["T = 4", "T = 15, midpoint", "adaptive", "classes: g = 3"]
     words = [ROOT / "diffusion_lm.py", "--config", "smoke", "--save_every", "3", "--rows", *rows]
     run_script(*words)
-    folder = tmp_path / "out" / "diffusion_lm-smoke-s0"
-    first = json.loads((folder / "results.json").read_text())
-    for cell in ("L2D_blind=False_classes=False-s0", "T_=_4-s0"):
-        (folder / cell / "result.json").unlink()
-    (folder / "L2D_blind=False_classes=False-s0" / "step00000006" / ".metadata").unlink()
-    run_script(*words, "--resume")
-    again = json.loads((folder / "results.json").read_text())
-    for row in rows:
-        first["table"][row][0].pop("ms"), again["table"][row][0].pop("ms")
-    assert again["table"] == first["table"] and first["speed"]["T = 4"][0]["tokens_per_s"] > 0
+    folder, tables = tmp_path / "out" / "diffusion_lm-smoke-s0", []
+    cell = folder / "L2D_blind=False_classes=False-s0"
+    for _ in range(2):
+        tables.append(json.loads((folder / "results.json").read_text())["table"])
+        for row in rows:
+            assert tables[-1][row][0].pop("ms") > 0
+        if len(tables) == 1:
+            for file in (
+                cell / "result.json",
+                cell / "step00000006/.metadata",
+                folder / "T_=_4-s0/result.json",
+            ):
+                file.unlink()
+            run_script(*words, "--resume")
+    assert tables[0] == tables[1]
 
 
 SIZES = {
