@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 from scipy import stats
 from torch import nn
+from torch.nn import functional as F
 
 import common
 import diffusion_lm as dlm
@@ -61,7 +62,6 @@ def test_at_time_zero_the_logits_are_the_lm_s_to_the_bit_whatever_path_noise_and
     lm, path, _ = make(rank=rank, conditional=True)
     batch = batch_of(kind=kind)
     own = own_logits(lm, batch)
-    assert torch.equal(logits(lm, path, batch, X, 0 * TIME), own)
     assert torch.equal(logits(lm, path, batch, 1e4 * X, 0 * TIME), own)
     assert not torch.allclose(logits(lm, path, batch, X, TIME), own)
     torch.testing.assert_close(own, lm(batch.ids).logits.take_along_dim(batch.places[..., None], 1))
@@ -108,15 +108,6 @@ def test_diffusion_tokens_see_the_context_up_to_their_place_and_not_each_other()
     assert change[[0, 3]].max() < 1e-5 and change[1:3].min() > 1e-3
 
 
-def test_the_parallel_loss_is_that_of_each_token_alone():
-    _, path, cfg = make()
-    batch = dlm.with_noise(batch_of(), cfg)
-    together = path(batch)
-    for k in range(4):
-        alone = path(batch.each(lambda x: x if x is batch.ids else x[:, k : k + 1]))  # noqa: B023
-        torch.testing.assert_close(alone[:, 0], together[:, k])
-
-
 def test_modulation_is_additive_and_time_is_not_scaled():
     norm = tiny().base_model.layers[0].input_layernorm
     nn.init.normal_(norm.weight)
@@ -126,8 +117,7 @@ def test_modulation_is_additive_and_time_is_not_scaled():
     path = make(hidden=4)[1]
     path.time = nn.Identity()
     zero, half = path.tau(torch.tensor([0.0, 0.5]), None)
-    assert zero.tolist() == [1, 1, 0, 0]
-    torch.testing.assert_close(half[:2], torch.tensor([0.5, 0.005]).cos())
+    assert zero.tolist() == [1, 1, 0, 0] and half[0] == torch.tensor(0.5).cos()
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
@@ -162,10 +152,9 @@ def test_euler_is_a_recency_weighted_vote_and_the_last_midpoint_interval_extrapo
         return votes[len(visited) - 1]
 
     dlm.euler(predict, x0, TIMES)
-    for i, x in enumerate(visited):
-        weights = [1 / (1 - end) - 1 / (1 - t) for t, end in pairwise(TIMES[: i + 1])]
-        vote = sum(w * v for w, v in zip(weights, votes, strict=False))
-        torch.testing.assert_close(x, (1 - TIMES[i]) * (x0 + vote))
+    weights = [1 / (1 - end) - 1 / (1 - t) for t, end in pairwise(TIMES[:-1])]
+    vote = sum(weight * v for weight, v in zip(weights, votes, strict=False))
+    torch.testing.assert_close(visited[3], (1 - TIMES[3]) * (x0 + vote))
     visited.clear()
     torch.testing.assert_close(dlm.midpoint(predict, x0, TIMES[-2:]), 2 * votes[1] - votes[0])
 
@@ -213,8 +202,8 @@ def test_x_hat_is_sampled_from_p_or_its_mode_or_its_mean():
     counts = dlm.draw_token(z.expand(20_000, 5), 1.0).bincount(minlength=5)
     assert stats.chisquare(counts, 20_000 * z.softmax(0)).pvalue > 1e-3
     torch.testing.assert_close(dlm.to_embedding(z, table, "average", 1.0), z.softmax(0) @ table)
-    for kind, heat in (("argmax", 1.0), ("sample", 0.0), ("sample", 1e-4)):
-        assert torch.equal(dlm.to_embedding(z, table, kind, heat), table[z.argmax()])
+    found = [dlm.to_embedding(z, table, *how) for how in (("argmax", 1.0), ("sample", 0.0), ("sample", 1e-4))]
+    assert all(torch.equal(x, table[z.argmax()]) for x in found)
 
 
 @pytest.mark.parametrize("evals", [2, 8])
@@ -231,12 +220,12 @@ def test_guidance_of_one_is_the_conditional_model_and_of_zero_the_unconditional_
     lm, path, cfg = make(conditional=True, x_hat="average", evals=4)
     batch, found = batch_of(), []
     path.reader.register_forward_pre_hook(lambda _, x: found.append(x[0]))
-    for g, kind, evaluations in ((1, 1, 4), (1 + 1e-6, 1, 7), (1, dlm.NOBODY, 4), (0, 1, 7)):
+    for g, kind, evaluations in ((1, 1, 4), (1, dlm.NOBODY, 4), (0, 1, 7)):
         torch.manual_seed(0)
         decoder, label = dlm.Decoder(lm, path, replace(cfg, guidance=g)), torch.full((3, 4), kind)
         assert (decoder.solve(dlm.look(lm, batch), label, 0.0)[1] == evaluations).all()
-    known, almost, free, zero = (found[i] for i in (2, 7, 10, 15))  # what the last evaluation gets
-    torch.testing.assert_close((almost, zero), (known, free), rtol=1e-4, atol=1e-4)
+    known, free, zero = found[2], found[5], found[-1]  # what the last evaluation gets
+    torch.testing.assert_close(zero, free)
     assert not torch.allclose(known, free)
 
 
@@ -267,48 +256,39 @@ def test_one_evaluation_writes_what_transformers_writes_whatever_the_padding():
 
 def test_a_cached_and_padded_token_is_decoded_as_in_the_parallel_pass():
     lm, path, cfg = make(evals=5, x_hat="average", sigma=0.0)
-    written = dlm.generate(dlm.Decoder(lm, path, cfg), [[5, 1, 2], [3]], 6, [99], 0, 0.0)
-    for prompt, row in (([5, 1, 2], written[0]), ([3], written[1])):
-        ids = torch.tensor([prompt + row.tolist()])
-        places = torch.arange(len(prompt) - 1, ids.shape[1] - 1)[None]
-        batch = dlm.Batch(ids, places, 0 * places, places >= 0, 0 * places)
-        token, _ = dlm.Decoder(lm, path, cfg).solve(dlm.look(lm, batch), batch.label, 0.0)
-        assert torch.equal(token[0], row)
+    decoder = dlm.Decoder(lm, path, cfg)
+    _, row = dlm.generate(decoder, [[5, 1, 2], [3]], 6, [99], 0, 0.0)
+    places = torch.arange(6)[None]
+    batch = dlm.Batch(F.pad(row, (1, 0), value=3)[None], places, 0 * places, places >= 0, 0 * places)
+    assert torch.equal(decoder.solve(dlm.look(lm, batch), batch.label, 0.0)[0][0], row)
 
 
 @pytest.mark.parametrize("both", [False, True])
 def test_lists_have_one_word_twice_or_one_of_each_topic_and_counts_are_right(both):
     batch = dlm.duplicates(500, (4, 12), both)
-    words = batch.ids[:, :-1].where(batch.ids[:, :-1] < dlm.WORDS, -1)
-    twice = ((words[:, :, None] == words[:, None]).sum(1) == 2) & (words >= 0)
-    assert (twice.sum(1) == 2 + 2 * both).all() and torch.equal(batch.targets % 2, batch.label)
+    counts = F.one_hot(batch.ids, 261).sum(1)[:, : dlm.WORDS]
+    assert ((counts == 2).sum(1) == 1 + both).all() and torch.equal(batch.targets % 2, batch.label)
+    assert (counts.gather(1, batch.targets) == 2).all()
     asked = dlm.how_often(batch, 1.0)
-    often = (asked.ids[:, :-1] == asked.ids[:, -1:]).sum(1, keepdim=True)
-    assert torch.equal(asked.targets, dlm.NONE + often) and often.unique().tolist() == [0, 1, 2]
+    assert torch.equal(asked.targets - dlm.NONE, counts.gather(1, asked.ids[:, -1:]))
 
 
 # --- real models and the script
 
 
-@pytest.fixture
-def chats(tmp_path, bpe_tokenizer):
-    """A tiny Llama with a BPE tokenizer in a folder, and conversations: `full` in miniature."""
-    common.tiny_lm(len(bpe_tokenizer), 32, 2, initializer_range=0.2).save_pretrained(tmp_path / "lm")
-    bpe_tokenizer.save_pretrained(tmp_path / "lm")
-    turn = [{"role": "user", "content": "We add 12 and 30."}, {"role": "assistant", "content": "It is 42."}]
-    rows = [{"messages": turn * (1 + i % 2), "category": ["math", "planning"][i % 5 == 0]} for i in range(20)]
-    rows.append({"question": "12 plus 30?", "solution": "So it is 42."})
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return shlex.split("--config text --model lm --data c.jsonl --steps 3 --max_new 6 --hidden 16")
+TEXT = shlex.split("--config text --model lm --data p.jsonl --steps 3 --max_new 6 --hidden 16 --context 99")
 
 
-def test_labels_are_the_answer_and_its_end_and_every_answer_is_an_example(chats, tmp_path):
+def test_labels_are_the_answer_and_its_end_and_every_answer_is_an_example(text_files, tmp_path):
+    turns = [{"role": "user", "content": "We add."}, {"role": "assistant", "content": "It is 42."}]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": 2 * turns, "category": "math"}))
     _, tokenizer = common.load_lm(str(tmp_path / "lm"))
     examples = dlm.load_conversations(replace(CFG, data=str(tmp_path / "c.jsonl")))
-    assert len(examples) == 25 and [kind for _, kind in examples[-2:]] == [0, 2]
-    batch = dlm.conversations(examples[-2:], tokenizer, 200)
+    examples += dlm.load_conversations(replace(CFG, data=str(tmp_path / "p.jsonl")))[:1]
+    batch = dlm.conversations(examples, tokenizer, 200)
     texts = [tokenizer.decode(row[mask]) for row, mask in zip(batch.targets, batch.mask, strict=True)]
-    assert texts == ["It is 42.<|im_end|>", "So it is 42.<|im_end|>"]
+    assert texts == ["It is 42.<|im_end|>"] * 2 + ["It is \\boxed{30}.<|im_end|>"]
+    assert batch.label[:, 0].tolist() == [0, 0, 2]
 
 
 def losses(folder):
@@ -316,8 +296,8 @@ def losses(folder):
     return [json.loads(line)["loss"] for file in files for line in file.open()]
 
 
-def test_two_ranks_train_as_one_does_and_leave_the_lm_alone(chats, run_script, tmp_path):
-    words = [ROOT / "diffusion_lm.py", *chats, "--rows", "full finetuning", "T = 4"]
+def test_two_ranks_train_as_one_does_and_leave_the_lm_alone(text_files, run_script, tmp_path):
+    words = [ROOT / "diffusion_lm.py", *TEXT, "--rows", "full finetuning", "T = 4"]
     run_script(*words, "--out", "one")
     done = run_script(*words, "--out", "two", ranks=2)
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-4)
@@ -368,15 +348,14 @@ def test_the_dry_run_has_the_paper_s_parameter_counts_and_says_what_is_missing(m
         ("--guidance 2", "needs --conditional"),
         ("--lengths 5", "lengths"),
         ("--data x.jsonl", "goes with --model tiny"),
-        ("--sigma nan", "finite"),
-        ("--config text --model none --data c.jsonl", "neither here nor on the hub"),
+        ("--config text --model none --data p.jsonl", "neither here nor on the hub"),
         ("--config text --model lm --data none.jsonl", "no file, folder"),
         ("--config text --model lm --data bad.jsonl", "lack messages"),
-        ("--config text --model gpt --data c.jsonl", "made for llama and qwen2"),
-        ("--config text --model lm --data c.jsonl --bench mbpp_instruct", "HF_ALLOW_CODE_EVAL=1"),
+        ("--config text --model gpt --data p.jsonl", "made for llama and qwen2"),
+        ("--config text --model lm --data p.jsonl --bench mbpp_instruct", "HF_ALLOW_CODE_EVAL=1"),
     ],
 )
-def test_bad_input_is_one_line_before_anything_is_computed(words, line, chats, run_main, tmp_path):
+def test_bad_input_is_one_line_before_anything_is_computed(words, line, text_files, run_main, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"question": "Q"}\n' * 3)
     (tmp_path / "gpt").mkdir()
     (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
