@@ -213,10 +213,7 @@ CLAIMS += [
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples and the diffusion tokens in them; no tuple, which FSDP would round to bfloat16.
-
-    A diffusion token stands at a place whose next token is a label: K of them in an example, with padding.
-    """
+    """Examples and their diffusion tokens, one at each place whose next token is a label: K, with padding."""
 
     ids: Tensor  # (B, T), right-padded
     places: Tensor  # (B, K)

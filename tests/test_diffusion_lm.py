@@ -116,8 +116,8 @@ def test_modulation_is_additive_and_time_is_not_scaled():
     torch.testing.assert_close(dlm.modulated_norm(norm, h, m, s), wanted, rtol=1e-3, atol=1e-4)
     path = make(hidden=4)[1]
     path.time = nn.Identity()
-    zero, half = path.tau(torch.tensor([0.0, 0.5]), None)
-    assert zero.tolist() == [1, 1, 0, 0] and half[0] == torch.tensor(0.5).cos()
+    half = path.tau(torch.tensor(0.5), None)
+    assert path.tau(torch.tensor(0.0), None).tolist() == [1, 1, 0, 0] and half[0] == torch.tensor(0.5).cos()
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
@@ -202,8 +202,8 @@ def test_x_hat_is_sampled_from_p_or_its_mode_or_its_mean():
     counts = dlm.draw_token(z.expand(20_000, 5), 1.0).bincount(minlength=5)
     assert stats.chisquare(counts, 20_000 * z.softmax(0)).pvalue > 1e-3
     torch.testing.assert_close(dlm.to_embedding(z, table, "average", 1.0), z.softmax(0) @ table)
-    found = [dlm.to_embedding(z, table, *how) for how in (("argmax", 1.0), ("sample", 0.0), ("sample", 1e-4))]
-    assert all(torch.equal(x, table[z.argmax()]) for x in found)
+    for kind, heat in (("argmax", 1.0), ("sample", 0.0)):
+        assert torch.equal(dlm.to_embedding(z, table, kind, heat), table[z.argmax()])
 
 
 @pytest.mark.parametrize("evals", [2, 8])
@@ -237,12 +237,11 @@ def test_a_class_is_dropped_for_one_token_in_five():
 @pytest.mark.parametrize("evals, solver, calls", [(1, "euler", 0), (6, "euler", 5), (7, "midpoint", 6)])
 def test_the_main_path_runs_once_a_token_and_time_zero_costs_nothing(evals, solver, calls):
     lm, path, cfg = make(evals=evals, solver=solver)
-    seen = []
-    for module in (lm.base_model, path.reader, path.time):
+    modules, seen = (lm.base_model, path.reader, path.time), []
+    for module in modules:
         module.register_forward_hook(lambda module, *_: seen.append(module))
     dlm.generate(dlm.Decoder(lm, path, cfg), [[1, 2, 3], [4]], 5, [99], 0, 1.0)
-    counts = [seen.count(module) for module in (lm.base_model, path.reader, path.time)]
-    assert counts == [5, 5 * calls, 2 * calls]  # the conditions of the grid are tabulated, too
+    assert [seen.count(module) for module in modules] == [5, 5 * calls, 2 * calls]  # tabulated, too
 
 
 def test_one_evaluation_writes_what_transformers_writes_whatever_the_padding():
@@ -270,7 +269,7 @@ def test_lists_have_one_word_twice_or_one_of_each_topic_and_counts_are_right(bot
     assert ((counts == 2).sum(1) == 1 + both).all() and torch.equal(batch.targets % 2, batch.label)
     assert (counts.gather(1, batch.targets) == 2).all()
     asked = dlm.how_often(batch, 1.0)
-    assert torch.equal(asked.targets - dlm.NONE, counts.gather(1, asked.ids[:, -1:]))
+    assert torch.equal(counts.gather(1, asked.ids[:, -1:]), asked.targets - dlm.NONE)
 
 
 # --- real models and the script
@@ -280,15 +279,13 @@ TEXT = shlex.split("--config text --model lm --data p.jsonl --steps 3 --max_new 
 
 
 def test_labels_are_the_answer_and_its_end_and_every_answer_is_an_example(text_files, tmp_path):
-    turns = [{"role": "user", "content": "We add."}, {"role": "assistant", "content": "It is 42."}]
+    turns = [dict(role="user", content="We add."), dict(role="assistant", content="It is 42.")]
     (tmp_path / "c.jsonl").write_text(json.dumps({"messages": 2 * turns, "category": "math"}))
     _, tokenizer = common.load_lm(str(tmp_path / "lm"))
     examples = dlm.load_conversations(replace(CFG, data=str(tmp_path / "c.jsonl")))
-    examples += dlm.load_conversations(replace(CFG, data=str(tmp_path / "p.jsonl")))[:1]
     batch = dlm.conversations(examples, tokenizer, 200)
     texts = [tokenizer.decode(row[mask]) for row, mask in zip(batch.targets, batch.mask, strict=True)]
-    assert texts == ["It is 42.<|im_end|>"] * 2 + ["It is \\boxed{30}.<|im_end|>"]
-    assert batch.label[:, 0].tolist() == [0, 0, 2]
+    assert texts == ["It is 42.<|im_end|>"] * 2 and not batch.label.any()
 
 
 def losses(folder):
@@ -308,22 +305,18 @@ def test_two_ranks_train_as_one_does_and_leave_the_lm_alone(text_files, run_scri
 def test_smoke_runs_and_a_killed_run_resumes_to_the_same_numbers(run_script, tmp_path):
     rows = ["T = 4", "T = 15, midpoint", "adaptive", "classes: g = 3"]
     words = [ROOT / "diffusion_lm.py", "--config", "smoke", "--save_every", "3", "--rows", *rows]
-    run_script(*words)
-    folder, tables = tmp_path / "out" / "diffusion_lm-smoke-s0", []
-    cell = folder / "L2D_blind=False_classes=False-s0"
-    for _ in range(2):
-        tables.append(json.loads((folder / "results.json").read_text())["table"])
-        for row in rows:
-            assert tables[-1][row][0].pop("ms") > 0
-        if len(tables) == 1:
-            for file in (
-                cell / "result.json",
-                cell / "step00000006/.metadata",
-                folder / "T_=_4-s0/result.json",
-            ):
-                file.unlink()
-            run_script(*words, "--resume")
-    assert tables[0] == tables[1]
+    folder = tmp_path / "out" / "diffusion_lm-smoke-s0"
+
+    def run(*more):
+        run_script(*words, *more)
+        table = json.loads((folder / "results.json").read_text())["table"]
+        assert all(table[row][0].pop("ms") > 0 for row in rows)
+        return table
+
+    first, path = run(), folder / "L2D_blind=False_classes=False-s0"
+    for file in (path / "result.json", path / "step00000006/.metadata", folder / "T_=_4-s0/result.json"):
+        file.unlink()
+    assert run("--resume") == first
 
 
 SIZES = {
@@ -345,11 +338,8 @@ def test_the_dry_run_has_the_paper_s_parameter_counts_and_says_what_is_missing(m
     "words, line",
     [
         ("--solver midpoint --evals 16", "odd number, such as 17"),
-        ("--guidance 2", "needs --conditional"),
-        ("--lengths 5", "lengths"),
         ("--data x.jsonl", "goes with --model tiny"),
         ("--config text --model none --data p.jsonl", "neither here nor on the hub"),
-        ("--config text --model lm --data none.jsonl", "no file, folder"),
         ("--config text --model lm --data bad.jsonl", "lack messages"),
         ("--config text --model gpt --data p.jsonl", "made for llama and qwen2"),
         ("--config text --model lm --data p.jsonl --bench mbpp_instruct", "HF_ALLOW_CODE_EVAL=1"),
