@@ -73,7 +73,7 @@ class Config(common.Config):
     model: str = "tiny"  # hub id, folder or .gguf of a Llama or Qwen2; tiny: trained here
     data: str = "duplicates"  # or a .jsonl, folder or hub id; rows have messages, or question and solution
     subsets: tuple[str, ...] = ()  # of the data, each with a class of its own
-    holdout: int = 4000  # examples for evaluation: of each length, or the last rows of the data
+    holdout: int = 3000  # examples for evaluation: of each length, or the last rows of the data
     context: int = 2048  # tokens of a conversation, at most
     bench: tuple[str, ...] = ()  # lm-eval tasks
     # the demo

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import common
 import diffusion_lm as dlm
 
-CFG = replace(dlm.CONFIGS["smoke"], size=8, sigma=3.0, hidden=16, draws=1)
+CFG = replace(dlm.CONFIGS["smoke"], size=8, sigma=3.0, hidden=16)
 VOCAB = 40
 
 
@@ -23,7 +23,7 @@ def tiny(**more):
     """A Llama of two layers, with grouped queries."""
     torch.manual_seed(3)
     size = dict(heads=4, num_key_value_heads=2, intermediate_size=48, initializer_range=0.2)
-    return common.tiny_lm(VOCAB, 32, 2, **size | more).eval().requires_grad_(False)
+    return common.tiny_lm(VOCAB, 32, 2, **size | more).requires_grad_(False)
 
 
 def make(lm=None, **settings):
