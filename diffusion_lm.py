@@ -78,7 +78,7 @@ class Config(common.Config):
     bench: tuple[str, ...] = ()  # lm-eval tasks
     # the demo
     lengths: tuple[Literal[4, 8, 12, 16], ...] = (8, 12, 16)  # words in the lists of the evaluation
-    base_steps: int = 2500  # of the LM's pre-training
+    base_steps: int = 2200  # of the LM's pre-training
     base_batch: int = 128  # lists a step of it
     # diffusion path
     method: Literal["L2D", "base", "LoRA", "full"] = "L2D"  # what is trained: the path, nothing, the LM
@@ -89,7 +89,7 @@ class Config(common.Config):
     blind: bool = False  # control: noise of the same variance instead of x_t
     conditional: bool = False  # the path knows the class
     # training
-    steps: int = 2000  # optimizer steps
+    steps: int = 1600  # optimizer steps
     batch: int = 64  # examples a step, over all ranks
     micro: int = 128  # examples in one forward and backward pass
     draws: int = 8  # of t and x_0 for each token
@@ -117,7 +117,7 @@ class Config(common.Config):
             raise UserError(f"--batch {self.batch} must be a multiple of the ranks")
 
 
-DEMO = Config(seeds=3, ranks=2, log_every=50, save_every=1250)
+DEMO = Config(seeds=3, ranks=2, log_every=50, save_every=800)
 FULL = replace(
     DEMO,
     rows=("base", "LoRA", "full finetuning", "T = 15, midpoint", "adaptive", "classes: g = 3"),
