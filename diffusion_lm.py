@@ -195,7 +195,7 @@ CLAIMS = [
 ]
 CLAIMS += [
     Claim(f"... where it is above: {rival}", "sampled", "T = 16", rival)
-    for rival in ("LoRA", "full finetuning", "blind path", "Bayes control")
+    for rival in ("base", "LoRA", "full finetuning", "blind path", "Bayes control")
 ]
 CLAIMS += [
     Claim(
@@ -822,14 +822,13 @@ def benchmarks(decoder: Decoder, tokenizer, cfg: Config, run: Run) -> dict:
 
 
 def draw(figure, table: dict):
-    """Sampled accuracy of each row over its evaluations a token, a dot a seed."""
-    axes = figure.subplots()
-    for row, cells in table.items():
-        if not row.startswith(("classes", "adaptive,")):
-            x, y = ([cell[key] for cell in cells] for key in ("evaluations", "sampled"))
-            axes.plot(x, y, "o", label=row)
-    axes.set(xscale="log", xlabel="evaluations a token", ylabel="sampled accuracy")
-    figure.legend(loc="outside right")
+    """Sampled accuracy and evaluations a token of each row, a dot a seed."""
+    for axis, metric in zip(figure.subplots(1, 2, sharey=True), ("sampled", "evaluations"), strict=True):
+        for row, cells in table.items():
+            axis.plot([cell[metric] for cell in cells], [row] * len(cells), "o")
+        axis.set(xlabel=metric)
+    axis.set(xscale="log")
+    axis.invert_yaxis()
 
 
 SIZES = {
