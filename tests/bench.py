@@ -1,15 +1,18 @@
-"""Our inner loops beside those of the papers' public code, on the same work: python tests/bench.py NAME DIR
+"""Our inner loops beside those of the papers' public code, on the same work: python tests/bench.py NAME [DIR]
 
-NAME mood: DIR is algorithms/offline of a checkout of CORL. Sizes are CORL's: observations of 17, actions of
-6, batch 256, two critics, hidden layers 256x2, for AWAC too (CORL's third is taken out). NAME rmc: DIR is
-sspg_dmc of markov-chain-reasoning; an update of encoder, critics, actor and temperature from pixels at the
-paper's sizes, batch 32, chains of 4 steps. NAME hyperbolic_rl takes no DIR: layer (A) for 2048 points of 32
-dimensions and 16 outputs, forward and backward, and the demo's PPO update, beside a layer that makes each z
-of eq. (3) as the public code does. Medians of seven intervals, in turn, so that slow minutes hit all
-alike.
+mood: DIR is algorithms/offline of a checkout of CORL. Sizes are CORL's: observations of 17, actions of 6, batch
+256, two critics, hidden layers 256x2, for AWAC too (CORL's third is taken out).
+rmc: DIR is sspg_dmc of markov-chain-reasoning; an update of encoder, critics, actor and temperature from pixels
+at the paper's sizes, batch 32, chains of 4 steps.
+hyperbolic_rl: layer (A) for 2048 points of 32 dimensions and 16 outputs, forward and backward, and the demo's
+PPO update, beside a layer that makes each z of eq. (3) as the public code does.
+diffusion_lm: a token of 15 evaluations, beside what the public code computes in each, written from the formulas.
+
+Medians of seven intervals, in turn, so that slow minutes hit all alike.
 """
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 import statistics
@@ -29,6 +32,7 @@ from gymnasium.spaces import Box
 
 import common
 import hyperbolic_rl
+import diffusion_lm
 import mood
 import rmc
 
@@ -167,7 +171,7 @@ class ExplicitLayer(hyperbolic_rl.HyperplaneLayer):
         return 2 / shrink[:, 0] * norm * torch.asinh(2 * along / ((1 - z.square().sum(-1)) * norm)) / 2
 
 
-def bench_hyperbolic_rl(run: common.Run):
+def bench_hyperbolic_rl(folder: Path, run: common.Run):
     """The layer and the update in both ways, from the same weights."""
     x = hyperbolic_rl.expmap0(torch.randn(2048, 32, device=run.device) / 6).requires_grad_()
     layers = {"ours": hyperbolic_rl.HyperplaneLayer(32, 16), "theirs": ExplicitLayer(32, 16)}
@@ -211,16 +215,38 @@ def bench_mood(folder: Path, run: common.Run):
         report(name, median_rates(steps, run.device))
 
 
+class RebuildingDecoder(diffusion_lm.Decoder):
+    """Builds vocabulary and modulations anew in each evaluation, and evaluates the path at t = 0, too."""
+
+    def f(self, x, t, label, context):
+        self.table = self.path.embed(torch.arange(len(self.table), device=x.device))
+        condition = self.path.condition(torch.full_like(x[..., 0], t), label)
+        return diffusion_lm.lm_head(self.lm, self.path.merge(x, condition, context))
+
+
+def bench_diffusion_lm(folder: Path, run: common.Run, vocabulary: int = 32_000, rows: int = 8):
+    """A token for eight prompts of 256 tokens; the LM is small, the path has the paper's sizes."""
+    cfg = replace(diffusion_lm.CONFIGS["full"], solver="midpoint", evals=15)
+    lm = common.tiny_lm(vocabulary, 512, 4, heads=8).to(run.device).eval().requires_grad_(False)
+    path = diffusion_lm.DiffusionPath(lm, cfg).to(run.device)
+    ids = torch.randint(vocabulary, (rows, 256), device=run.device)
+    last = torch.full((rows, 1), 255, device=run.device)
+    with torch.no_grad():
+        context = diffusion_lm.look(lm, diffusion_lm.Batch(ids, last, last, last > 0, 0 * last))
+    steps = {}
+    for name, kind in (("ours", diffusion_lm.Decoder), ("theirs", RebuildingDecoder)):
+        steps[name] = functools.partial(kind(lm, path, cfg).solve, context, 0 * last, 1.0)
+    report("diffusion_lm", median_rates(steps, run.device))
+
+
 def report(name: str, rates: dict[str, float]):
     ours, theirs = rates["ours"], rates["theirs"]
-    print(f"{name}: {ours:.2f} updates a second, theirs {theirs:.2f}: {ours / theirs:.2f} x")
+    print(f"{name}: {ours:.2f} a second, theirs {theirs:.2f}: {ours / theirs:.2f} x")
 
 
 if __name__ == "__main__":
+    benches = {name.removeprefix("bench_"): f for name, f in globals().items() if name.startswith("bench_")}
+    if len(sys.argv) not in (2, 3) or sys.argv[1] not in benches:
+        sys.exit(f"python tests/bench.py NAME [DIR]; NAME: {', '.join(benches)}")
     here = common.Run(common.Config())  # for its device, its precision and oneDNN's products
-    if sys.argv[1:] == ["hyperbolic_rl"]:
-        bench_hyperbolic_rl(here)
-    elif len(sys.argv) == 3 and sys.argv[1] in ("mood", "rmc"):
-        {"mood": bench_mood, "rmc": bench_rmc}[sys.argv[1]](Path(sys.argv[2]), here)
-    else:
-        sys.exit("python tests/bench.py mood|rmc DIR, or hyperbolic_rl")
+    benches[sys.argv[1]](Path(sys.argv[-1]), here)

@@ -1,5 +1,6 @@
 """README.md: its commands parse, its files and numbers exist, CI runs its own test command."""
 
+import importlib
 import json
 import re
 import shlex
@@ -10,26 +11,11 @@ from conftest import ROOT
 
 import before
 import common
-import hyperbolic_rl
-import mood
-import namm
-import rlt
-import rmc
-import sudoku_bench
-import transformer2
 
 README = (ROOT / "README.md").read_text()
-SCRIPTS = {
-    "hyperbolic_rl.py": hyperbolic_rl.CONFIGS,
-    "mood.py": mood.CONFIGS,
-    "namm.py": namm.CONFIGS,
-    "rlt.py": rlt.CONFIGS,
-    "rmc.py": rmc.CONFIGS,
-    "sudoku_bench.py": sudoku_bench.CONFIGS,
-    "transformer2.py": transformer2.CONFIGS,
-}
-
-NEW = {"hyperbolic_rl.py", "mood.py", "rlt.py", "rmc.py"}  # scripts on the new common.py
+NAMES = re.findall(r"^\| \[`(\w+)\.py`\]", README, re.M)  # of the scripts that are there
+SCRIPTS = {f"{name}.py": importlib.import_module(name).CONFIGS for name in NAMES}
+NEW = {name for name in SCRIPTS if "import before as common" not in (ROOT / name).read_text()}
 
 
 def commands():
