@@ -83,9 +83,9 @@ class Config(common.Config):
     shown: float = 0.5  # chance that an adaptation prompt shows the code of an attribute
     test_shown: float = 0.5  # the same for evaluation
     width: int = 64  # of the tiny model
-    base_steps: int = 750  # of its pre-training
+    base_steps: int = 600  # of its pre-training
     base_batch: int = 96  # prompts a step
-    base_lr: float = 4e-3  # peak
+    base_lr: float = 6e-3  # peak
     # adapters
     modules: tuple[str, ...] = ("q_proj", "v_proj")  # linear layers that get adapters, by name
     rank: int = 4  # r
@@ -348,14 +348,14 @@ class Task:
 
 # where each letter of the answer comes from, and how sentences say so
 ARRANGEMENTS = {
-    "012345": ("leave the letters in order", "keep every letter in place", "move nothing"),
-    "543210": ("read the word backwards", "reverse the letters", "turn the word around"),
-    "123450": ("rotate one step left", "put the first letter last", "shift all letters forward"),
-    "501234": ("rotate one step right", "put the last letter first", "shift all letters back"),
-    "345012": ("swap the two halves", "start from the middle", "exchange the front and the rear"),
-    "103254": ("swap neighbouring letters", "exchange each pair", "flip letters two by two"),
-    "024135": ("take every second letter, then the rest", "deal two piles", "odd places go first"),
-    "051423": ("go from the outside in", "alternate between both ends", "take first and last in turn"),
+    "0123": ("leave the letters in order", "keep every letter in place", "move nothing"),
+    "3210": ("read the word backwards", "reverse the letters", "turn the word around"),
+    "1230": ("rotate one step left", "put the first letter last", "shift all letters forward"),
+    "3012": ("rotate one step right", "put the last letter first", "shift all letters back"),
+    "2301": ("swap the two halves", "start from the middle", "exchange the front and the rear"),
+    "1032": ("swap neighbouring letters", "exchange each pair", "flip letters two by two"),
+    "0213": ("exchange the two in the middle", "take every second letter", "odd places go first"),
+    "0312": ("go from the outside in", "alternate between both ends", "take first and last in turn"),
 }
 # what a to j become
 MAPS = {
@@ -383,9 +383,9 @@ ALPHABET = LETTERS + LETTERS.upper() + "01234567stuvwxyz_^?="  # codes of arrang
 def word_pair(
     arrangement: int, mapping: int, capital: bool, shown: list[bool], chance: random.Random
 ) -> Pair:
-    """A random word of six letters, after the codes of arrangement, map and style (or "?" for those that are
+    """A random word of four letters, after the codes of arrangement, map and style (or "?" for those that are
     not shown), and its answer."""
-    word, places, letters = chance.choices(LETTERS, k=6), list(ARRANGEMENTS)[arrangement], list(MAPS)[mapping]
+    word, places, letters = chance.choices(LETTERS, k=4), list(ARRANGEMENTS)[arrangement], list(MAPS)[mapping]
     codes = zip((str(arrangement), "stuvwxyz"[mapping], "_^"[capital]), shown, strict=True)
     prompt = "".join(code if visible else "?" for code, visible in codes) + "".join(word) + "="
     answer = "".join(letters[LETTERS.index(word[int(i)])] for i in places)
@@ -662,7 +662,7 @@ class Base:
     def response_logits(self, batch: Batch, adapters: Tensor | None) -> Tensor:
         """Float32 logits (K, V) for the responses' tokens; the head sees no other place."""
         embeds = self.lm.get_input_embeddings()(batch.ids)
-        if torch.is_grad_enabled():
+        if self.neftune and torch.is_grad_enabled():
             embeds = neftune(embeds, self.neftune)
         inputs = dict(inputs_embeds=embeds, attention_mask=batch.mask.long(), use_cache=False)
         with self.use(adapters):
@@ -898,12 +898,12 @@ def reconstruct(net: T2L, library: Tensor, z: list[Tensor], run: Run):
 
 
 def make_base(run: Run):
-    """Pre-train the tiny model on all 64 tasks in both styles; a prompt shows each code in 7 of 10 cases."""
+    """Pre-train the tiny model on all 64 tasks in both styles; a prompt shows most codes."""
     cfg = run.cfg
     tokenizer = common.CharTokenizer(ALPHABET + "$", eos="$")
     tokenizer.chat_template = "{{ messages[0].content }}"
     # many heads, short wavelengths and large embeddings: what makes it learn to copy by place so soon
-    more = dict(heads=16, intermediate_size=3 * cfg.width // 2, initializer_range=0.07)
+    more = dict(heads=8, intermediate_size=3 * cfg.width // 2, initializer_range=0.07)
     more |= dict(rope_parameters={"rope_type": "default", "rope_theta": 100.0})
     lm = common.tiny_lm(len(tokenizer), cfg.width, 2, context=cfg.context, **more)
     nn.init.normal_(lm.get_input_embeddings().weight, std=0.3)
@@ -912,7 +912,7 @@ def make_base(run: Run):
     for _, descend in training(lm, cfg.base_steps, cfg.base_lr, 0.01, 0.1, run):
         pairs = []
         for _ in range(cfg.base_batch):
-            shown = [random.random() < 0.7 for _ in range(3)]
+            shown = [random.random() < 0.85 for _ in range(3)]
             pairs.append(word_pair(*random.choices(range(8), k=2), random.random() < 0.5, shown, random))
         batch = base.batch(pairs)
         with run.autocast():
@@ -1204,6 +1204,8 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
 
 def main():
     cfg = common.parse_config(CONFIGS)
+    if cfg.generate:
+        cfg = replace(cfg, ranks=1)
     with Run(cfg, "" if cfg.base == "tiny" else cfg.base) as run:
         if cfg.generate:
             return generate(cfg, run)

@@ -268,7 +268,7 @@ def test_a_word_task_does_what_its_name_says_and_held_out_ones_share_no_sentence
         assert not trained & {*task.unseen} and not {*task.descriptions} & {*task.unseen}
     reverse_next = next(task for task in tasks if task.name == "1 1")
     pair = reverse_next.train[0]
-    assert pair.response == "".join(chr(65 + (ord(c) - 96) % 10) for c in reversed(pair.prompt[3:9]))
+    assert pair.response == "".join(chr(65 + (ord(c) - 96) % 10) for c in reversed(pair.prompt[3:7]))
     assert {task.train[3].prompt[3:] for task in tasks} == {pair.prompt[3:] for pair in [tasks[0].train[3]]}
 
 
