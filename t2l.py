@@ -131,16 +131,10 @@ class Config(common.Config):
             raise UserError(
                 f"--encoder {self.encoder}: hash, minilm, onehot, hf:NAME or hf:NAME:cls|mean|last"
             )
-        if self.latent % 4:
-            raise UserError(
-                f"--latent {self.latent} must be a multiple of 4: depth and type take a quarter each"
-            )
         if (self.base == "tiny") != (self.data == "words"):
             raise UserError("--data words goes with --base tiny, a folder of tasks with another model")
         if self.share == "run" and self.tasks % int(os.environ.get("WORLD_SIZE", self.ranks)):
             raise UserError(f"--tasks {self.tasks} must be a multiple of the ranks, which share each batch")
-        if bool(self.generate) != bool(self.checkpoint):
-            raise UserError("--generate DESCRIPTION and --checkpoint FILE go together")
 
 
 # lm-eval's tasks that the paper evaluates on, each with descriptions in --data
@@ -549,50 +543,49 @@ def draw_descriptions(z: list[Tensor], tasks: list[int]) -> Tensor:
 # --- adapters in a frozen model ---
 
 
+def kind_of(path: str) -> str:
+    """A module's type: the last part of its path."""
+    return path.rpartition(".")[2]
+
+
 @dataclass(frozen=True)
 class Form:
     """What the adapters of a base model look like. An adapter is one flat tensor of P numbers: for each module
-    type, sorted, A (layers, r, i), then B (layers, o, r)."""
+    A (r, i), then B^T (r, o); the types of modules are sorted, and those of a type lie layer by layer."""
 
     base: str  # name of the model
-    paths: dict[str, list[str]]  # module type -> path of the module in each layer
-    sizes: dict[str, tuple[int, int]]  # module type -> outputs o, inputs i
+    sizes: dict[str, tuple[int, int]]  # path of a module -> outputs o, inputs i
     rank: int
     alpha: float
 
     @property
-    def depth(self) -> int:
-        """Number of layers."""
-        return len(next(iter(self.paths.values())))
-
-    @property
-    def shapes(self) -> dict[tuple[str, str], tuple[int, ...]]:
-        """(module type, "A" or "B") -> shape."""
-        found = {}
-        for kind, (o, i) in self.sizes.items():
-            found |= {(kind, "A"): (self.depth, self.rank, i), (kind, "B"): (self.depth, o, self.rank)}
-        return found
-
-    @property
     def parameters(self) -> int:
         """P."""
-        return sum(map(math.prod, self.shapes.values()))
+        return self.rank * sum(o + i for o, i in self.sizes.values())
 
-    def split(self, flat: Tensor) -> dict[tuple[str, str], Tensor]:
-        """G adapters (G, P) -> (module type, "A" or "B") -> (G, layers, r, i) or (G, layers, o, r), views."""
-        parts = flat.split([math.prod(shape) for shape in self.shapes.values()], 1)
-        return {k: part.view(-1, *self.shapes[k]) for k, part in zip(self.shapes, parts, strict=True)}
+    def split(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """G adapters (G, P) -> path -> A (G, r, i), B^T (G, r, o), views."""
+        found, end = {}, 0
+        for path, (o, i) in self.sizes.items():
+            start, middle = end, end + self.rank * i
+            end = middle + self.rank * o
+            A, B = flat[:, start:middle], flat[:, middle:end]
+            found[path] = A.unflatten(1, (self.rank, i)), B.unflatten(1, (self.rank, o))
+        return found
 
 
 def find_form(lm: nn.Module, name: str, cfg: Config) -> Form:
     """The places for adapters; UserError where a module is no linear layer of one shape in the same layers."""
-    linear = {path: m.weight.shape for path, m in lm.named_modules() if isinstance(m, nn.Linear)}
-    paths = {kind: [x for x in linear if x.endswith(f".{kind}")] for kind in sorted({*cfg.modules})}
-    shapes = {kind: {tuple(linear[x]) for x in found} for kind, found in paths.items()}
-    if {len(x) for x in shapes.values()} != {1} or len({len(x) for x in paths.values()}) != 1:
-        there = ", ".join(sorted({x.rpartition(".")[2] for x in linear}))
-        raise UserError(f"--modules {' '.join(paths)}: not once in each layer of {name}, which has {there}")
-    return Form(name, paths, {kind: found.pop() for kind, found in shapes.items()}, cfg.rank, cfg.alpha)
+    linear = {path: tuple(m.weight.shape) for path, m in lm.named_modules() if isinstance(m, nn.Linear)}
+    kinds, sizes = sorted({*cfg.modules}), {}
+    for kind in kinds:
+        sizes |= {path: size for path, size in linear.items() if kind_of(path) == kind}
+    count = {kind: len([path for path in sizes if kind_of(path) == kind]) for kind in kinds}
+    shapes = {(kind_of(path), size) for path, size in sizes.items()}
+    if not len({*count.values()}) == len(shapes) / len(kinds) == 1:
+        there = ", ".join(sorted({*map(kind_of, linear)}))
+        raise UserError(f"--modules {' '.join(kinds)}: not once in each layer of {name}, which has {there}")
+    return Form(name, sizes, cfg.rank, cfg.alpha)
 
 
 class Batch(NamedTuple):
@@ -619,19 +612,18 @@ class Base:
         turn = [{"role": "user", "content": "<prompt>"}]
         text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         self.before, _, self.after = text.partition("<prompt>")
-        for kind, paths in self.form.paths.items():
-            for layer, path in enumerate(paths):
-                lm.get_submodule(path).register_forward_hook(partial(self._adapt, kind, layer))
+        for path in self.form.sizes:
+            lm.get_submodule(path).register_forward_hook(partial(self._adapt, path))
 
-    def _adapt(self, kind: str, layer: int, module, inputs, y: Tensor) -> Tensor:
+    def _adapt(self, path: str, module, inputs, y: Tensor) -> Tensor:
         """Eq. (1) for G adapters, each for its B / G consecutive samples: y (B, T, o)."""
         if not self.factors:
             return y
-        A, B = (self.factors[kind, x][:, layer].to(y.dtype) for x in "AB")
+        A, B = (factor.to(y.dtype) for factor in self.factors[path])
         x = F.dropout(inputs[0].to(y.dtype), self.dropout, torch.is_grad_enabled())
-        x, grouped = x.reshape(len(A), -1, A.shape[2]), y.reshape(len(A), -1, B.shape[1])
+        x, grouped = x.reshape(len(A), -1, A.shape[2]), y.reshape(len(A), -1, B.shape[2])
         scale = self.form.alpha / math.sqrt(self.form.rank)
-        return torch.baddbmm(grouped, x @ A.mT, B.mT, alpha=scale).view_as(y)
+        return torch.baddbmm(grouped, x @ A.mT, B, alpha=scale).view_as(y)
 
     @contextlib.contextmanager
     def use(self, adapters: Tensor | None):
@@ -672,18 +664,22 @@ class Base:
         return cap * (logits / cap).tanh() if cap else logits
 
 
+def lora_start(form: Form, generator: torch.Generator | None = None) -> Tensor:
+    """Where LoRAs begin, (1, P): A ~ U(-1 / sqrt(i), 1 / sqrt(i)) as in PEFT, B = 0."""
+    start = torch.zeros(1, form.parameters)
+    for A, _ in form.split(start).values():
+        A.uniform_(-1, 1, generator=generator).div_(math.sqrt(A.shape[2]))
+    return start
+
+
 class Table(nn.Module):
-    """Plain LoRAs, one for all tasks (multi-task) or one for each (oracles); all begin at one A0, B = 0."""
+    """Plain LoRAs, one for all tasks (multi-task) or one for each (oracles); all begin at one A0."""
 
     def __init__(self, form: Form, count: int, generator: torch.Generator):
         super().__init__()
-        start = torch.zeros(1, form.parameters)
-        for (_, x), part in form.split(start).items():
-            if x == "A":
-                part.uniform_(-1, 1, generator=generator).div_(math.sqrt(part.shape[-1]))
-        self.adapters = nn.Parameter(start.repeat(count, 1))
+        self.adapters = nn.Parameter(lora_start(form, generator).repeat(count, 1))
 
-    def forward(self, z: Tensor, tasks: Tensor) -> Tensor:
+    def forward(self, z: Tensor, tasks: list[int]) -> Tensor:
         """Adapters of the tasks (G,), or the only one; descriptions z are not read."""
         return self.adapters if len(self.adapters) == 1 else self.adapters[tasks]
 
@@ -726,7 +722,8 @@ class T2L(nn.Module):
     ):
         super().__init__()
         self.form, self.arch, D, r = form, arch, latent, form.rank
-        kinds, depth = len(form.sizes), form.depth
+        self.sizes = sizes = {kind_of(path): size for path, size in form.sizes.items()}
+        kinds, depth = len(sizes), len(form.sizes) // len(sizes)
         self.task = nn.Sequential(nn.Linear(inputs, D // 2), nn.LayerNorm(D // 2))
         self.kind, self.depth = Code(kinds, 1, D // 4), Code(depth, D // 4)
         drop = nn.Dropout(dropout)
@@ -740,24 +737,21 @@ class T2L(nn.Module):
             self.place = Code(r, D)  # which row of A, which column of B
         self.register_buffer("mean", torch.zeros(1, form.parameters))  # of a library of adapters
         self.register_buffer("std", torch.ones(form.parameters))
+        if init == "exact":  # a frozen start beside heads that are zero
+            self.mean.copy_(lora_start(form))
         self.heads = nn.ModuleDict()
-        for kind, (o, i) in form.sizes.items():
-            outputs = {"L": r * (i + o), "M": r * max(i, o), "S": max(i, o)}[arch]
-            self.heads[kind] = head = nn.Linear(hidden, outputs, bias=init != "recon")
-            if init == "recon":
-                continue
+        for kind, (o, i) in sizes.items():
             A0 = torch.empty(r, max(i, o)).uniform_(-1, 1) / math.sqrt(i)
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
-            if init == "paper":
-                head.bias.data.copy_(hyper_bias(arch, A0, i, o))
-            else:  # a frozen start beside a head that is zero
-                form.split(self.mean)[kind, "A"].copy_(A0[:, :i])
+            bias = hyper_bias(arch, A0, i, o)
+            self.heads[kind] = head = nn.Linear(hidden, len(bias), bias=init != "recon")
+            if init != "recon":
+                nn.init.zeros_(head.weight)
+                head.bias.data.copy_(bias * (init == "paper"))
 
     def z_scores(self, z: Tensor) -> Tensor:
         """z (G, d) -> adapters (G, P) in units of a library's spread."""
         codes = self.task(z)[:, None, None], self.depth(), self.kind()
-        shape = len(z), len(self.heads), self.form.depth, -1
+        shape = len(z), len(self.heads), len(self.depth()), -1
         h = self.mixer(torch.cat([x.expand(shape) for x in codes], -1))  # (G, types, layers, D)
         h = h + self.block1(h)
         if self.arch != "L":
@@ -768,20 +762,15 @@ class T2L(nn.Module):
             h = h[..., None, :] + place + self.block2(place)  # (G, types, 2, layers, r, D)
         parts = []
         for u, (kind, head) in zip(self.mlp3(h).unbind(1), self.heads.items(), strict=True):
-            parts += self._factors(head(u), *self.form.sizes[kind])
+            out = head(u)  # L: (G, layers, r (i + o)), and the same after this:
+            if self.arch != "L":
+                out = out.reshape(*out.shape[:3], self.form.rank, -1)  # (G, 2, layers, r, max(i, o))
+                rows = zip(out.unbind(1), reversed(self.sizes[kind]), strict=True)
+                out = torch.cat([x[..., :size].flatten(2) for x, size in rows], 2)
+            parts.append(out.flatten(1))
         return torch.cat(parts, 1).float()
 
-    def _factors(self, out: Tensor, o: int, i: int) -> tuple[Tensor, Tensor]:
-        """Output of a head for one module type -> A (layers, r, i) and B (layers, o, r), both flat: (G, ...)."""
-        r = self.form.rank
-        if self.arch == "L":
-            A, B = out.split([r * i, r * o], -1)
-        else:
-            A, B = out.reshape(*out.shape[:3], r, -1).unbind(1)  # (G, layers, r, max(i, o))
-            A, B = A[..., :i], B[..., :o]
-        return A.flatten(1), B.reshape(*B.shape[:2], r, o).mT.flatten(1)
-
-    def forward(self, z: Tensor, tasks: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, tasks: list[int] | None = None) -> Tensor:
         """Adapters (G, P) for descriptions z (G, d), whatever the tasks."""
         return self.z_scores(z) * self.std + self.mean
 
@@ -795,29 +784,37 @@ def neftune(embeds: Tensor, alpha: float) -> Tensor:
     return embeds + size * (2 * torch.rand_like(embeds) - 1)
 
 
+def per_response(x: Tensor, batch: Batch) -> Tensor:
+    """Mean over the tokens of each response: (K,) -> (B,)."""
+    return x.new_zeros(len(batch.ids)).index_add(0, batch.rows, x * batch.weights)
+
+
 def response_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
-    """Eq. (6): logits (K, V) of all responses -> mean cross entropy of each sample's response, (B,)."""
+    """Eq. (6): logits (K, V) of all responses -> mean cross entropy of each, (B,)."""
     nll = F.cross_entropy(logits, batch.targets, label_smoothing=smoothing, reduction="none")
-    return nll.new_zeros(len(batch.ids)).index_add(0, batch.rows, nll * batch.weights)
+    return per_response(nll, batch)
+
+
+def means(x: Tensor, form: Form) -> Tensor:
+    """Means over each A and each B of what is like adapters (G, P)."""
+    return torch.stack([part.mean() for factors in form.split(x).values() for part in factors])
 
 
 def magnitude(adapters: Tensor, form: Form) -> Tensor:
     """Eq. (6): sum over module types of mean A^2 + mean B^2, for adapters (G, P)."""
-    return sum(part.square().mean() for part in form.split(adapters).values())
+    return means(adapters.square(), form).mean() * 2 * len({*map(kind_of, form.sizes)})
 
 
 def recon_loss(predicted: Tensor, target: Tensor, form: Form) -> Tensor:
-    """Eq. (5) for adapters (G, P) as z-scores: mean absolute error, in which all A and all B weigh the same."""
-    parts = form.split((predicted - target).abs()).values()
-    return sum(part.mean() for part in parts) / len(parts)
+    """Eq. (5) for adapters (G, P) as z-scores: mean absolute error, in which each A and B weighs the same."""
+    return means((predicted - target).abs(), form).mean()
 
 
 def alignment(library: Tensor, form: Form) -> float:
-    """Mean cosine of pairs of adapters (N, P) by A. BA does not change under A -> RA, B -> B R^-1, but eq. (5)
-    does: a library can be learned if all of it began at one A."""
-    A = torch.cat([part.flatten(1) for (_, x), part in form.split(library).items() if x == "A"], 1)
-    cosines = F.normalize(A, dim=1) @ F.normalize(A, dim=1).T
-    return ((cosines.sum() - len(A)) / (len(A) * (len(A) - 1))).item()
+    """Mean cosine of pairs of adapters (N, P) by A. BA does not change under A -> RA, B -> B R^-1, but
+    eq. (5) does: a library can be learned if all of it began at one A."""
+    A = F.normalize(torch.cat([A.flatten(1) for A, _ in form.split(library).values()], 1), dim=1)
+    return (((A @ A.T).sum() - len(A)) / (len(A) * (len(A) - 1))).item()
 
 
 # --- training ---
@@ -842,16 +839,6 @@ def training(net: nn.Module, steps: int, lr: float, decay: float, warmup: float,
         yield step, descend
 
 
-class Plan(NamedTuple):
-    """Steps, tasks a step, peak rate, weight decay and largest gradient of a supervised training."""
-
-    steps: int
-    tasks: int
-    lr: float
-    decay: float
-    clip: float
-
-
 def tasks_of_step(step: int, count: int, n: int, run: Run) -> list[int]:
     """`count` of n tasks: a walk in a new order every epoch; what remains of it is dropped."""
     epoch, place = divmod(step, n // count)
@@ -859,21 +846,24 @@ def tasks_of_step(step: int, count: int, n: int, run: Run) -> list[int]:
     return order[place * count :][:count].tolist()
 
 
-def fit(net: nn.Module, base: Base, tasks: list[Task], z: list[Tensor], plan: Plan, run: Run):
+def fit(net: nn.Module, base: Base, tasks: list[Task], z: list[Tensor], steps: int, lr: float, run: Run):
     """SFT through the frozen base, eq. (6): of T2L, of the multi-task LoRA, and of oracles side by side.
 
-    A step's tasks share their draws of examples, which keeps oracles comparable.
+    A step's tasks share their draws of examples, which keeps oracles comparable. All of these are in each
+    step, and none is clipped for another.
     """
-    parallel, smoothing = run.wrap(net.to(run.device).train()), run.cfg.smoothing
-    count, mine = min(plan.tasks, len(tasks)), slice(run.rank, None, run.world_size)
-    for step, descend in training(net, plan.steps, plan.lr, plan.decay, 0.2, run, plan.clip):
-        chosen, draws = tasks_of_step(step, count, len(tasks), run), torch.rand(run.cfg.each).tolist()
+    cfg, plain = run.cfg, isinstance(net, Table)
+    oracles = plain and len(net.adapters) > 1
+    count, clip = (len(tasks), math.inf) if oracles else (min(cfg.tasks, len(tasks)), 1.0)
+    parallel, mine = run.wrap(net.to(run.device).train()), slice(run.rank, None, run.world_size)
+    for step, descend in training(net, steps, lr, 1e-3 if plain else 1e-2, 0.2, run, clip):
+        chosen, draws = tasks_of_step(step, count, len(tasks), run), torch.rand(cfg.each).tolist()
         described, chosen = draw_descriptions(z, chosen)[mine], chosen[mine]
         batch = base.batch([tasks[k].train[int(u * len(tasks[k].train))] for k in chosen for u in draws])
         with run.autocast():
             adapters = parallel(described, chosen)
             logits = base.response_logits(batch, adapters)
-        loss, size = response_loss(logits, batch, smoothing).mean(), magnitude(adapters, base.form)
+        loss, size = response_loss(logits, batch, cfg.smoothing).mean(), magnitude(adapters, base.form)
         descend(loss + 1e-3 * size, response_loss=loss, magnitude=size)
 
 
@@ -929,16 +919,21 @@ def make_base(run: Run):
 def peft_config(form: Form) -> dict:
     """adapter_config.json of an adapter."""
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=form.base, r=form.rank)
-    config |= dict(lora_alpha=form.alpha, use_rslora=True, target_modules=list(form.paths), bias="none")
+    config |= dict(
+        lora_alpha=form.alpha,
+        use_rslora=True,
+        target_modules=sorted({*map(kind_of, form.sizes)}),
+        bias="none",
+    )
     return config | dict(lora_dropout=0.0, fan_in_fan_out=False, inference_mode=True)
 
 
 def tensors_of(adapter: Tensor, form: Form) -> dict[str, Tensor]:
     """An adapter (P,) as PEFT's tensors by name, views."""
     found = {}
-    for (kind, x), part in form.split(adapter[None]).items():
-        for path, tensor in zip(form.paths[kind], part[0], strict=True):
-            found[f"base_model.model.{path}.lora_{x}.weight"] = tensor
+    for path, (A, B) in form.split(adapter[None]).items():
+        name = f"base_model.model.{path}.lora_"
+        found |= {f"{name}A.weight": A[0], f"{name}B.weight": B[0].T}
     return found
 
 
@@ -947,7 +942,10 @@ def save_peft(adapter: Tensor, form: Form, folder: Path):
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: x.clone() for name, x in tensors_of(adapter.detach().cpu(), form).items()}
+    tensors = {
+        name: x.clone(memory_format=torch.contiguous_format)
+        for name, x in tensors_of(adapter.detach().cpu(), form).items()
+    }
     save_file(tensors, folder / "adapter_model.safetensors")
     common.write_atomic(folder / "adapter_config.json", json.dumps(peft_config(form), indent=1))
 
@@ -966,13 +964,13 @@ def load_peft(folder: Path, form: Form) -> Tensor:
         if key not in ("lora_dropout", "inference_mode") and config.get(key) != wanted:
             raise UserError(f"{folder}: {key} is {config.get(key)}, not {wanted}")
     adapter = torch.zeros(form.parameters)
-    for name, place in tensors_of(adapter, form).items():
-        x = tensors.pop(name, torch.empty(0))
-        if x.shape != place.shape or not x.isfinite().all():
-            raise UserError(f"{folder}: {name} is missing, not {tuple(place.shape)}, or not finite")
-        place.copy_(x)
-    if tensors:
-        raise UserError(f"{folder}: {min(tensors)} has no place in {form.base}")
+    places = tensors_of(adapter, form)
+    if odd := sorted(set(places) ^ set(tensors)):
+        raise UserError(f"{folder}: {odd[0]} is missing, or has no place in {form.base}")
+    for name, place in places.items():
+        if tensors[name].shape != place.shape or not tensors[name].isfinite().all():
+            raise UserError(f"{folder}: {name} is not {tuple(place.shape)}, or not finite")
+        place.copy_(tensors[name])
     return adapter
 
 
@@ -1012,7 +1010,7 @@ def make_hypernetwork(base: Base, tasks: list[Task], library: Tensor | None, run
     sizes |= dict(dropout=cfg.dropout, init=cfg.init if library is None else "recon")
     net = T2L(base.form, **sizes)
     if library is None:
-        fit(net, base, tasks, z, Plan(cfg.steps, cfg.tasks, cfg.lr, 1e-2, 1.0), run)
+        fit(net, base, tasks, z, cfg.steps, cfg.lr, run)
     else:
         reconstruct(net, library, z, run)
     state = dict(
@@ -1022,22 +1020,19 @@ def make_hypernetwork(base: Base, tasks: list[Task], library: Tensor | None, run
         torch.save(state, run.folder / "t2l.pt")
 
 
-def make_loras(base: Base, tasks: list[Task], names: list[str], plan: Plan, run: Run):
-    """Train plain LoRAs, one for each of `names`, and write them as PEFT folders."""
-    net = Table(base.form, len(names), run.generator("A0"))
-    fit(net, base, tasks, list(torch.zeros(len(tasks), 1, 1)), plan, run)  # descriptions are not read
-    if run.rank == 0:
+def plain_loras(base: Base, tasks: list[Task], names: list[str], steps: int, lr: float, run: Run) -> Tensor:
+    """LoRAs (N, P) for each of N names, in PEFT folders: those of --experts, or trained here once a seed."""
+
+    def make(child: Run):
+        net = Table(base.form, len(names), child.generator("A0"))
+        fit(net, base, tasks, list(torch.zeros(len(tasks), 1, 1)), steps, lr, child)
         for name, adapter in zip(names, net.adapters, strict=True):
-            save_peft(adapter, base.form, run.folder / common.slug(name))
+            save_peft(adapter, base.form, child.folder / common.slug(name))
 
-
-def oracles_of(base: Base, tasks: list[Task], run: Run) -> dict[str, Tensor]:
-    """An adapter (1, P) for each task by name, trained here or from --experts."""
-    cfg, names = run.cfg, [task.name for task in tasks]
-    plan = Plan(cfg.oracle_steps, len(tasks), cfg.oracle_lr, 1e-3, math.inf)  # none is clipped for another
-    make = partial(make_loras, base, tasks, names, plan)
-    folder = Path(cfg.experts) if cfg.experts else run.once("oracles", make)
-    return {name: load_peft(folder / common.slug(name), base.form)[None].to(run.device) for name in names}
+    folder = Path(run.cfg.experts)
+    if not run.cfg.experts or len(names) == 1:
+        folder = run.once(f"{len(names)} plain LoRAs", make)
+    return torch.stack([load_peft(folder / common.slug(x), base.form) for x in names]).to(run.device)
 
 
 def writer(base: Base, tasks: list[Task], trained: list[Task], run: Run) -> Callable[[Tensor, str], Tensor]:
@@ -1046,12 +1041,12 @@ def writer(base: Base, tasks: list[Task], trained: list[Task], run: Run) -> Call
     if cfg.method == "base":
         return lambda z, task: None
     if cfg.method == "multitask":
-        plan = Plan(cfg.multitask_steps, cfg.tasks, cfg.multitask_lr, 1e-3, 1.0)
-        make = partial(make_loras, base, trained, ["adapter"], plan)
-        one = load_peft(run.once("multitask", make) / "adapter", base.form)[None].to(run.device)
+        one = plain_loras(base, trained, ["multitask"], cfg.multitask_steps, cfg.multitask_lr, run)
         return lambda z, task: one
     if cfg.method != "t2l":
-        oracles = oracles_of(base, tasks, run)
+        names = [task.name for task in tasks]
+        adapters = plain_loras(base, tasks, names, cfg.oracle_steps, cfg.oracle_lr, run)
+        oracles = dict(zip(names, adapters.split(1), strict=True))
         library = torch.cat([oracles[task.name] for task in trained])
         name = f"recon {cfg.arch} {cfg.latent} {cfg.encoder} {len(trained)}"
     if cfg.method == "oracle":
@@ -1082,8 +1077,7 @@ def evaluate(base: Base, write: Callable, tasks: list[Task], z: list[Tensor], ru
         batch = base.batch(tasks[k].test * len(z[k]))
         with run.autocast():
             logits = base.response_logits(batch, adapters)
-        wrong = (logits.argmax(-1) != batch.targets).float()
-        exact = torch.zeros_like(batch.ids[:, 0], dtype=wrong.dtype).index_add(0, batch.rows, wrong) == 0
+        exact = per_response((logits.argmax(-1) != batch.targets).float(), batch) == 0
         found.append(torch.stack([exact.float().mean(), response_loss(logits, batch, 0.0).mean()]).cpu())
     exact, loss = torch.stack(list(itertools.chain(*run.gather(found)))).mean(0).tolist()
     return {"exact": exact, "loss": loss}
@@ -1145,7 +1139,7 @@ def draw(figure, table: dict):
         if "adapters:" not in row:
             left.plot(scores, [row] * len(cells), "o")
         elif "ratio" in cells[0]:
-            right.errorbar(cells[0]["ratio"], *common.interval(scores), fmt="o", capsize=3, label=row)
+            right.plot([cell["ratio"] for cell in cells], scores, "o", label=row)
     left.set(xlabel="exact match, tasks never trained on")
     left.invert_yaxis()
     right.set(xlabel="numbers in the library / in the network", ylabel="exact match, own tasks", xscale="log")
@@ -1157,14 +1151,12 @@ def missing(cfg: Config, run: Run) -> list[str]:
     from transformers import AutoConfig
 
     found = []
-    names = {"base": cfg.base, "encoder": encoder_name(cfg.encoder)[0]}
-    for flag, name in names.items():
-        if name in ("tiny", "hash", "onehot") or Path(name).is_file():
-            continue
+    for name in (cfg.base, encoder_name(cfg.encoder)[0]):
         try:
-            AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust)
+            if name not in ("tiny", "hash", "onehot") and not Path(name).is_file():
+                AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust)
         except (OSError, ValueError):
-            found.append(f"--{flag} {name!r}: neither here nor on the hub")
+            found.append(f"{name!r} of --base or --encoder: neither here nor on the hub")
     try:
         load_tasks(cfg, run)
     except UserError as e:
@@ -1191,7 +1183,7 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
         form = find_form(lm, cfg.base, cfg)
         net = T2L(form, 1024, cfg.arch, cfg.latent, cfg.hidden, cfg.dropout, "recon")
     base, own = (sum(p.numel() for p in m.parameters()) for m in (lm, net))
-    run.print(f"{cfg.base}: {base:,} parameters; an adapter {form.parameters:,}; head {cfg.arch} {own:,}")
+    run.print(f"{cfg.base}: {base:,} parameters, an adapter {form.parameters:,}, T2L {cfg.arch} {own:,}")
     gpus = max(8, run.world_size)
     flops = 4 * base * cfg.steps * cfg.tasks * cfg.each * 300  # forward, and gradients of activations only
     run.print(f"{(2 * base + 16 * own) / 1e9:.0f} GB on each GPU, and activations of its share of a batch")

@@ -18,13 +18,9 @@ from common import Run, UserError
 from t2l import Form, Pair, Task
 
 SMOKE = replace(t2l.CONFIGS["smoke"], dropout=0.0)
-MISTRAL = Form(
-    "m",
-    {kind: [f"model.layers.{n}.self_attn.{kind}" for n in range(32)] for kind in ("q_proj", "v_proj")},
-    {"q_proj": (4096, 4096), "v_proj": (1024, 4096)},
-    rank=8,
-    alpha=16.0,
-)
+SIZES = {f"{n}.q_proj": (4096, 4096) for n in range(32)} | {f"{n}.v_proj": (1024, 4096) for n in range(32)}
+MISTRAL = Form("m", SIZES, rank=8, alpha=16.0)
+LAYER = "model.layers.{}.self_attn.{}"
 
 
 def tiny(cfg=SMOKE, kv=4, dtype=torch.float32):
@@ -62,16 +58,15 @@ def test_parameters_of_the_heads_on_mistral_are_the_paper_s(arch, biased, plain)
 def test_head_l_starts_at_the_base_bit_for_bit_and_the_others_where_the_paper_s_do():
     base, z = tiny(), torch.randn(3, 6)
     batch = base.batch(words(6))
-    parts = base.form.split(hypernet(base.form, "L", "paper")(z))
-    assert torch.equal(parts["q_proj", "A"], parts["q_proj", "A"][:1, :1].expand(3, 2, -1, -1))
-    assert 0 < parts["q_proj", "A"].abs().max() <= 1 / math.sqrt(32) and parts["q_proj", "B"].abs().max() == 0
     bare = base.response_logits(batch, None)
-    assert torch.equal(base.response_logits(batch, hypernet(base.form, "L", "paper")(z)), bare)
+    start = hypernet(base.form, "L", "paper")(z)
+    assert torch.equal(base.response_logits(batch, start), bare)
+    (A, B), (other, _) = (base.form.split(start)[LAYER.format(n, "q_proj")] for n in (0, 1))
+    assert torch.equal(A, other) and 0.1 < A.abs().max() <= 1 / math.sqrt(32) and B.abs().max() == 0
     for arch in "MS":
-        parts = base.form.split(hypernet(base.form, arch, "paper")(z))
-        A, B = parts["v_proj", "A"], parts["v_proj", "B"]
-        assert B.shape[2:] == (16, 4) and torch.equal(B.mT, A[..., :16])
-        assert torch.linalg.matrix_rank(B[0, 0] @ A[0, 0], rtol=1e-4) == (1 if arch == "S" else 4)
+        A, B = base.form.split(hypernet(base.form, arch, "paper")(z))[LAYER.format(1, "v_proj")]
+        assert B.shape == (3, 4, 16) and torch.equal(B, A[..., :16])
+        assert torch.linalg.matrix_rank(B[0].T @ A[0], rtol=1e-4) == (1 if arch == "S" else 4)
         exact = hypernet(base.form, arch, "exact")(z)
         assert torch.equal(base.response_logits(batch, exact), bare) and exact.abs().max() > 0
 
@@ -87,7 +82,7 @@ def test_the_first_gradient_of_head_l_reaches_rows_of_b_alone():
 
 def by_hand(net, z, kind, layer, row):
     """Row `row` of A and column of B of one module, for one description, as the paper's equation reads."""
-    k, (o, i), r = list(net.heads).index(kind), net.form.sizes[kind], net.form.rank
+    k, (o, i), r = list(net.heads).index(kind), net.sizes[kind], net.form.rank
     x = torch.cat([net.task(z), net.depth()[layer], net.kind()[k, 0]])
     h = net.mixer(x)
     h = h + net.block1(h)
@@ -112,8 +107,8 @@ def test_all_adapters_at_once_are_those_of_a_loop_and_ignore_their_batch_mates(a
     parts = form.split(net.z_scores(z))
     for g, kind, layer, row in ((0, "q_proj", 1, 3), (2, "v_proj", 0, 2)):
         A, B = by_hand(net, z[g], kind, layer, row)
-        torch.testing.assert_close(parts[kind, "A"][g, layer, row], A.float())
-        torch.testing.assert_close(parts[kind, "B"][g, layer, :, row], B.float())
+        for part, wanted in zip(parts[LAYER.format(layer, kind)], (A, B), strict=True):
+            torch.testing.assert_close(part[g, row], wanted.float())
     torch.testing.assert_close(net(z.flip(0)), net(z).flip(0))
 
 
@@ -125,11 +120,9 @@ def test_swapping_factor_codes_swaps_a_and_b_and_permuting_places_permutes_ranks
         code = getattr(net, code).code
         code.data = code.data[:, order] if arch == "M" else code.data[order]
         after = form.split(net(z))
-        for kind in form.sizes:
-            A, B = before[kind, "A"], before[kind, "B"]
-            A, B = (B.mT, A.mT) if arch == "M" else (A[:, :, order], B[..., order])
-            torch.testing.assert_close(after[kind, "A"], A)
-            torch.testing.assert_close(after[kind, "B"], B)
+        for path, (A, B) in before.items():
+            wanted = (B, A) if arch == "M" else (A[:, order], B[:, order])
+            torch.testing.assert_close(after[path], wanted)
 
 
 # --- adapters in the model
@@ -142,10 +135,8 @@ def test_an_adapter_for_each_sample_is_the_merged_weights_of_each_padding_includ
     batch = base.batch(pairs)
     together = base.response_logits(batch, adapters)
     for g, part in enumerate((pairs[:2], pairs[2:])):
-        for kind in base.form.paths:
-            for layer, path in enumerate(base.form.paths[kind]):
-                A, B = (base.form.split(adapters)[kind, x][g, layer] for x in "AB")
-                base.lm.get_submodule(path).weight.data += 5 / math.sqrt(3) * B @ A
+        for path, (A, B) in base.form.split(adapters).items():
+            base.lm.get_submodule(path).weight.data += 5 / math.sqrt(3) * B[g].T @ A[g]
         alone = base.response_logits(base.batch(part), None)
         base = tiny(replace(SMOKE, rank=3, alpha=5.0), dtype=torch.float64)
         torch.testing.assert_close(together[batch.rows // 2 == g], alone, atol=1e-10, rtol=0)
@@ -202,8 +193,8 @@ def test_reconstruction_is_zero_at_the_target_mean_absolute_z_at_zero_and_zero_i
     t2l.reconstruct(net, library, [torch.zeros(1, 6)] * 5, run)
     z = (library - net.mean) / net.std
     assert t2l.recon_loss(z, z, form) == 0
-    parts = [part.abs().mean() for part in form.split(z).values()]
-    torch.testing.assert_close(t2l.recon_loss(torch.zeros_like(z), z, form), sum(parts) / 4)
+    parts = [part.abs().mean() for factors in form.split(z).values() for part in factors]
+    torch.testing.assert_close(t2l.recon_loss(torch.zeros_like(z), z, form), sum(parts) / 8)
     torch.testing.assert_close(z * net.std + net.mean, library)
     for head in net.heads.values():
         nn.init.zeros_(head.weight)
@@ -216,15 +207,15 @@ def test_turning_the_ranks_keeps_ba_but_not_the_reconstruction_and_lowers_the_al
     library = A0 + 0.1 * torch.randn(6, form.parameters)
     turned = library.clone()
     for one in turned:
-        parts, R = form.split(one[None]), torch.linalg.qr(torch.randn(4, 4))[0]
-        for kind in form.sizes:
-            before = parts[kind, "B"] @ parts[kind, "A"]
-            parts[kind, "A"].copy_(R @ parts[kind, "A"])
-            parts[kind, "B"].copy_(parts[kind, "B"] @ R.T)
-            torch.testing.assert_close(parts[kind, "B"] @ parts[kind, "A"], before, atol=1e-4, rtol=1e-4)
+        R = torch.linalg.qr(torch.randn(4, 4))[0]
+        for A, B in form.split(one[None]).values():
+            before = B[0].T @ A[0]
+            A.copy_(R @ A)
+            B.copy_(R @ B)
+            torch.testing.assert_close(B[0].T @ A[0], before, atol=1e-4, rtol=1e-4)
     assert t2l.recon_loss(library, turned, form) > 0.1
     assert t2l.alignment(library, form) > 0.9 > 0.5 > t2l.alignment(turned, form)
-    A = torch.cat([part.flatten(1) for (_, x), part in form.split(turned).items() if x == "A"], 1)
+    A = torch.cat([A.flatten(1) for A, _ in form.split(turned).values()], 1)
     pairs = [F.cosine_similarity(A[i], A[j], 0) for i in range(6) for j in range(i)]
     assert t2l.alignment(turned, form) == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-5)
 
@@ -232,7 +223,8 @@ def test_turning_the_ranks_keeps_ba_but_not_the_reconstruction_and_lowers_the_al
 def test_magnitude_at_the_start_of_l_is_that_of_a0():
     form = tiny().form
     adapters = hypernet(form, "L", "paper")(torch.randn(2, 6))
-    wanted = sum(form.split(adapters)[kind, "A"][0, 0].square().mean() for kind in form.sizes)
+    parts = form.split(adapters)
+    wanted = sum(parts[LAYER.format(0, kind)][0].square().mean() for kind in ("q_proj", "v_proj"))
     torch.testing.assert_close(t2l.magnitude(adapters, form), wanted)
 
 
@@ -285,7 +277,9 @@ def test_an_sni_row_becomes_definition_problem_and_answers():
     row = {"input": text + "example -\nInput: in the zoo\nOutput:", "output": ["cat", "dog"]}
     pair = t2l.to_pair(row, "f")
     assert pair.response == "cat, dog" and pair.prompt.endswith("\n\nin the zoo")
-    assert pair.prompt.startswith("Name animals. ") and "commas" in pair.prompt and "Positive" not in pair.prompt
+    assert (
+        pair.prompt.startswith("Name animals. ") and "commas" in pair.prompt and "Positive" not in pair.prompt
+    )
     with pytest.raises(UserError, match="f: no prompt"):
         t2l.to_pair({"input": "Definition: x", "output": ["y"]}, "f")
 
@@ -294,13 +288,12 @@ def test_an_sni_row_becomes_definition_problem_and_answers():
 
 
 def test_oracles_trained_side_by_side_are_those_trained_with_other_mates(tmp_path):
-    base, tasks = tiny(dtype=torch.float64), t2l.word_tasks(SMOKE)
-    plan, trained = t2l.Plan(3, 2, 1e-2, 1e-3, math.inf), []
+    base, tasks, trained = tiny(dtype=torch.float64), t2l.word_tasks(SMOKE), []
     for mates in ([0, 1], [0, 2]):
         run = Run(replace(SMOKE, out=str(tmp_path / str(mates))))
         run.folder.mkdir(parents=True)
         net = t2l.Table(base.form, 2, run.generator("A0")).double()
-        t2l.fit(net, base, [tasks[k] for k in mates], [torch.zeros(1, 1)] * 2, plan, run)
+        t2l.fit(net, base, [tasks[k] for k in mates], [torch.zeros(1, 1)] * 2, 3, 1e-2, run)
         trained.append(net.adapters.detach())
     torch.testing.assert_close(trained[0][0], trained[1][0], atol=1e-10, rtol=0)
     assert not torch.allclose(trained[0][0], trained[0][1])
@@ -387,8 +380,8 @@ def test_a_model_and_tasks_from_folders_then_an_adapter_for_a_sentence(run_main,
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--encoder bert", "hf:NAME"), ("--latent 30", "multiple of 4"), ("--base gpt2", "--data words goes"),
-    ("--generate x", "go together"), ("--generate x --checkpoint none.pt", "none.pt: no hypernetwork"),
+    ("--encoder bert", "hf:NAME"), ("--base gpt2", "--data words goes"), ("--generate x", ": no hypernetwork"),
+    ("--generate x --checkpoint none.pt", "none.pt: no hypernetwork"),
     ("--config full --data nothing", "lol_1557"), ("--config text --base lm --data tasks", "letter_counting"),
     ("--config text --base lm --data tasks --heldout t1 --descriptions 9", "t0.*t1.*t2"),
 ])  # fmt: skip
@@ -430,7 +423,3 @@ def test_two_ranks_that_share_a_run_find_what_one_does(run_script, text_files, t
         found = json.loads((tmp_path / f"o{ranks}/t2l-text-s0-lm/results.json").read_text())
         tables.append(found["table"]["T2L L"][0])
     assert tables[0] == pytest.approx(tables[1], rel=1e-4)
-
-
-def test_task_is_a_record_of_pairs():
-    assert Task("a", [], [], [], []).heldout is False
