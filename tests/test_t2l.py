@@ -63,6 +63,8 @@ def test_head_l_starts_at_the_base_bit_for_bit_and_the_others_where_the_paper_s_
     assert torch.equal(base.response_logits(batch, start), bare)
     (A, B), (other, _) = (base.form.split(start)[LAYER.format(n, "q_proj")] for n in (0, 1))
     assert torch.equal(A, other) and 0.1 < A.abs().max() <= 1 / math.sqrt(32) and B.abs().max() == 0
+    V = base.form.split(start)[LAYER.format(0, "v_proj")][0]
+    torch.testing.assert_close(t2l.magnitude(start, base.form), A.square().mean() + V.square().mean())
     for arch in "MS":
         A, B = base.form.split(hypernet(base.form, arch, "paper")(z))[LAYER.format(1, "v_proj")]
         assert B.shape == (3, 4, 16) and torch.equal(B, A[..., :16])
@@ -112,19 +114,6 @@ def test_all_adapters_at_once_are_those_of_a_loop_and_ignore_their_batch_mates(a
     torch.testing.assert_close(net(z.flip(0)), net(z).flip(0))
 
 
-def test_swapping_factor_codes_swaps_a_and_b_and_permuting_places_permutes_ranks():
-    form = tiny(kv=8).form  # square modules
-    for arch, code, order in (("M", "factor", [1, 0]), ("S", "place", [2, 0, 3, 1])):
-        net, z = hypernet(form, arch), torch.randn(2, 6)
-        before = form.split(net(z))
-        code = getattr(net, code).code
-        code.data = code.data[:, order] if arch == "M" else code.data[order]
-        after = form.split(net(z))
-        for path, (A, B) in before.items():
-            wanted = (B, A) if arch == "M" else (A[:, order], B[:, order])
-            torch.testing.assert_close(after[path], wanted)
-
-
 # --- adapters in the model
 
 
@@ -145,7 +134,7 @@ def test_an_adapter_for_each_sample_is_the_merged_weights_of_each_padding_includ
 def test_a_response_is_kept_and_a_prompt_loses_its_left_but_for_the_first_id():
     base = tiny(replace(SMOKE, context=6))
     batch = base.batch([Pair("abcdefgh=", "CD")])
-    assert base.tokenizer.decode(batch.ids[0]) == "ah=CD$".replace("h", "h", 1)
+    assert base.tokenizer.decode(batch.ids[0]) == "ah=CD$"
     assert base.tokenizer.decode(batch.targets) == "CD$" and batch.columns.tolist() == [2, 3, 4]
     assert base.tokenizer.decode(base.batch([Pair("ab=", "CDEFGHIJ")]).ids[0]) == "aCDEFG"
 
@@ -201,31 +190,18 @@ def test_reconstruction_is_zero_at_the_target_mean_absolute_z_at_zero_and_zero_i
     torch.testing.assert_close(net(torch.randn(1, 6)), library.mean(0, keepdim=True))
 
 
-def test_turning_the_ranks_keeps_ba_but_not_the_reconstruction_and_lowers_the_alignment(capsys):
+def test_turning_the_ranks_keeps_ba_but_not_the_reconstruction_and_lowers_the_alignment():
     form = tiny().form
-    A0 = torch.randn(1, form.parameters)
-    library = A0 + 0.1 * torch.randn(6, form.parameters)
-    turned = library.clone()
-    for one in turned:
-        R = torch.linalg.qr(torch.randn(4, 4))[0]
-        for A, B in form.split(one[None]).values():
-            before = B[0].T @ A[0]
-            A.copy_(R @ A)
-            B.copy_(R @ B)
-            torch.testing.assert_close(B[0].T @ A[0], before, atol=1e-4, rtol=1e-4)
+    library = torch.randn(1, form.parameters) + 0.1 * torch.randn(6, form.parameters)
+    turned, path = library.clone(), LAYER.format(1, "v_proj")
+    for factors in form.split(turned).values():
+        R = torch.linalg.qr(torch.randn(6, 4, 4))[0]
+        for factor in factors:
+            factor.copy_(R @ factor)
+    (A, B), (C, D) = form.split(library)[path], form.split(turned)[path]
+    torch.testing.assert_close(B.mT @ A, D.mT @ C, atol=1e-4, rtol=1e-4)
     assert t2l.recon_loss(library, turned, form) > 0.1
     assert t2l.alignment(library, form) > 0.9 > 0.5 > t2l.alignment(turned, form)
-    A = torch.cat([A.flatten(1) for A, _ in form.split(turned).values()], 1)
-    pairs = [F.cosine_similarity(A[i], A[j], 0) for i in range(6) for j in range(i)]
-    assert t2l.alignment(turned, form) == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-5)
-
-
-def test_magnitude_at_the_start_of_l_is_that_of_a0():
-    form = tiny().form
-    adapters = hypernet(form, "L", "paper")(torch.randn(2, 6))
-    parts = form.split(adapters)
-    wanted = sum(parts[LAYER.format(0, kind)][0].square().mean() for kind in ("q_proj", "v_proj"))
-    torch.testing.assert_close(t2l.magnitude(adapters, form), wanted)
 
 
 # --- descriptions, tasks, sampling
@@ -293,30 +269,24 @@ def test_oracles_trained_side_by_side_are_those_trained_with_other_mates(tmp_pat
         run = Run(replace(SMOKE, out=str(tmp_path / str(mates))))
         run.folder.mkdir(parents=True)
         net = t2l.Table(base.form, 2, run.generator("A0")).double()
-        t2l.fit(net, base, [tasks[k] for k in mates], [torch.zeros(1, 1)] * 2, 3, 1e-2, run)
+        t2l.fit(net, base, [tasks[k] for k in mates], [torch.zeros(1, 1)] * 2, 2, 3, 1e-2, run)
         trained.append(net.adapters.detach())
     torch.testing.assert_close(trained[0][0], trained[1][0], atol=1e-10, rtol=0)
     assert not torch.allclose(trained[0][0], trained[0][1])
 
 
-def test_a_response_counts_as_right_where_greedy_decoding_writes_it():
-    base = tiny()
-    adapters = 0.3 * torch.randn(1, base.form.parameters)
-    with base.use(adapters):
-        prompts = [base.tokenizer(pair.prompt).input_ids for pair in words(40)]
-        ends = [base.tokenizer.eos_token_id]
-        texts = common.generate(base.lm, prompts, torch.zeros(len(prompts), 3), ends, temperature=0)
-    written = [base.tokenizer.decode(ids) for ids in texts]
-    pairs = [Pair(p.prompt, w if k % 2 else "A" + w) for k, (p, w) in enumerate(zip(words(40), written))]  # noqa: B905
-    base.tokenizer.eos_token_id = None  # responses as they were written
-    right = []
-    for pair in pairs:
-        ids = base.tokenizer(pair.prompt + pair.response, return_tensors="pt").input_ids
-        with base.use(adapters), torch.no_grad():
-            guess = base.lm(ids).logits[0].argmax(-1)
-        n = len(pair.response)
-        right.append(torch.equal(guess[-n - 1 : -1], ids[0, -n:]))
-    assert all(right[1::2]) and not all(right[::2])
+def test_a_response_counts_as_right_where_greedy_decoding_writes_it(tmp_path):
+    base, run = tiny(), Run(replace(SMOKE, out=str(tmp_path)))
+    adapters = 0.3 * torch.randn(2, base.form.parameters)
+    for prompt, _ in words():
+        with base.use(adapters[:1]):
+            ids = base.tokenizer(prompt).input_ids
+            *ids, base.tokenizer.eos_token_id = common.generate(base.lm, [ids], torch.zeros(1, 4), [], 0)[0]
+        text = base.tokenizer.decode(ids)
+        wrong = ("b" if text[0] == "a" else "a") + text[1:]
+        task = Task("", [], [], [], [Pair(prompt, text), Pair(prompt, wrong)])
+        write = dict(write=lambda z, task: adapters[:1], tasks=[task], z=[torch.zeros(1, 1)])
+        assert t2l.evaluate(base, **write, run=run)["exact"] == 0.5
 
 
 # --- files
