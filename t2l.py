@@ -43,7 +43,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -105,10 +104,8 @@ class Config(common.Config):
     each: int = 8  # examples of each
     steps: int = 500  # optimizer steps of T2L
     lr: float = 2e-3  # peak; linear warm-up, linear decay
-    multitask_steps: int = 120  # of the multi-task LoRA
-    multitask_lr: float = 2e-2  # its peak
-    oracle_steps: int = 100  # of the oracles
-    oracle_lr: float = 1e-2  # their peak
+    plain_steps: int = 110  # of plain LoRAs: the multi-task one, oracles
+    plain_lr: float = 1e-2  # their peak
     smoothing: float = 0.0  # of labels
     neftune: float = 0.0  # noise on input embeddings
     # reconstruction
@@ -262,8 +259,7 @@ CONFIGS = {
         steps=6,
         tasks=4,
         each=2,
-        multitask_steps=4,
-        oracle_steps=2,
+        plain_steps=3,
         recon_steps=4,
         log_every=2,
     ),
@@ -305,10 +301,8 @@ CONFIGS = {
         each=1,
         steps=1_180_000,
         lr=2.5e-5,
-        multitask_steps=1_180_000,
-        multitask_lr=2.5e-5,
-        oracle_steps=3000,
-        oracle_lr=8e-5,
+        plain_steps=1_180_000,
+        plain_lr=2.5e-5,
         recon_steps=1_200_000,
         recon_lr=1e-3,
         recon_tasks=4,
@@ -374,35 +368,31 @@ LETTERS = "abcdefghij"
 ALPHABET = LETTERS + LETTERS.upper() + "01234567stuvwxyz_^?="  # codes of arrangement, map and style
 
 
-def word_pair(
-    arrangement: int, mapping: int, capital: bool, shown: list[bool], chance: random.Random
-) -> Pair:
-    """A random word of four letters, after the codes of arrangement, map and style (or "?" for those that are
-    not shown), and its answer."""
-    word, places, letters = chance.choices(LETTERS, k=4), list(ARRANGEMENTS)[arrangement], list(MAPS)[mapping]
-    codes = zip((str(arrangement), "stuvwxyz"[mapping], "_^"[capital]), shown, strict=True)
-    prompt = "".join(code if visible else "?" for code, visible in codes) + "".join(word) + "="
-    answer = "".join(letters[LETTERS.index(word[int(i)])] for i in places)
+def word_pair(p: int, v: int, capital: bool, shown: list[bool], chance: random.Random) -> Pair:
+    """A random word of four letters after the codes of arrangement p, map v and style, "?" for those that are
+    not shown; and its answer."""
+    word, moves, letters = chance.choices(LETTERS, k=4), list(ARRANGEMENTS)[p], list(MAPS)[v]
+    codes = zip(f"{p}{'stuvwxyz'[v]}{'_^'[capital]}", shown, strict=True)
+    answer = "".join(letters[LETTERS.index(word[int(i)])] for i in moves)
+    prompt = "".join([code if visible else "?" for code, visible in codes] + word + ["="])
     return Pair(prompt, answer.upper() if capital else answer)
 
 
 def word_tasks(cfg: Config) -> list[Task]:
     """All 64 pairs of an arrangement and a letter map, 16 of them held out. Answers are in capitals, which no
     prompt says. Example j of all tasks is about the same word."""
-    chance, tasks = random.Random(common.stable_seed(cfg.seed, "tasks")), []
-    turn, words = chance.randrange(4), chance.random()
+    tasks, n = [], cfg.descriptions
     for p, v in itertools.product(range(8), range(8)):
-        alike, pairs = random.Random(words), []
+        chance, pairs = random.Random(cfg.seed), []
         for odds in [cfg.shown] * cfg.examples + [cfg.test_shown] * cfg.tests:
-            shown = [alike.random() < odds, alike.random() < odds, False]
-            pairs.append(word_pair(p, v, True, shown, alike))
+            shown = [chance.random() < odds, chance.random() < odds, False]
+            pairs.append(word_pair(p, v, True, shown, chance))
         sentences = itertools.product(FRAMES, [*ARRANGEMENTS.values()][p], [*MAPS.values()][v])
         texts = [frame.format(*phrases) for frame, *phrases in sentences]
-        chance.shuffle(texts)
-        known, unseen = texts[: cfg.descriptions], texts[cfg.descriptions :]
-        train, test = pairs[: cfg.examples], pairs[cfg.examples :]
-        tasks.append(Task(f"{p} {v}", known, unseen, train, test, heldout=(p + v + turn) % 4 == 0))
-    chance.shuffle(tasks)
+        random.Random(f"{cfg.seed} {p} {v}").shuffle(texts)
+        train, test, heldout = pairs[: cfg.examples], pairs[cfg.examples :], (p + v + cfg.seed) % 4 == 0
+        tasks.append(Task(f"{p} {v}", texts[:n], texts[n:], train, test, heldout))
+    random.Random(cfg.seed).shuffle(tasks)
     return tasks
 
 
@@ -454,7 +444,7 @@ def read_task(folder: Path, cfg: Config) -> Task:
     return Task(folder.name, known, unseen, pairs[: -cfg.tests], pairs[-cfg.tests :], heldout)
 
 
-def load_tasks(cfg: Config, run: Run) -> list[Task]:
+def load_tasks(cfg: Config) -> list[Task]:
     """All tasks; UserError names every one that cannot be read."""
     if cfg.data == "words":
         return word_tasks(cfg)
@@ -815,7 +805,7 @@ def alignment(library: Tensor, form: Form) -> float:
 # --- training ---
 
 
-def training(net: nn.Module, steps: int, lr: float, decay: float, warmup: float, run: Run, clip=1.0):
+def training(net: nn.Module, steps: int, lr: float, decay: float, clip: float, warmup: float, run: Run):
     """Yields (step, descend): descend(loss, **logs) is a step of AdamW under linear warm-up and decay."""
     from transformers import get_linear_schedule_with_warmup
 
@@ -841,24 +831,17 @@ def tasks_of_step(step: int, count: int, n: int, run: Run) -> list[int]:
     return order[place * count :][:count].tolist()
 
 
-def fit(
-    net: nn.Module,
-    base: Base,
-    tasks: list[Task],
-    z: list[Tensor],
-    count: int,
-    steps: int,
-    lr: float,
-    run: Run,
-):
+def fit(net: nn.Module, base: Base, tasks: list[Task], z: list[Tensor], count: int, run: Run):
     """SFT through the frozen base, eq. (6), with `count` tasks a step: of T2L, of the multi-task LoRA, and of
     oracles side by side. A step's tasks share their draws of examples, which keeps oracles comparable, and
     plain LoRAs are not clipped, so that no oracle is for another.
     """
     cfg, mine = run.cfg, slice(run.rank, None, run.world_size)
-    decay, clip = (1e-3, math.inf) if isinstance(net, Table) else (1e-2, 1.0)
+    plan = (cfg.steps, cfg.lr, 1e-2, 1.0)  # steps, peak rate, weight decay, largest gradient
+    if isinstance(net, Table):
+        plan = (cfg.plain_steps, cfg.plain_lr, 1e-3, math.inf)
     count, parallel = min(count, len(tasks)), run.wrap(net.to(run.device).train())
-    for step, descend in training(net, steps, lr, decay, 0.2, run, clip):
+    for step, descend in training(net, *plan, 0.2, run):
         chosen, draws = tasks_of_step(step, count, len(tasks), run), torch.rand(cfg.each).tolist()
         described, chosen = draw_descriptions(z, chosen)[mine], chosen[mine]
         batch = base.batch([tasks[k].train[int(u * len(tasks[k].train))] for k in chosen for u in draws])
@@ -883,7 +866,7 @@ def reconstruct(net: T2L, library: Tensor, z: list[Tensor], run: Run):
     net.mean.copy_(library.mean(0, keepdim=True))
     net.std.copy_(library.std(0) + 1e-10)
     target = (library - net.mean) / net.std
-    for step, descend in training(net, cfg.recon_steps, cfg.recon_lr, 1e-3, 0.1, run):
+    for step, descend in training(net, cfg.recon_steps, cfg.recon_lr, 1e-3, 1.0, 0.1, run):
         chosen = tasks_of_step(step, cfg.recon_tasks or n, n, run)
         predicted = net.z_scores(draw_descriptions(z, chosen))
         descend(recon_loss(predicted, target[chosen], net.form))
@@ -901,7 +884,7 @@ def make_base(run: Run):
     nn.init.normal_(lm.get_input_embeddings().weight, std=0.3)
     base = Base(lm.to(run.device), tokenizer, "tiny", cfg)
     lm.requires_grad_(True)
-    for _, descend in training(lm, cfg.base_steps, cfg.base_lr, 0.01, 0.1, run):
+    for _, descend in training(lm, cfg.base_steps, cfg.base_lr, 0.01, 1.0, 0.1, run):
         pairs = []
         for _ in range(cfg.base_batch):
             shown = [random.random() < 0.85 for _ in range(3)]
@@ -1012,7 +995,7 @@ def make_hypernetwork(base: Base, tasks: list[Task], library: Tensor | None, run
     sizes |= dict(dropout=cfg.dropout, init=cfg.init if library is None else "recon")
     net = T2L(base.form, **sizes)
     if library is None:
-        fit(net, base, tasks, z, cfg.tasks, cfg.steps, cfg.lr, run)
+        fit(net, base, tasks, z, cfg.tasks, run)
     else:
         reconstruct(net, library, z, run)
     state = dict(
@@ -1022,16 +1005,15 @@ def make_hypernetwork(base: Base, tasks: list[Task], library: Tensor | None, run
         torch.save(state, run.folder / "t2l.pt")
 
 
-def plain_loras(
-    base: Base, tasks: list[Task], names: list[str], count: int, steps: int, lr: float, run: Run
-) -> Tensor:
+def plain_loras(base: Base, tasks: list[Task], names: list[str], count: int, run: Run) -> Tensor:
     """LoRAs (N, P) for each of N names, in PEFT folders: those of --experts, or trained here once a seed."""
 
     def make(child: Run):
         net, unread = Table(base.form, len(names), child.generator("A0")), list(torch.zeros(len(tasks), 1, 1))
-        fit(net, base, tasks, unread, count, steps, lr, child)
+        fit(net, base, tasks, unread, count, child)
         for name, adapter in zip(names, net.adapters, strict=True):
-            save_peft(adapter, base.form, child.folder / common.slug(name))
+            if child.rank == 0:
+                save_peft(adapter, base.form, child.folder / common.slug(name))
 
     folder = Path(run.cfg.experts)
     if not run.cfg.experts or len(names) == 1:
@@ -1045,12 +1027,11 @@ def writer(base: Base, tasks: list[Task], trained: list[Task], run: Run) -> Call
     if cfg.method == "base":
         return lambda z, task: None
     if cfg.method == "multitask":
-        sizes = cfg.tasks, cfg.multitask_steps, cfg.multitask_lr
-        one = plain_loras(base, trained, ["multitask"], *sizes, run)
+        one = plain_loras(base, trained, ["multitask"], cfg.tasks, run)
         return lambda z, task: one
     if cfg.method != "t2l":
         names = [task.name for task in tasks]
-        adapters = plain_loras(base, tasks, names, len(tasks), cfg.oracle_steps, cfg.oracle_lr, run)
+        adapters = plain_loras(base, tasks, names, len(tasks), run)
         oracles = dict(zip(names, adapters.split(1), strict=True))
         library = torch.cat([oracles[task.name] for task in trained])
         name = f"recon {cfg.arch} {cfg.latent} {cfg.encoder} {len(trained)}"
@@ -1116,7 +1097,7 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     """One cell of the table: who writes adapters, from which descriptions, for which tasks."""
     name = str(run.once("tiny model", make_base) / "model") if cfg.base == "tiny" else cfg.base
     lm, tokenizer = common.load_lm(name, torch.bfloat16 if run.amp else torch.float32)
-    base, tasks = Base(lm.to(run.device), tokenizer, name, cfg), load_tasks(cfg, run)
+    base, tasks = Base(lm.to(run.device), tokenizer, name, cfg), load_tasks(cfg)
     trained = [task for task in tasks if not task.heldout][: cfg.adapters or None]
     judged = trained if cfg.on == "trained" else [task for task in tasks if task.heldout]
     write = writer(base, tasks, trained, run)
@@ -1149,7 +1130,7 @@ def draw(figure, table: dict):
     right.legend(fontsize=7)
 
 
-def missing(cfg: Config, run: Run) -> list[str]:
+def missing(cfg: Config) -> list[str]:
     """What this config needs and does not find, a line each, with the flag that mends it."""
     from transformers import AutoConfig
 
@@ -1161,11 +1142,11 @@ def missing(cfg: Config, run: Run) -> list[str]:
         except (OSError, ValueError):
             found.append(f"{name!r} of --base or --encoder: neither here nor on the hub")
     try:
-        load_tasks(cfg, run)
+        load_tasks(cfg)
+        if cfg.bench:
+            common.need("lm_eval", "lm")
     except UserError as e:
         found.append(str(e))
-    if cfg.bench and importlib.util.find_spec("lm_eval") is None:
-        found.append('lm_eval: pip install -e ".[lm]"')
     if {*PROGRAMS} & {*cfg.bench} and os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
         found.append(
             "HF_ALLOW_CODE_EVAL=1, to run programs that the model writes; or name other tasks by --bench"
@@ -1204,7 +1185,7 @@ def main():
     with Run(cfg, "" if cfg.base == "tiny" else cfg.base) as run:
         if cfg.generate:
             return generate(cfg, run)
-        lacking = missing(cfg, run)
+        lacking = missing(cfg)
         if cfg.dry_run:
             return dry_run(cfg, lacking, run)
         if lacking:

@@ -269,7 +269,7 @@ def test_oracles_trained_side_by_side_are_those_trained_with_other_mates(tmp_pat
         run = Run(replace(SMOKE, out=str(tmp_path / str(mates))))
         run.folder.mkdir(parents=True)
         net = t2l.Table(base.form, 2, run.generator("A0")).double()
-        t2l.fit(net, base, [tasks[k] for k in mates], [torch.zeros(1, 1)] * 2, 2, 3, 1e-2, run)
+        t2l.fit(net, base, [tasks[k] for k in mates], [torch.zeros(1, 1)] * 2, 2, run)
         trained.append(net.adapters.detach())
     torch.testing.assert_close(trained[0][0], trained[1][0], atol=1e-10, rtol=0)
     assert not torch.allclose(trained[0][0], trained[0][1])
