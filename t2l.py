@@ -82,7 +82,7 @@ class Config(common.Config):
     shown: float = 0.5  # chance that an adaptation prompt shows the code of an attribute
     test_shown: float = 0.5  # the same for evaluation
     width: int = 64  # of the tiny model
-    base_steps: int = 600  # of its pre-training
+    base_steps: int = 650  # of its pre-training
     base_batch: int = 96  # prompts a step
     base_lr: float = 6e-3  # peak
     # adapters
@@ -102,7 +102,7 @@ class Config(common.Config):
     # supervised training
     tasks: int = 24  # tasks a step, over all ranks
     each: int = 8  # examples of each
-    steps: int = 500  # optimizer steps of T2L
+    steps: int = 450  # optimizer steps of T2L
     lr: float = 2e-3  # peak; linear warm-up, linear decay
     plain_steps: int = 110  # of plain LoRAs: the multi-task one, oracles
     plain_lr: float = 1e-2  # their peak
@@ -111,7 +111,7 @@ class Config(common.Config):
     # reconstruction
     experts: str = ""  # folder of PEFT adapters by task name; empty: the oracles trained here
     adapters: int = 0  # training tasks that are used; 0: all
-    recon_steps: int = 400  # optimizer steps
+    recon_steps: int = 350  # optimizer steps
     recon_lr: float = 4e-3  # peak
     recon_tasks: int = 0  # adapters a step; 0: all
     # evaluation
@@ -207,11 +207,11 @@ CLAIMS = [
         margin=-0.05,
     ),
     Claim(
-        "all of them come back from head S with at least .65 of the oracles', margin 0.35",
+        "all 48 come back from head M with .65 of that or more, as in the paper, margin 0.28",
         "exact",
-        "all adapters: S",
+        "all adapters: M",
         "all adapters: oracles",
-        margin=-0.35,
+        margin=-0.28,
     ),
     Claim(
         "the more they are compressed the worse: L against a small S",
@@ -1089,7 +1089,7 @@ def overhead(base: Base, adapter: Tensor, pairs: list[Pair]) -> float:
     batch, times = base.batch(pairs[:16]), []
     for adapters in (adapter.repeat(len(batch.ids), 1), None):
         forward = partial(base.response_logits, batch, adapters)
-        times.append(min(timeit.repeat(forward, number=3, repeat=10)))
+        times.append(min(timeit.repeat(forward, number=1, repeat=5)))
     return times[0] / times[1]
 
 

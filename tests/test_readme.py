@@ -15,6 +15,7 @@ import namm
 import rlt
 import rmc
 import sudoku_bench
+import t2l
 import transformer2
 
 README = (ROOT / "README.md").read_text()
@@ -24,10 +25,11 @@ SCRIPTS = {
     "rlt.py": rlt.CONFIGS,
     "rmc.py": rmc.CONFIGS,
     "sudoku_bench.py": sudoku_bench.CONFIGS,
+    "t2l.py": t2l.CONFIGS,
     "transformer2.py": transformer2.CONFIGS,
 }
 
-NEW = {"mood.py", "rlt.py", "rmc.py"}  # scripts on the new common.py
+NEW = {"mood.py", "rlt.py", "rmc.py", "t2l.py"}  # scripts on the new common.py
 
 
 def commands():
