@@ -63,19 +63,17 @@ def test_parameters_of_the_heads_on_mistral_are_the_paper_s(arch, biased, plain)
 def test_head_l_starts_at_the_base_bit_for_bit_and_the_others_where_the_paper_s_do():
     base, z = tiny(), torch.randn(3, 6)
     batch = base.batch(words(6))
-    bare = base.response_logits(batch, None)
-    start = hypernet(base.form, "L", "paper")(z)
+    bare, start = base.response_logits(batch, None), hypernet(base.form, "L", "paper")(z)
     assert torch.equal(base.response_logits(batch, start), bare)
-    (A, B), (other, _) = (base.form.split(start)[LAYER.format(n, "q_proj")] for n in (0, 1))
+    places = [LAYER.format(n, kind) for n, kind in ((0, "q_proj"), (1, "q_proj"), (0, "v_proj"))]
+    (A, B), (other, _), (V, _) = (base.form.split(start)[path] for path in places)
     assert torch.equal(A, other) and 0.1 < A.abs().max() <= 1 / math.sqrt(32) and B.abs().max() == 0
-    V = base.form.split(start)[LAYER.format(0, "v_proj")][0]
     torch.testing.assert_close(t2l.magnitude(start, base.form), A.square().mean() + V.square().mean())
-    for arch in "MS":
-        A, B = base.form.split(hypernet(base.form, arch, "paper")(z))[LAYER.format(1, "v_proj")]
-        assert B.shape == (3, 4, 16) and torch.equal(B, A[..., :16])
-        assert torch.linalg.matrix_rank(B[0].T @ A[0], rtol=1e-4) == (1 if arch == "S" else 4)
+    for arch, rank in (("M", 4), ("S", 1)):
+        A, B = base.form.split(hypernet(base.form, arch, "paper")(z))[places[2]]
+        assert torch.equal(B, A[..., :16]) and torch.linalg.matrix_rank(B[0].T @ A[0], rtol=1e-4) == rank
         exact = hypernet(base.form, arch, "exact")(z)
-        assert torch.equal(base.response_logits(batch, exact), bare) and exact.abs().max() > 0
+        assert torch.equal(base.response_logits(batch, exact), bare)
 
 
 def test_the_first_gradient_of_head_l_reaches_rows_of_b_alone():
@@ -84,7 +82,8 @@ def test_the_first_gradient_of_head_l_reaches_rows_of_b_alone():
     t2l.response_loss(base.response_logits(batch, net(torch.randn(2, 6))), batch, 0.0).mean().backward()
     for name, p in net.named_parameters():
         rows = p.grad[4 * 32 :] if name.startswith("heads") else p.grad[:0]
-        assert p.grad.abs().sum() == rows.abs().sum() and (rows.abs().sum() > 0 or not len(rows))
+        assert p.grad.abs().sum() == rows.abs().sum()
+        assert not name.startswith("heads") or rows.abs().sum() > 0
 
 
 def by_hand(net, z, kind, layer, row):
@@ -141,11 +140,10 @@ def test_a_response_is_kept_and_a_prompt_loses_its_left_but_for_the_first_id():
     batch = base.batch([Pair("abcdefgh=", "CD")])
     assert base.tokenizer.decode(batch.ids[0]) == "ah=CD$"
     assert base.tokenizer.decode(batch.targets) == "CD$" and batch.columns.tolist() == [2, 3, 4]
-    assert base.tokenizer.decode(base.batch([Pair("ab=", "CDEFGHIJ")]).ids[0]) == "aCDEFG"
 
 
 def test_a_module_that_is_not_there_is_named_with_those_that_are():
-    with pytest.raises(UserError, match="qkv_proj.*it has|qkv_proj.*k_proj"):
+    with pytest.raises(UserError, match=r"qkv_proj.*k_proj"):
         tiny(replace(SMOKE, modules=("qkv_proj",)))
 
 
@@ -168,9 +166,10 @@ def test_response_loss_is_the_mean_of_each_sample_s_response_whatever_the_paddin
 def test_neftune_is_bounded_and_only_where_gradients_are_taken():
     base = tiny(replace(SMOKE, neftune=5.0, lora_dropout=0.5))
     batch, adapters = base.batch(words()), 0.1 * torch.randn(1, base.form.parameters)
-    with torch.no_grad():
-        assert torch.equal(base.response_logits(batch, adapters), base.response_logits(batch, adapters))
-    assert not torch.equal(base.response_logits(batch, adapters), base.response_logits(batch, adapters))
+    for training in (False, True):
+        with torch.set_grad_enabled(training):
+            first, second = (base.response_logits(batch, adapters) for _ in range(2))
+        assert torch.equal(first, second) != training
     noise = t2l.neftune(torch.zeros(4, 7, 32), 5.0)
     assert 0.99 < noise.abs().max() * math.sqrt(7 * 32) / 5 <= 1 and noise.mean().abs() < 0.02
 
@@ -228,22 +227,18 @@ def test_a_word_task_does_what_its_name_says_and_held_out_ones_share_no_sentence
     assert response == "".join(chr(65 + (ord(c) - 96) % 10) for c in reversed(prompt[3:7]))
 
 
-def test_tasks_walk_in_a_new_order_every_epoch_and_drop_the_remainder():
-    run = Run(SMOKE)
-    epochs = [[t2l.tasks_of_step(2 * e + i, 3, 7, run) for i in range(2)] for e in range(2)]
-    for first, second in epochs:
-        assert len({*first, *second}) == 6
-    assert epochs[0] != epochs[1] and t2l.tasks_of_step(3, 3, 7, run) == epochs[1][1]
+def test_tasks_walk_in_a_new_order_every_epoch_and_drop_the_remainder(run):
+    steps = [{*t2l.tasks_of_step(step, 3, 7, run)} for step in range(4)]
+    assert len(steps[0] | steps[1]) == len(steps[2] | steps[3]) == 6 and steps[0] != steps[2]
 
 
 def test_an_sni_row_becomes_definition_problem_and_answers():
-    text = "Definition: Name animals.\n\nPositive Example 1 -\nInput: x\nOutput: y\n\nNow complete the following "
-    row = {"input": text + "example -\nInput: in the zoo\nOutput:", "output": ["cat", "dog"]}
+    text = "Definition: Name animals.\n\nPositive Example 1 -\nInput: x\nOutput: y\n\n"
+    text += "Now complete the following example -\nInput: in the zoo\nOutput:"
+    row = {"input": text, "output": ["cat", "dog"]}
     pair = t2l.to_pair(row, "f")
     assert pair.response == "cat, dog" and pair.prompt.endswith("\n\nin the zoo")
-    assert (
-        pair.prompt.startswith("Name animals. ") and "commas" in pair.prompt and "Positive" not in pair.prompt
-    )
+    assert pair.prompt.startswith("Name animals. Separate several answers by commas.")
     with pytest.raises(UserError, match="f: no prompt"):
         t2l.to_pair({"input": "Definition: x", "output": ["y"]}, "f")
 
@@ -293,12 +288,11 @@ def test_peft_loads_what_is_written_and_gives_the_same_logits(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(base="other"), "base_model_name_or_path is other"), (dict(rank=5), "r is 5"),
-    (dict(alpha=3.0), "lora_alpha"), (dict(modules=("q_proj",)), "target_modules"), ({}, "not finite"),
+    (dict(base="other"), "base_model_name_or_path is other"), (dict(rank=5), "r is 5"), ({}, "not finite"),
+    (dict(alpha=3.0), "lora_alpha"), (dict(sizes={"a.k_proj": (2, 3)}), "target_modules"),
 ])  # fmt: skip
 def test_an_expert_of_another_form_or_with_nan_is_refused_by_name(tmp_path, change, words):
-    cfg = replace(SMOKE, **{k: v for k, v in change.items() if k != "base"})
-    form = replace(tiny(cfg).form, base=change.get("base", "tiny"))
+    form = replace(tiny().form, **change)
     t2l.save_peft(torch.full((form.parameters,), torch.nan), form, tmp_path / "expert")
     with pytest.raises(UserError, match=f"expert.*{words}"):
         t2l.load_peft(tmp_path / "expert", tiny().form)
@@ -334,7 +328,7 @@ def test_a_model_and_tasks_from_folders_then_an_adapter_for_a_sentence(run_main,
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--encoder bert", "hf:NAME"), ("--base gpt2", "--data words goes"), ("--generate x", ": no hypernetwork"),
+    ("--encoder bert", "hf:NAME"), ("--base gpt2", "--data words goes"),
     ("--generate x --checkpoint none.pt", "none.pt: no hypernetwork"),
     ("--config full --data nothing", "lol_1557"), ("--config text --base lm --data tasks", "letter_counting"),
     ("--config text --base lm --data tasks --heldout t1 --descriptions 9", "t0.*t1.*t2"),
@@ -359,11 +353,10 @@ def test_smoke_runs_and_a_killed_run_resumes_to_the_same_numbers(run_script, tmp
     folder = tmp_path / "out/t2l-smoke-s0"
     first = json.loads((folder / "results.json").read_text())
     assert set(first["table"]) == set(t2l.ROWS)
-    for cell in folder.iterdir():
-        if cell.name.startswith(("t2l_S", "T2L_S", "recon_S_16", "all_adapters_S_small")):
-            (cell / "result.json").unlink()
-            for newest in sorted(cell.glob("step*/.metadata"))[-1:]:
-                newest.unlink()
+    for name in ("t2l_S", "T2L_S", "recon_S_16_hash_48", "all_adapters_S_small"):
+        (folder / f"{name}-s0/result.json").unlink()
+        for newest in sorted((folder / f"{name}-s0").glob("step*/.metadata"))[-1:]:
+            newest.unlink()
     run_script(*words, "--resume")
     assert json.loads((folder / "results.json").read_text())["table"] == first["table"]
 
