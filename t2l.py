@@ -53,6 +53,7 @@ import statistics
 import string
 import timeit
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -448,16 +449,21 @@ def load_tasks(cfg: Config) -> list[Task]:
     """All tasks; UserError names every one that cannot be read."""
     if cfg.data == "words":
         return word_tasks(cfg)
-    tasks, failed = [], []
     there = {path.parent.name for path in Path(cfg.data).glob("*/metadata.yaml")}
-    for name in sorted((there | {*cfg.heldout}) - {*cfg.excluded}):
+    names = sorted((there | {*cfg.heldout}) - {*cfg.excluded})
+
+    def attempt(name: str) -> Task | str:
         try:
-            tasks.append(read_task(Path(cfg.data) / name, cfg))
+            return read_task(Path(cfg.data) / name, cfg)
         except UserError as e:
-            failed.append(f"{name} ({e})")
-    if failed or len(tasks) == len(cfg.heldout):
+            return f"{name} ({e})"
+
+    with ThreadPoolExecutor(16) as pool:  # the hub is slow, and slower still where it cannot be reached
+        found = list(pool.map(attempt, names))
+    failed = [x for x in found if isinstance(x, str)]
+    if failed or len(found) == len(cfg.heldout):
         raise UserError(f"--data {cfg.data}: {len(failed)} of its tasks cannot be read: {'; '.join(failed)}")
-    return tasks
+    return found
 
 
 # --- embeddings of descriptions ---
@@ -1165,10 +1171,10 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
         form = find_form(lm, cfg.base, cfg)
-        net = T2L(form, 1024, cfg.arch, cfg.latent, cfg.hidden, cfg.dropout, "recon")
+        net = T2L(form, 1024, cfg.arch, cfg.latent, cfg.hidden, cfg.dropout, cfg.init)
     base, own = (sum(p.numel() for p in m.parameters()) for m in (lm, net))
     run.print(f"{cfg.base}: {base:,} parameters, an adapter {form.parameters:,}, T2L {cfg.arch} {own:,}")
-    gpus = max(8, run.world_size)
+    gpus = run.world_size
     flops = 4 * base * cfg.steps * cfg.tasks * cfg.each * 300  # forward, and gradients of activations only
     run.print(f"{(2 * base + 16 * own) / 1e9:.0f} GB on each GPU, and activations of its share of a batch")
     run.print(

@@ -344,7 +344,7 @@ def test_what_makes_no_sense_is_one_line_before_anything_is_computed(
 
 def test_dry_run_has_the_paper_s_sizes_and_hours(run_main, tmp_path):
     code, out, _ = run_main(t2l, "--config", "full", "--data", "none", "--dry_run")
-    assert code == 0 and "55,317,504" in out and "hours" in out and "missing: --data none" in out
+    assert code == 0 and "55,424,000" in out and "hours" in out and "missing: --data none" in out
 
 
 def test_smoke_runs_and_a_killed_run_resumes_to_the_same_numbers(run_script, tmp_path):
