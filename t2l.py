@@ -30,7 +30,8 @@ Departures from the paper and its code
 - Module types are sorted and kept in the checkpoint; in the code their order changes between processes.
 - The public code's heads M and S do not start at BA = 0 ("paper"); --init exact adds a frozen start instead.
 - A response is kept whole when a text is cut (the code may cut it away); of a prompt the first id stays.
-- Oracles train side by side for fixed steps from one A0 (the code: one by one, early stopping), unclipped.
+- Oracles train side by side for fixed steps from one A0 (the code: one by one, early stopping) and, as the
+  multi-task LoRA, unclipped, by the loss of eq. (6). A step's tasks share their draws of examples.
 - Validation on held-out tasks, not on slices of the benchmarks. Prompts and graders are lm-eval's.
 - Left out: dW reconstruction, Hyperdecoders. Hypernetwork dropout differs between ranks' shares of a batch.
 - The demo's base model knows every skill by a code; adapters must elicit it where codes are hidden. The
@@ -1109,8 +1110,7 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     write = writer(base, tasks, trained, run)
     extra = [Task(x, [], read_metadata(Path(cfg.data) / x)[0], [], [], heldout=True) for x in cfg.bench]
     z = read([texts_for(task, trained, cfg) for task in judged + extra], cfg, run.device)
-    n = len(judged)
-    found = evaluate(base, write, judged, z[:n], run) | benchmarks(base, write, z[n:], run)
+    found = evaluate(base, write, judged, z, run) | benchmarks(base, write, z[len(judged) :], run)
     if isinstance(write, T2L):
         found["million_parameters"] = sum(p.numel() for p in write.parameters()) / 1e6
         found["ratio"] = len(trained) * base.form.parameters / 1e6 / found["million_parameters"]

@@ -188,16 +188,14 @@ def test_reconstruction_is_zero_at_the_target_mean_absolute_z_at_zero_and_zero_i
     torch.testing.assert_close(net(torch.randn(1, 6)), library.mean(0, keepdim=True))
 
 
-def test_turning_the_ranks_keeps_ba_but_not_the_reconstruction_and_lowers_the_alignment():
+def test_turning_the_ranks_of_adapters_lowers_their_alignment_and_changes_the_reconstruction():
     form = tiny().form
     library = torch.randn(1, form.parameters) + 0.1 * torch.randn(6, form.parameters)
-    turned, path = library.clone(), LAYER.format(1, "v_proj")
-    for factors in form.split(turned).values():
-        R = torch.linalg.qr(torch.randn(6, 4, 4))[0]
-        for factor in factors:
-            factor.copy_(R @ factor)
-    (A, B), (C, D) = form.split(library)[path], form.split(turned)[path]
-    torch.testing.assert_close(B.mT @ A, D.mT @ C, atol=1e-4, rtol=1e-4)
+    turned = library.clone()
+    for A, B in form.split(turned).values():
+        R = torch.linalg.qr(torch.randn(6, 4, 4))[0]  # B^T R^T R A is what it was
+        A.copy_(R @ A)
+        B.copy_(R @ B)
     assert t2l.recon_loss(library, turned, form) > 0.1
     assert t2l.alignment(library, form) > 0.9 > 0.5 > t2l.alignment(turned, form)
 
@@ -213,8 +211,6 @@ def test_embeddings_have_unit_mean_square_and_hashing_is_alike_in_every_process(
     code = f"import t2l; print(t2l.encode({texts!r}, 'hash', False, 'cpu').double().sum().item())"
     found = run_script("-c", code)  # its hash seed is random
     assert float(found.stdout) == pytest.approx(z.double().sum().item())
-    with pytest.raises(UserError, match="empty"):
-        t2l.encode(["  "], "hash", False, "cpu")
 
 
 def test_a_word_task_does_what_its_name_says_and_held_out_ones_share_no_sentence_with_training():
