@@ -52,7 +52,6 @@ import random
 import re
 import statistics
 import string
-import timeit
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -63,6 +62,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.benchmark import Timer
 
 import common
 from common import Claim, Run, UserError
@@ -1096,7 +1096,7 @@ def overhead(base: Base, adapter: Tensor, pairs: list[Pair]) -> float:
     batch, times = base.batch(pairs[:16]), []
     for adapters in (adapter.repeat(len(batch.ids), 1), None):
         forward = partial(base.response_logits, batch, adapters)
-        times.append(min(timeit.repeat(forward, number=1, repeat=5)))
+        times.append(Timer("forward()", globals={"forward": forward}).blocked_autorange().median)
     return times[0] / times[1]
 
 
