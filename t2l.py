@@ -83,10 +83,8 @@ class Config(common.Config):
     # words
     shown: float = 0.5  # chance that an adaptation prompt shows the code of an attribute
     test_shown: float = 0.5  # the same for evaluation
-    width: int = 64  # of the tiny model
-    base_steps: int = 650  # of its pre-training
+    base_steps: int = 650  # of the tiny model's pre-training
     base_batch: int = 96  # prompts a step
-    base_lr: float = 6e-3  # peak
     # adapters
     modules: tuple[str, ...] = ("q_proj", "v_proj")  # linear layers that get adapters, by name
     rank: int = 4  # r
@@ -255,7 +253,6 @@ CONFIGS = {
         rows=tuple(ROWS),
         examples=8,
         tests=4,
-        width=32,
         base_steps=6,
         base_batch=16,
         steps=6,
@@ -272,17 +269,10 @@ CONFIGS = {
         seeds=8,
         rows=tuple(ROWS),
         examples=4096,
-        width=256,
-        base_steps=4000,
-        base_batch=512,
-        base_lr=1e-3,
-        rank=8,
-        alpha=16.0,
-        latent=128,
-        hidden=512,
-        tasks=48,
-        each=16,
+        base_steps=2000,
+        base_batch=256,
         steps=2000,
+        plain_steps=300,
         recon_steps=2000,
     ),
     "text": REAL,
@@ -679,9 +669,10 @@ class Table(nn.Module):
 # --- the hypernetwork ---
 
 
-def layers(inputs: int, outputs: int, drop: nn.Module) -> list[nn.Module]:
+def mlp(inputs: int, outputs: int, drop: nn.Module) -> nn.Module:
     """Two linear layers, four times as wide between."""
-    return [nn.Linear(inputs, 4 * inputs), nn.SiLU(), drop, nn.Linear(4 * inputs, outputs), nn.SiLU()]
+    first, second = nn.Linear(inputs, 4 * inputs), nn.Linear(4 * inputs, outputs)
+    return nn.Sequential(first, nn.SiLU(), drop, second, nn.SiLU())
 
 
 class Code(nn.LayerNorm):
@@ -719,10 +710,10 @@ class T2L(nn.Module):
         self.task = nn.Sequential(nn.Linear(inputs, D // 2), nn.LayerNorm(D // 2))
         self.kind, self.depth = Code(kinds, 1, D // 4), Code(depth, D // 4)
         drop = nn.Dropout(dropout)
-        self.mixer = nn.Sequential(drop, *layers(D, D, drop), drop)
-        self.block1 = nn.Sequential(nn.LayerNorm(D), *layers(D, D, drop), drop)
-        self.block2 = nn.Sequential(nn.LayerNorm(D), *layers(D, D, drop), drop)
-        self.mlp3 = nn.Sequential(nn.LayerNorm(D), *layers(D, hidden, drop))
+        self.mixer = nn.Sequential(drop, mlp(D, D, drop), drop)
+        self.block1 = nn.Sequential(nn.LayerNorm(D), mlp(D, D, drop), drop)
+        self.block2 = nn.Sequential(nn.LayerNorm(D), mlp(D, D, drop), drop)
+        self.mlp3 = nn.Sequential(nn.LayerNorm(D), mlp(D, hidden, drop))
         if arch != "L":
             self.factor = Code(kinds, 2, 1, D)  # A or B, of each type
         if arch == "S":
@@ -885,13 +876,13 @@ def make_base(run: Run):
     tokenizer = common.CharTokenizer(ALPHABET + "$", eos="$")
     tokenizer.chat_template = "{{ messages[0].content }}"
     # many heads, short wavelengths and large embeddings: what makes it learn to copy by place so soon
-    more = dict(heads=8, intermediate_size=3 * cfg.width // 2, initializer_range=0.07)
+    more = dict(heads=8, intermediate_size=96, initializer_range=0.07)
     more |= dict(rope_parameters={"rope_type": "default", "rope_theta": 100.0})
-    lm = common.tiny_lm(len(tokenizer), cfg.width, 2, context=cfg.context, **more)
+    lm = common.tiny_lm(len(tokenizer), 64, 2, context=cfg.context, **more)
     nn.init.normal_(lm.get_input_embeddings().weight, std=0.3)
     base = Base(lm.to(run.device), tokenizer, "tiny", cfg)
     lm.requires_grad_(True)
-    for _, descend in training(lm, cfg.base_steps, cfg.base_lr, 0.01, 1.0, 0.1, run):
+    for _, descend in training(lm, cfg.base_steps, 6e-3, 0.01, 1.0, 0.1, run):
         pairs = []
         for _ in range(cfg.base_batch):
             shown = [random.random() < 0.85 for _ in range(3)]
