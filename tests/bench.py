@@ -3,8 +3,9 @@
 NAME mood: DIR is algorithms/offline of a checkout of CORL. Sizes are CORL's: observations of 17, actions of
 6, batch 256, two critics, hidden layers 256x2, for AWAC too (CORL's third is taken out). NAME rmc: DIR is
 sspg_dmc of markov-chain-reasoning; an update of encoder, critics, actor and temperature from pixels at the
-paper's sizes, batch 32, chains of 4 steps. Medians of seven intervals, in turn, so that slow minutes hit all
-alike.
+paper's sizes, batch 32, chains of 4 steps. NAME t2l: DIR is src of text-to-lora; a frozen model forward and
+backward with an adapter for each of 8 samples of 128 tokens. Medians of seven intervals, in turn, so that
+slow minutes hit all alike.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from gymnasium.spaces import Box
 import common
 import mood
 import rmc
+import t2l
 
 OBS, ACTIONS, ROWS = 17, 6, 100_000
 
@@ -166,13 +168,36 @@ def bench_mood(folder: Path, run: common.Run):
         report(name, median_rates(steps, run.device))
 
 
+def bench_t2l(folder: Path, run: common.Run, samples: int = 8, length: int = 128):
+    """Base._adapt beside add_lora_hooks of the public code, which repeats A and B for every token."""
+    sys.modules["hyper_llm_modulator.utils"] = SimpleNamespace(get_layers=lambda lm: lm.model.layers)
+    sys.path.insert(0, str(folder))
+    from hyper_llm_modulator.hooks import add_lora_hooks
+
+    cfg = replace(t2l.CONFIGS["demo"], rank=8)
+    tokenizer = SimpleNamespace(chat_template="x", apply_chat_template=lambda *_, **__: "<prompt>")
+    base, theirs = (t2l.Base(common.tiny_lm(64, 256, 4), tokenizer, "", cfg) for _ in range(2))
+    adapters = (0.01 * torch.randn(samples, base.form.parameters)).requires_grad_()
+    for path, (A, B) in theirs.form.split(adapters).items():
+        place = path.rpartition(".")[2], int(path.split(".")[2])
+        add_lora_hooks(theirs.lm, [place[0]], [place[1]], A.mT, B, cfg.alpha / cfg.rank**0.5, 0.0, True)
+    ids = torch.randint(64, (samples, length))
+
+    def ours():
+        with base.use(adapters):
+            base.lm(ids).logits.sum().backward()
+
+    steps = {"ours": ours, "theirs": lambda: theirs.lm(ids).logits.sum().backward(retain_graph=True)}
+    report("t2l", median_rates(steps, run.device))
+
+
 def report(name: str, rates: dict[str, float]):
     ours, theirs = rates["ours"], rates["theirs"]
     print(f"{name}: {ours:.2f} updates a second, theirs {theirs:.2f}: {ours / theirs:.2f} x")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in ("mood", "rmc"):
-        sys.exit("python tests/bench.py mood|rmc DIR")
+    if len(sys.argv) != 3 or sys.argv[1] not in ("mood", "rmc", "t2l"):
+        sys.exit("python tests/bench.py mood|rmc|t2l DIR")
     here = common.Run(common.Config())  # for its device, its precision and oneDNN's products
-    {"mood": bench_mood, "rmc": bench_rmc}[sys.argv[1]](Path(sys.argv[2]), here)
+    {"mood": bench_mood, "rmc": bench_rmc, "t2l": bench_t2l}[sys.argv[1]](Path(sys.argv[2]), here)
