@@ -1058,7 +1058,7 @@ def evaluate(base: Base, write: Callable, tasks: list[Task], z: list[Tensor], ru
     found = []
     for k in range(run.rank, len(tasks), run.world_size):
         adapters = write(z[k], tasks[k].name)
-        batch = base.batch(tasks[k].test * len(z[k]))
+        batch = base.batch(tasks[k].test * (1 if adapters is None else len(adapters)))
         with run.autocast():
             logits = base.response_logits(batch, adapters)
         exact = per_response((logits.argmax(-1) != batch.targets).float(), batch) == 0
