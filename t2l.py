@@ -1120,8 +1120,8 @@ def draw(figure, table: dict):
         if "adapters:" not in row:
             left.plot(scores, [row] * len(cells), "o")
         elif "ratio" in cells[0]:
-            right.plot([cell["ratio"] for cell in cells], scores, "o")
-            right.annotate(f"  {row}", (cells[0]["ratio"], scores[0]))
+            right.plot([cell["ratio"] for cell in cells], scores, "o", label=row)
+            right.legend()
     left.set(xlabel="exact match, tasks never trained on")
     left.invert_yaxis()
     right.set(xlabel="numbers in the library / in the network", ylabel="exact match, own tasks", xscale="log")
