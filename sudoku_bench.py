@@ -11,20 +11,22 @@ Part A plays puzzles. single_shot: one reply with the grid. multi_step: the boar
 digit or more, and so on until a wrong one. single_step: one placement a reply. ASR is the share of puzzles
 solved, ACP the mean number of right placements of the stepwise modes, E the empty cells of a puzzle.
   eq. (1)  random play on D digits: E[ACP] = sum_{t=1..E} |D|^-t = (1 - |D|^-E) / (|D| - 1)
-Part B trains a small network on 4x4 variants and tests it on rules it has never seen.
-  eq. (2)  a_ij = softmax_j(q_i k_j / sqrt(d_h) + b(e_ij)),  o_i = sum_j a_ij (v_j * g(e_ij)); e_ij is the
-           table of digit pairs that all rules between cells i and j allow: rules enter by their meaning
-  eq. (3)  loss = mean over iterations t and empty cells of -log p_t(digit);  h_t = block(h_{t-1} + gamma h_0)
+Part B trains a small network on 4x4 variants and tests it on rules it has never seen. e_ij(a, b) says whether
+the rules of cells i and j allow digits a and b there, p_j is what cell j believes: rules enter by meaning.
+  eq. (2)  s_ij(a) = sum_b e_ij(a, b) p_j(b)                           the support that j gives to a at i
+  eq. (3)  h_i <- GRU(sum_j gelu(W [s_ij, same cell, row, column, box]), given digit; h_i)
+           p_i = softmax(V h_i), or the given digit; T iterations
+  eq. (4)  loss = - mean over iterations and cells of log p_i(solution), 0 for given cells
 
 How to run
   python sudoku_bench.py                                        both parts, on two CPU cores
   python sudoku_bench.py --backend hf:FOLDER --max_tokens 2000  a language model plays (hub id, folder, .gguf)
-  python sudoku_bench.py --backend http:URL#MODEL               an endpoint plays; key in OPENAI_API_KEY
-  python sudoku_bench.py --backend solver --data LINK           prove a SudokuPad or f-puzzles link
-  torchrun --nproc_per_node=8 sudoku_bench.py --config full --data challenge_100.jsonl      the paper's puzzles
+  python sudoku_bench.py --backend http:http://HOST/v1#MODEL    an endpoint plays; key in OPENAI_API_KEY
+  python sudoku_bench.py --backend solver --data LINK           prove an f-puzzles or SudokuPad (fpuz) link
+  torchrun --nproc_per_node=8 sudoku_bench.py --config full --data challenge_100.jsonl   the paper's puzzles
 
 Departures from the paper and its code
-- The official sets were withdrawn. mini_48 is ours: generated, proved unique, every family needed; it measures
+- The official sets were withdrawn. mini_48 is ours: generated, proved unique, every family needed; it tests
   rule reading and deduction, not break-ins. --data plays the official files where you have them.
 - Prompts are in our words (--prompts FILE: the originals). --history 0 sends nothing of the past; the code's
   slice sends all. Descriptions of drawings lack the code's lone dash and "None", and keep unstyled cages.
@@ -32,9 +34,9 @@ Departures from the paper and its code
   block, accepts r1c1 = 5 and grids in lines, and refuses two digits for a cell. The game goes by --extract;
   the other reading judges the same replies, as long as it would have been shown the same boards.
 - Intervals, the random and the rule-ignoring player, proofs and the network are ours. Grids go up to 9x9.
-- The network plays 4x4 and sees pairwise rules only. Human traces and pictures of boards are not here.
+- Not here: hints (the code's num_empty_cells), scl links, human traces, pictures of boards.
 
-Reading order: Puzzle, Rule and RULES, solve, the protocols (judge, play), players, EdgeNet, train.
+Reading order: Puzzle, Rule and RULES, solve, the protocols (Game, play), players, RuleNet, train.
 """
 
 from __future__ import annotations
@@ -85,13 +87,13 @@ class Config(common.Config):
     # language models
     temperature: float | None = None  # None: the endpoint's own; greedy for hf
     max_tokens: int = 0  # of a reply; 0: no limit but the context
-    concurrency: int = 8  # episodes in flight; the batch of an hf model
+    concurrency: int = 16  # episodes in flight; the batch of an hf model
     # the network
     puzzles: int = 12_000  # generated for training
     tests: int = 200  # puzzles of each split
     width: int = 48  # of the state h of a cell
     iterations: int = 8  # T, of the shared block; tests run 2 T
-    steps: int = 700  # updates
+    steps: int = 700  # updates of a seed
     batch: int = 64  # puzzles an update, over all ranks
     lr: float = 3e-3  # AdamW, warm-up and cosine to 5 %
 
@@ -110,7 +112,7 @@ ROWS = {
     "ignores the rules": dict(backend="vanilla", trials=10),
     "network": dict(backend="neural"),
 }
-DEMO = Config(seeds=3, ranks=2, log_every=50, save_every=200)
+DEMO = Config(seeds=3, ranks=2)
 CONFIGS = {
     "smoke": replace(DEMO, ranks=1, seeds=1, limit=3, puzzles=64, tests=8, steps=4, width=16),
     "demo": DEMO,
@@ -123,7 +125,6 @@ CONFIGS = {
         backend="hf:Qwen/QwQ-32B",
         temperature=0.6,
         max_tokens=20_000,
-        concurrency=32,
     ),
 }
 NET, BLIND = "network", "ignores the rules"
@@ -360,8 +361,9 @@ def post_xsum(m, x, v):
 
 
 class Rule(NamedTuple):
-    """A family: {} in its sentence stands for the clue's numbers; post(model, digits, numbers) says what holds
-    for each of groups(puzzle, clue).
+    """A family; {} in its sentence stands for the clue's numbers.
+
+    post(model, digits, numbers) says what holds for each of groups(puzzle, clue).
     """
 
     text: str
@@ -471,8 +473,9 @@ def described(p: Puzzle) -> Puzzle:
     rules = [f"Place the digits {p.digits}; none repeats in a row, a column or a region."]
     drawn = [f"region: {' '.join(names(cells))}" for cells in p.regions if p.regions != boxes(p.n)]
     for kind, cells, numbers in p.clues:
-        rules.append(RULES[kind].text.format(numbers))
-        drawn.append(f"{kind} {numbers or ''} {' '.join(names(cells))}")
+        numbers = [*map(str, numbers)]
+        rules.append(RULES[kind].text.format(" or ".join(numbers)))
+        drawn.append(" ".join([kind, *numbers, *names(cells)]))
     elements = [{"type": "manual", "text": text} for text in drawn]
     return replace(p, rules=p.rules or " ".join(dict.fromkeys(rules)), elements=elements + p.elements)
 
@@ -519,7 +522,7 @@ def groups_of(p: Puzzle) -> Iterator[tuple[Rule, Sequence[Cell], tuple]]:
 
 
 def solve(p: Puzzle, limit: int = 2, seed: int = 0) -> tuple[str, list[str]]:
-    """(none | unique | multiple | undecided, up to `limit` solutions) by CP-SAT, in 30 of its CPU seconds each.
+    """(none | unique | multiple | undecided, up to `limit` solutions) by CP-SAT, in 30 CPU seconds each.
 
     unique only where it was proved that there is no other. A seed other than 0 randomises the search.
     """
@@ -585,10 +588,13 @@ nonconsecutive: non-consecutive
 disjointgroups: disjoint groups"""
 FPUZZLES = dict(line.split(": ") for line in FPUZZLES.splitlines())  # its keys and our families
 COSMETIC = ("line", "circle", "rectangle", "text", "cage")
-KNOWN = """size grid title author ruleset solution negative id value metadata highlightConflicts given region
+KNOWN = re.findall(
+    r"\S+",
+    """size grid title author ruleset solution negative id value metadata highlightConflicts given region
     givenPencilMarks centerPencilMarks cornerPencilMarks cells cell lines direction values cloneCells fontC
     angle baseC outlineC width height highlight c isNewConstraint
-    fromConstraint disabledlogic truecandidatesoptions fromRangskSolver""".split()
+    fromConstraint disabledlogic truecandidatesoptions fromRangskSolver""",
+)
 USUAL = {"white dot": [1], "black dot": [2], "V or X": [5, 10], "green line": [5]}
 
 
@@ -608,7 +614,6 @@ def link_of(data: dict) -> str:
 
 def import_link(link: str) -> Puzzle:
     """A puzzle from a link; UserError for what is none."""
-    common.need("lzstring", "sudoku")
     try:
         return replace(from_fpuzzles(decode_link(link)), url=link.strip())
     except Exception as e:  # data from outside raise a dozen kinds
@@ -675,13 +680,12 @@ def printable(text: str) -> str:
     return re.sub(r"[^\n\t -~\u00a0-\ud7ff\ue000-\uffff]", "\ufffd", text)
 
 
-KEYS = ("puzzle_id", "initial_board")  # without which a row is no puzzle
+KEYS = ("puzzle_id", "initial_board", "solution", "rules", "visual_elements", "author", "sudokupad_url")
 
 
 def read_puzzle(row: dict) -> Puzzle:
-    """A row of the official sets, whose rules may be JSON inside the string; an f-puzzles link says it all."""
-    more = ("solution", "rules", "visual_elements", "author", "sudokupad_url")
-    name, board, solution, rules, elements, author, url = (str(row.get(key) or "") for key in KEYS + more)
+    """A row of the official sets, whose rules may be JSON in the string; an f-puzzles link says it all."""
+    name, board, solution, rules, elements, author, url = (str(row.get(key) or "") for key in KEYS)
     if "/fpuz" in url:
         return replace(import_link(url), id=name)
     if rules[:1] in ('"', "["):
@@ -706,7 +710,7 @@ def read_puzzle(row: dict) -> Puzzle:
 def load_puzzles(data: str, limit: int) -> list[Puzzle]:
     """The puzzles to play; UserError where there are none. One without a stored solution needs a proof."""
     name, *subset = [data] if Path(data).exists() else data.split(":")
-    place = (name, KEYS, "test", *subset) if subset else (name, KEYS)
+    place = (name, KEYS[:2], "test", *subset) if subset else (name, KEYS[:2])
     try:
         found = [import_link(data)] if "://" in data else [*map(read_puzzle, common.load_rows(*place))]
     except (ValueError, KeyError, TypeError) as e:
@@ -793,8 +797,9 @@ def load_prompts(path: str) -> dict[str, str]:
     """The templates: ours, with those of a JSON file in their place."""
     try:
         given = json.loads(Path(path).read_text()) if path else {}
-        assert {*given} <= {*PROMPTS} and {*map(type, given.values())} <= {str}
-    except (OSError, ValueError, AttributeError, AssertionError) as e:
+        "".join(given.values())  # TypeError for what is no text
+        assert {*given} <= {*PROMPTS}
+    except (OSError, ValueError, TypeError, AttributeError, AssertionError) as e:
         raise UserError(f"--prompts {path}: not texts named {', '.join(PROMPTS)} ({e})") from None
     return PROMPTS | given
 
@@ -829,24 +834,22 @@ PLACEMENT = re.compile(
     r"(?<![0-9A-Za-z])[rR] ?([0-9]{1,4}),?\s{0,8}[cC] ?([0-9]{1,4})"
     r"[\s*`]{0,8}[:=][\s*`]{0,8}([0-9]{1,4})(?![0-9])"
 )
-FULL_WIDTH = {c: chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)} | {0x3000: " "}
+FULL_WIDTH = {c: chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)}
 
 
-def answer_blocks(reply: str) -> list[str]:
-    """What re.findall(r"<ANSWER>(.*?)</ANSWER>", S | I) finds, in linear time; Stop where it finds none."""
-    pieces = [re.split("(?i)<answer>", piece, maxsplit=1) for piece in re.split("(?i)</answer>", reply)[:-1]]
-    found = [piece[1] for piece in pieces if len(piece) > 1]
-    if not found:
-        raise Stop("no_answer_tag")
-    return found
+def answer_blocks(reply: str, extract: str) -> list[str]:
+    """ref: what re.findall("(?is)<answer>(.*?)</answer>") finds, in linear time.
 
-
-def last_block(reply: str) -> str:
-    """The last answer block after any thoughts, its full-width forms folded; Stop where there is none."""
-    text = re.split("(?i)</think>", reply[-1_000_000:].translate(FULL_WIDTH))[-1]
-    if re.search("(?i)<think>", text):
-        raise Stop("truncated")
-    return re.split("(?i)<answer>", answer_blocks(text)[-1])[-1]
+    robust: thoughts are cut (Stop for one that does not end), full-width forms are folded, and a block begins
+    at the last opening before its end.
+    """
+    if extract == "robust":
+        reply = re.split("(?i)</think>", reply[-1_000_000:].translate(FULL_WIDTH))[-1]
+        if re.search("(?i)<think>", reply):
+            raise Stop("truncated")
+    pieces, most = re.split("(?i)</answer>", reply)[:-1], int(extract == "ref")
+    blocks = [re.split("(?i)<answer>", piece, maxsplit=most) for piece in pieces]
+    return [block[-1] for block in blocks if len(block) > 1]
 
 
 def read_grid(reply: str, p: Puzzle, board: str, extract: str) -> str:
@@ -855,17 +858,19 @@ def read_grid(reply: str, p: Puzzle, board: str, extract: str) -> str:
     ref: last block, whatever str.isdigit accepts, the last n^2 of it. robust: n^2 digits in any layout, or
     placements that cover every empty cell.
     """
+    blocks, placed = answer_blocks(reply, extract), {}
+    if not blocks:
+        raise Stop("no_answer_tag")
     if extract == "ref":
-        return "".join(filter(str.isdigit, answer_blocks(reply)[-1]))[-(p.n**2) :]
-    block, placed = last_block(reply), {}
-    for r, c, digit in PLACEMENT.findall(block):
+        return "".join(filter(str.isdigit, blocks[-1]))[-(p.n**2) :]
+    for r, c, digit in PLACEMENT.findall(blocks[-1]):
         cell = int(r), int(c)
         if cell not in square(p.n) or len(digit) > 1:
             raise Stop("invalid_action_parsing")
         if placed.setdefault(cell, digit) != digit:
             raise Stop("contradictory_placement")
     grid = [placed.get(cell, c) for cell, c in zip(square(p.n), board, strict=True)]
-    grid = grid if placed else re.findall("[0-9]", block)
+    grid = grid if placed else re.findall("[0-9]", blocks[-1])
     if len(grid) != p.n**2 or "." in grid:
         raise Stop("bad_length")
     return "".join(grid)
@@ -876,12 +881,13 @@ def read_placements(reply: str, mode: str, extract: str) -> list[tuple[str, str,
 
     ref, multi-step: the first block; ref, single-step: the last block that is nothing but one placement.
     """
+    blocks = answer_blocks(reply, extract)
     if extract == "robust":
-        found = PLACEMENT.findall(last_block(reply))
+        found = PLACEMENT.findall("".join(blocks[-1:]))
     elif mode == "single_step":
         found = re.findall(r"<ANSWER>\s*r(\d+)c(\d+):\s*(\d+)\s*</ANSWER>", reply)[-1:]
     else:
-        found = re.findall(r"r(\d+)c(\d+):\s*(\d+)", answer_blocks(reply)[0])
+        found = re.findall(r"r(\d+)c(\d+):\s*(\d+)", "".join(blocks[:1]))
     if not found or (mode == "single_step" and len({*found}) > 1):
         raise Stop("invalid_action")
     return found
@@ -910,8 +916,6 @@ class Game:
             self.place(read_placements(reply, self.mode, self.extract))
         except Stop as e:
             self.stop = str(e)
-            if self.stop == "no_answer_tag" and self.mode != "single_shot":
-                self.stop = "invalid_action"
 
     def place(self, placements: list[tuple[str, str, str]]):
         robust, seen, before, cells = self.extract == "robust", {}, self.board, square(self.p.n)
@@ -980,14 +984,12 @@ def hf_player(name: str, cfg: Config, run: Run) -> Callable:
     tokenizer.chat_template, waiting = tokenizer.chat_template or ROLES, []
 
     def answer():
-        prompts, keys, replies = zip(*waiting, strict=True)
+        prompts, replies = zip(*waiting, strict=True)
         waiting.clear()
         room = model.config.max_position_embeddings - max(map(len, prompts))
-        room = max(1, min(cfg.max_tokens or room, room))
-        seeds = [torch.Generator().manual_seed(common.stable_seed(key)) for key in keys]
-        draws = torch.stack([torch.rand(room, generator=seed) for seed in seeds])
-        ends, temperature = common.end_ids(model, tokenizer), cfg.temperature or 0.0
-        found = common.generate(model, prompts, draws, ends, temperature)
+        draws = torch.rand(len(prompts), max(1, min(cfg.max_tokens or room, room)))
+        ends = common.end_ids(model, tokenizer)
+        found = common.generate(model, prompts, draws, ends, cfg.temperature or 0.0)
         for tokens, reply in zip(found, replies, strict=True):
             reply.set_result((tokenizer.decode(tokens, skip_special_tokens=True), len(tokens)))
 
@@ -997,14 +999,14 @@ def hf_player(name: str, cfg: Config, run: Run) -> Callable:
             loop.call_soon(answer)  # after all others that are ready to ask
         reply = loop.create_future()
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        waiting.append((ids, key + game.board, reply))
+        waiting.append((ids, reply))
         return await reply
 
     return ask
 
 
 def http_player(spec: str, cfg: Config, run: Run) -> Callable:
-    """An OpenAI-compatible endpoint, URL#MODEL; the client retries 408, 409, 429, 5xx and lost connections."""
+    """An OpenAI-compatible endpoint, URL#MODEL; its client retries 408, 409, 429, 5xx, lost connections."""
     openai, (url, _, model) = common.need("openai", "sudoku"), spec.partition("#")
     key = os.environ.get("OPENAI_API_KEY", "none")
     client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=5)
@@ -1096,9 +1098,8 @@ def evaluate(cfg: Config, run: Run, ask: Callable, puzzles: list[Puzzle]) -> lis
     run.gather("played")
     rows = read_episodes(run.folder)
     if failed := [row["error"] for row in rows if row["error"]]:
-        sys.exit(
-            f"{len(failed)} of {len(rows)} episodes failed, the first: {failed[0]}; --resume plays them again"
-        )
+        run.print(tabulate(score_table(rows, puzzles, cfg), "keys"))
+        sys.exit(f"{len(failed)} of {len(rows)} episodes failed: {failed[0]}; --resume plays them again")
     return rows
 
 
@@ -1111,7 +1112,7 @@ def score(rows: list[dict], puzzles: list[Puzzle], mode: str, reading: str) -> n
 
 
 def score_table(rows: list[dict], puzzles: list[Puzzle], cfg: Config) -> list[dict]:
-    """A line for each player, mode and reading: by size ASR in % with its Wilson interval over puzzles, ACP."""
+    """A line a player, mode and reading: by size ASR in % with its Wilson interval over puzzles, and ACP."""
     sizes = {n: [p for p in puzzles if p.n == n] for n in sorted({p.n for p in puzzles})} | {"all": puzzles}
     table, players = [], dict.fromkeys(row["player"] for row in rows)
     for player, mode, reading in itertools.product(players, cfg.modes, READINGS):
@@ -1128,9 +1129,9 @@ def score_table(rows: list[dict], puzzles: list[Puzzle], cfg: Config) -> list[di
 
 
 PUBLISHED = """
-model                            ACP 4 / 6 / 9 / all    multi-step % 4 / 6 / 9 / all   single-shot % 4 / 6 / 9 / all
+by size 4 / 6 / 9 / all          ACP                    multi-step %                   single-shot %
 o3-mini (high)                   9.7 / 0.7 / - / -      60.0 / 0.0 / - / -             73.3 / 6.7 / 2.9 / 14.0
-Gemini 2.5 Pro (preview-03-25)   11.6 / 0.6 / 1.8 / 3.1 73.3 / 0.0 / 0.0 / 11.0        60.0 / 13.3 / 0.0 / 11.0
+Gemini 2.5 Pro (preview-03-25)   11.6 / 0.6 / 1.8 / 3.1 73.3 / 0.0 / 0.0 / 11.0        60.0 / 13.3 / 0 / 11.0
 Qwen3-235B-A22B                  6.5 / 1.1 / 0.7 / 1.7  40.0 / 0 / 0 / 6.0             53.3 / 0 / 0 / 8.0
 Qwen3-30B-A3B                    1.3 / 0.0 / 0.3 / 0.4  6.7 / 0 / 0 / 1.0              46.7 / 0 / 0 / 7.0
 DeepSeek-R1                      9.5 / 0.8 / 1.1 / 2.3  60.0 / 0 / 0 / 9.0             40.0 / 0 / 0 / 6.0
@@ -1172,8 +1173,12 @@ A, B = np.meshgrid(FOUR, FOUR, indexing="ij")
 SEEN = [abs(A - B) == 1, (A == 2 * B) | (B == 2 * A), A + B == 5, A < B, A == B, (A - B) % 2 == 0]
 NOVEL = [abs(A - B) > 1, A + B > 5, A + B == 7, A + B < 5, (A + B) % 2 == 1, A * B > 5]
 PAIRS = [*itertools.combinations(SEEN, 2)]  # a puzzle has two families; a third of these not in training
-SPLITS = {"seen": PAIRS[::3] + PAIRS[1::3], "recombined": PAIRS[2::3]}
-SPLITS |= {"novel": [*itertools.combinations(NOVEL, 2)], "plain": [()]}
+SPLITS = {
+    "seen": PAIRS[::3] + PAIRS[1::3],
+    "recombined": PAIRS[2::3],
+    "novel": [*itertools.combinations(NOVEL, 2)],
+    "plain": [()],
+}
 
 PLACES = np.array([(4 * r + c, r, -c, (r + 1) // 2 * 4 + (c + 1) // 2) for r, c in square(4)])
 SAME = PLACES[:, None] == PLACES  # (16, 16, 4): same cell, row, column, box
@@ -1182,7 +1187,9 @@ PLAIN[SAME[..., 0]] = A == B
 
 
 class Small(NamedTuple):
-    """4x4 puzzles: given (N, 16), 0 for empty, table (N, 16, 16, 4, 4), solution (N, 16), plain solutions (N,)."""
+    """4x4 puzzles: given (N, 16), 0 for empty, table (N, 16, 16, 4, 4), solution (N, 16), and the number of
+    solutions under plain rules (N,).
+    """
 
     given: Tensor
     table: Tensor
@@ -1193,8 +1200,7 @@ class Small(NamedTuple):
 @functools.cache
 def grids() -> np.ndarray:
     """The 288 grids of 4x4, (288, 16)."""
-    rows = itertools.permutations(FOUR)
-    found = np.array([*itertools.product(rows, repeat=4)]).reshape(-1, 16)
+    found = np.array([*itertools.product(itertools.permutations(FOUR), repeat=4)]).reshape(-1, 16)
     for _, group, _ in groups_of(Puzzle("", 4, "." * 16, regions=boxes(4))):
         line = [square(4).index(cell) for cell in group]
         found = found[(np.sort(found[:, line]) == FOUR).all(1)]
@@ -1208,7 +1214,7 @@ def draw_puzzles(mixes: list, count: int, chance: random.Random, rows: list[int]
         kinds, s, table = chance.choice(mixes), chance.choice(rows), PLAIN.copy()
         alive, agree, kept = np.ones(288, bool), g == g[s], np.ones(16, bool)
         for pairs in kinds:
-            fits = pairs[np.ix_(g[s] - 1, g[s] - 1)] & ~np.eye(16, dtype=bool)
+            fits = pairs[np.ix_(g[s] - 1, g[s] - 1)] & ~SAME[..., 0]
             for i, j in chance.sample(np.argwhere(fits).tolist(), chance.randint(2, 5)):
                 table[i, j] &= pairs
                 table[j, i] &= pairs.T
@@ -1222,14 +1228,14 @@ def draw_puzzles(mixes: list, count: int, chance: random.Random, rows: list[int]
     return Small(*(torch.from_numpy(np.stack(column)) for column in zip(*made, strict=True)))
 
 
-def draw_splits(cfg: Config) -> dict[str, Small]:
-    """Puzzles of each split and for training; no test has a training puzzle's grid, up to names of digits."""
+def draw_splits(cfg: Config) -> tuple[Small, dict[str, Small]]:
+    """Puzzles to train on and test splits; no test has a training puzzle's grid, up to names of digits."""
     chance = random.Random(cfg.seed)
     forms = [tuple([*dict.fromkeys(grid)].index(d) for d in grid) for grid in grids().tolist()]
     held = chance.sample(sorted({*forms}), 3)  # of 12
-    tests, train = ([k for k in range(288) if (forms[k] in held) == which] for which in (True, False))
-    found = {split: draw_puzzles(mixes, cfg.tests, chance, tests) for split, mixes in SPLITS.items()}
-    return found | {"train": draw_puzzles(SPLITS["seen"], cfg.puzzles, chance, train)}
+    test, train = ([k for k in range(288) if (forms[k] in held) == which] for which in (True, False))
+    tests = {split: draw_puzzles(mixes, cfg.tests, chance, test) for split, mixes in SPLITS.items()}
+    return draw_puzzles(SPLITS["seen"], cfg.puzzles, chance, train), tests
 
 
 class RuleNet(nn.Module):
@@ -1242,7 +1248,7 @@ class RuleNet(nn.Module):
         self.register_buffer("same", torch.tensor(SAME, dtype=torch.float32))
 
     def forward(self, given: Tensor, table: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-        """given (B, 16), table (B, 16, 16, 4, 4) -> logits of each iteration (T, B, 16, 4), final p (B, 16, 4)."""
+        """given (B, 16), table (B, 16, 16, 4, 4) -> logits of iterations (T, B, 16, 4), last p (B, 16, 4)."""
         table, same = table.float(), self.same.expand(len(given), -1, -1, -1)
         known, fixed, logits = F.one_hot(given, 5)[..., 1:].float(), given[..., None] > 0, []
         p, h = known.where(fixed, 0.25), known.new_zeros(given.numel(), self.head.in_features)
@@ -1256,9 +1262,9 @@ class RuleNet(nn.Module):
 
 
 def network_loss(logits: Tensor, given: Tensor, solution: Tensor) -> Tensor:
-    """Eq. (4): logits (T, B, 16, 4); the mean over empty cells and iterations."""
+    """Eq. (4): logits (T, B, 16, 4); a mean over all cells, so that ranks with unequal givens agree."""
     target = (solution - 1).masked_fill(given > 0, -100).expand(len(logits), -1, -1)
-    return F.cross_entropy(logits.flatten(0, 2).float(), target.flatten())
+    return F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), reduction="none").mean()
 
 
 def train_network(cfg: Config, run: Run, data: Small) -> RuleNet:
@@ -1278,7 +1284,6 @@ def train_network(cfg: Config, run: Run, data: Small) -> RuleNet:
         optimizer.step()
         optimizer.zero_grad()
         run.log(step, loss=loss)
-    run.speed["puzzles_per_s"] = run.speed["steps_per_s"] * cfg.batch
     return net.eval()
 
 
@@ -1291,24 +1296,27 @@ def expected_acp(digits: int, empty: int) -> float:
 
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
-    """One cell of the table: what a player reaches in the protocols, or the network and chance on the splits."""
+    """One cell of the table: what a player reaches in the protocols, and network and chance on the splits."""
     puzzles, (kind, _, name) = load_puzzles(cfg.data, cfg.limit), cfg.backend.partition(":")
-    found, data = {}, draw_splits(cfg) if kind in ("vanilla", "neural") else {}
+    found = {}
     if kind == "expected":
         return {"ACP": np.mean([expected_acp(len(p.digits), p.givens.count(".")) for p in puzzles])}
     if kind == "neural":
-        net = train_network(cfg, run, data.pop("train")).cpu()
-        for split, (given, table, solution, _) in data.items():
-            digits = net(given, table, 2 * cfg.iterations)[1].argmax(-1) + 1
-            found[split] = (digits == solution).all(-1).double().mean().item()
+        data, tests = draw_splits(cfg)
+        net = train_network(cfg, run, data).cpu()
+        for split, small in tests.items():
+            digits = net(small.given, small.table, 2 * cfg.iterations)[1].argmax(-1) + 1
+            found[split] = (digits == small.solution).all(-1).double().mean().item()
         return found
     if kind == "vanilla":
-        found = {split: (1 / data[split].plain.double()).mean().item() for split in SPLITS}
+        tests = draw_splits(replace(cfg, puzzles=1))[1]
+        found = {split: (1 / small.plain.double()).mean().item() for split, small in tests.items()}
     ask = {"hf": hf_player, "http": http_player}.get(kind, simple_player)(name or kind, cfg, run)
     rows = evaluate(cfg, run, ask, [p for p in puzzles if kind != "solver" or proof(p)])
     for mode in cfg.modes:
         found[mode], acp = score(rows, puzzles, mode, cfg.extract)
-        found |= {"ACP": acp} if mode != "single_shot" else {}
+        if mode != "single_shot":
+            found["ACP"] = acp
     return found
 
 
@@ -1325,10 +1333,8 @@ def dry_run(cfg: Config, run: Run):
     """Print what this config plays and trains."""
     puzzles = load_puzzles(cfg.data, cfg.limit)
     calls, net = sum(p.givens.count(".") for p in puzzles), RuleNet(cfg.width)
-    run.print(
-        f"{len(puzzles)} puzzles; at most {calls} calls a trial in multi_step, {len(puzzles)} in single_shot"
-    )
-    run.print(f"network: {sum(x.numel() for x in net.parameters()):,} parameters, {cfg.steps} updates a seed")
+    size = f"a network of {sum(x.numel() for x in net.parameters()):,} parameters, {cfg.steps} updates a seed"
+    run.print(f"{len(puzzles)} puzzles, {len(puzzles)} to {calls} calls a trial and mode; {size}")
 
 
 def main():
@@ -1339,20 +1345,15 @@ def main():
         puzzles = load_puzzles(cfg.data, cfg.limit)
         if cfg.dry_run:
             return dry_run(cfg, run)
-        try:
-            table = run.grid(rows, train)
-        finally:  # a failed endpoint leaves a table, too
-            episodes = read_episodes(run.root)
-            scores = score_table(episodes, puzzles, cfg)
-            run.print(
-                f"\n{cfg.data}, {cfg.prompts or 'our prompts'}: ASR in % with Wilson's 95 % interval, and ACP"
-            )
-            run.print(tabulate(scores, "keys"))
-            run.print(f"\nchallenge_100 with the official prompts, reading ref, as published{PUBLISHED}")
-            if run.rank == 0:
-                common.write_atomic(run.root / "report.html", report(scores, episodes, puzzles))
+        table, episodes = run.grid(rows, train), read_episodes(run.root)
+        scores = score_table(episodes, puzzles, cfg)
+        run.print(f"\n{cfg.data}, {cfg.prompts or 'our prompts'}: ASR in % with Wilson's 95 % interval, ACP")
+        run.print(tabulate(scores, "keys"))
+        run.print(f"\nchallenge_100 with the official prompts, reading ref, as published{PUBLISHED}")
         run.check(CLAIMS, table)
         run.figure(draw, table)
+        if run.rank == 0:
+            common.write_atomic(run.root / "report.html", report(scores, episodes, puzzles))
 
 
 if __name__ == "__main__":
