@@ -91,11 +91,11 @@ class Config(common.Config):
     # the network
     puzzles: int = 12_000  # generated for training
     tests: int = 200  # puzzles of each split
-    width: int = 48  # of the state h of a cell
-    iterations: int = 8  # T, of the shared block; tests run 2 T
-    steps: int = 700  # updates of a seed
+    width: int = 32  # of the state h of a cell
+    iterations: int = 6  # T, of the shared block; tests run 2 T
+    steps: int = 900  # updates of a seed
     batch: int = 64  # puzzles an update, over all ranks
-    lr: float = 3e-3  # AdamW, warm-up and cosine to 5 %
+    lr: float = 3e-3  # AdamW, warm-up of 100 steps, then down to 0
 
     def check(self):
         super().check()
@@ -1326,7 +1326,7 @@ def draw(figure, table: dict):
     axis.set_title(f"4x4 puzzles solved: {NET} (o), {BLIND} (x)")
     for row, dot in ((NET, "o"), (BLIND, "x")):
         for cell in table.get(row, []):
-            axis.plot(SPLITS, [cell[split] for split in SPLITS], dot)
+            axis.plot([*SPLITS], [cell[split] for split in SPLITS], dot)
 
 
 def dry_run(cfg: Config, run: Run):
