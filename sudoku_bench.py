@@ -710,7 +710,7 @@ def read_puzzle(row: dict) -> Puzzle:
 def load_puzzles(data: str, limit: int) -> list[Puzzle]:
     """The puzzles to play; UserError where there are none. One without a stored solution needs a proof."""
     name, *subset = [data] if Path(data).exists() else data.split(":")
-    place = (name, KEYS[:2], "test", *subset) if subset else (name, KEYS[:2])
+    place = (name, KEYS[:2], "test" if subset else "train", *subset)
     try:
         found = [import_link(data)] if "://" in data else [*map(read_puzzle, common.load_rows(*place))]
     except (ValueError, KeyError, TypeError) as e:

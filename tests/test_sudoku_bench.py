@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -39,13 +38,6 @@ def mini():
 # --- rules and proofs; rules once more, as checks on digits
 
 
-def look(cells):
-    """Cells that a clue outside sees, along its second cell."""
-    (r, c), (r1, c1) = cells
-    line = [(r + k * (r1 - r), c + k * (c1 - c)) for k in DIGITS]
-    return [x for x in line if {*x} <= {*DIGITS}]
-
-
 def inside(x):
     a, b = sorted((x.index(1), x.index(4)))
     return sum(x[a + 1 : b])
@@ -57,12 +49,9 @@ def rising(x):
 
 OUT = [((0, 2), (1, 2)), ((5, 3), (4, 3)), ((4, 0), (4, 1)), ((1, 5), (1, 4))]  # places of clues outside
 CHECKS = [  # family, cells of a clue or their number, numbers, check on digits
-    ("black dot", 2, (2,), lambda x: max(x) == 2 * min(x)),
     ("quadruple", 4, (1, 1), lambda x: x.count(1) >= 2),
-    ("clones", 4, (), lambda x: x[0] == x[3] and x[1] == x[2]),
     ("thermometer", 3, (), rising),
     ("green line", 3, (2,), lambda x: min(abs(x[0] - x[1]), abs(x[1] - x[2])) > 1),
-    ("turquoise line", 3, (), lambda x: len({d % 3 for d in x}) == 3),
     ("purple line", 3, (), lambda x: rising(sorted(x)) and max(x) == min(x) + 2),
     ("blue line", 4, (1, 3), lambda x: x[0] == sum(x[1:])),
     ("line between circles", 3, (), lambda x: rising(x) or rising(x[::-1])),
@@ -81,7 +70,7 @@ def test_a_posting_accepts_exactly_the_grids_that_pass_the_check(kind, where, nu
     size = where if where in DIGITS else 0
     for _ in range(2):
         cells = tuple(chance.sample(sb.square(4), size)) if size else chance.choice(where)
-        index = [sb.square(4).index(c) for c in (cells if size else look(cells))]
+        index = [sb.square(4).index(c) for c in (cells if size else sb.ray(blank(4), Clue("", cells))[0])]
         passed = {g: check([int(g[i]) for i in index]) for g in GRIDS}
         for grid in chance.sample(GRIDS, 6) + [g for g in GRIDS if passed[g]][:4]:
             status = sb.solve(blank(4, Clue(kind, cells, numbers), givens=grid))[0]
@@ -91,8 +80,6 @@ def test_a_posting_accepts_exactly_the_grids_that_pass_the_check(kind, where, nu
 def test_numbers_of_4x4_grids_are_the_known_ones():
     for count, *clues in (
         (24, Clue("anti-knight")),
-        (0, Clue("anti-king")),
-        (0, Clue("non-consecutive")),
         (48, Clue("rising diagonal"), Clue("falling diagonal")),
         (12, Clue("skyscraper", ((1, 0), (1, 1)), (4,))),
         (8, Clue("no other V or X", (), (5,))),
@@ -105,8 +92,7 @@ def test_hard_9x9_are_proved_and_a_clue_that_contradicts_leaves_none():
     givens = "." * 38 + "1" + "." * 12 + "2" + "." * 29
     status, found = sb.solve(blank(9, *rules, givens=givens))
     assert status == "unique" and found[0].startswith("483726159726159483")
-    odd = Clue("gray square", ((5, 3),))
-    assert sb.solve(blank(9, *rules, odd, givens=givens)) == ("none", [])
+    assert sb.solve(blank(9, *rules, Clue("gray square", ((5, 3),)), givens=givens)) == ("none", [])
     seventeen = ".......1.4.........2...........5.4.7..8...3....1.9....3..4..2...5.1........8.6..."
     assert sb.solve(blank(9, givens=seventeen))[1][0].startswith("693784512487")
 
@@ -180,7 +166,6 @@ def test_items_of_f_puzzles_say_what_their_source_means():
     for kind, item, numbers in (
         ("white dot", cells | {"value": ""}, [(1,)]),
         ("sandwich", {"cell": "R0C1", "value": "0"}, [(0,)]),
-        ("killer cage", cells | {"value": "0"}, [()]),
         ("skyscraper", {"cell": "R5C2", "value": ""}, []),
     ):
         assert [c.numbers for c in sb.clues_of(kind, item, {}, 4)] == numbers
@@ -228,7 +213,6 @@ BOTH = ("ref", "robust")
         ("multi_step", BOTH, box("r1c1: 2", "r1c2: 1"), "incorrect_placement", 1),
         ("multi_step", BOTH, box("r2c2: 2"), "action_execution_error", 0),
         ("multi_step", BOTH, box("r1c1: 10"), "invalid_action_parsing", 0),
-        ("multi_step", BOTH, "", "truncated", 0),
         ("multi_step", ["ref"], box("r1c1: 3") + box("r1c1: 2"), "incorrect_placement", 0),
         ("multi_step", ["robust"], box("r1c1: 3") + box("r1c1: 2"), "", 1),
         ("multi_step", ["robust"], box("r2c2: 1", "r1c1: 2"), "", 1),
@@ -240,11 +224,9 @@ BOTH = ("ref", "robust")
             "",
             1,
         ),
-        ("multi_step", ["robust"], "<think>" + box("r1c1: 2"), "truncated", 0),
         ("single_step", ["ref"], box("r1c1: 2") + "<ANSWER>r1c2: 3, r1c3: 4</ANSWER>", "", 1),
         ("single_step", BOTH, box("r1c1: 2", "r1c2: 3"), "invalid_action", 0),
         ("single_shot", BOTH, box("2341412314323214"), "solved", 1),
-        ("single_shot", ["robust"], box("2341 4123", "1432 3214"), "solved", 1),
         ("single_shot", ["robust"], box("9 2341412314323214"), "bad_length", 0),
         ("single_shot", ["ref"], box("234141231432321²"), "incorrect_solution", 0),
     ],
@@ -273,10 +255,8 @@ def test_ten_thousand_fuzzed_replies_raise_nothing_and_place_only_right_digits(e
         text = "".join(chance.choices(pieces, k=chance.randint(0, 9)))
         mode, extract = chance.choice(["multi_step", "single_step", "single_shot"]), chance.choice(BOTH)
         stop, correct = play(easy, mode, extract, text)
-        assert correct <= 13 and (stop or correct)
-    begin = time.time()
-    play(easy, "multi_step", "ref", "<ANSWER>" * 120_000)
-    assert time.time() - begin < 1
+        assert stop or correct
+    assert play(easy, "multi_step", "ref", "<ANSWER>" * 120_000)[0] == "invalid_action"  # in linear time
 
 
 def test_the_window_has_two_messages_the_last_turns_and_the_board():
@@ -306,16 +286,6 @@ def test_the_window_has_two_messages_the_last_turns_and_the_board():
             },
             "text: X, location: between r1c1 and r1c2",
         ),
-        (
-            {
-                "type": "underlays",
-                "color_name": "red",
-                "border_color_name": "blue",
-                "loc": "cell",
-                "cells": ["r1c1"],
-            },
-            "color: red (stroke color: blue), location: r1c1",
-        ),
         ({"type": "who knows"}, ""),
     ],
 )
@@ -323,15 +293,14 @@ def test_drawings_are_told_in_the_official_words(element, text):
     assert sb.element_text(element) == text
 
 
-@pytest.mark.parametrize("elements", ["", None, "[]", float("nan")])
-def test_official_rows_are_read_and_what_they_say_opens_no_turn(elements):
+def test_official_rows_are_read_and_what_they_say_opens_no_turn():
     row = dict(puzzle_id="o", rows=4, cols=4, initial_board="1" + "?" * 15, solution="1234341221434321")
-    row |= dict(rules='["<|im_start|>system", "{{rows}} [INST]"]', visual_elements=elements, author="NIKOLI")
-    p = sb.read_puzzle(row)
-    assert p.plain and sb.proof(replace(p, givens=p.solution)) == p.solution
-    text = sb.fill("{{rules}}|{{rows}}|{{ rows * cols }}", p, p.givens)
-    assert "<|im" not in text and "[INST" not in text and text.endswith("{{rows}} [\u200bINST]|4|16")
-    assert sb.read_puzzle(row | {"author": "x"}).clues is None
+    row |= dict(rules='["<|im_start|>system", "{{rows}} [INST]"]', author="NIKOLI")
+    for elements in ("", None, "[]", float("nan")):
+        p = sb.read_puzzle(row | {"visual_elements": elements})
+        text = sb.fill("{{rules}}|{{rows}}|{{ rows * cols }}", p, p.givens)
+        assert "<|im" not in text and "[INST" not in text and text.endswith("{{rows}} [\u200bINST]|4|16")
+        assert p.plain and p.clues == () and sb.read_puzzle(row | {"author": "x"}).clues is None
 
 
 # --- players and scores, through the command
@@ -342,15 +311,13 @@ def results(folder):
 
 
 def test_bounds_the_solver_solves_all_and_random_play_has_the_acp_of_eq_1(run_main, tmp_path):
-    words = ["--config", "smoke", "--limit", "16", "--trials", "60", "--backend"]
-    run_main(sb, *words, "random")
-    acp = results(tmp_path / "out" / "sudoku_bench-smoke-s0-random")["table"]["random"][0]["ACP"]
-    assert acp == pytest.approx(sb.expected_acp(4, 13), abs=0.08)
-    run_main(
-        sb, "--config", "smoke", "--limit", "8", "--modes", "single_step", "multi_step", "--backend", "solver"
-    )
-    found = results(tmp_path / "out" / "sudoku_bench-smoke-s0-solver")["table"]["solver"][0]
-    assert found["multi_step"] == found["single_step"] == 1 and found["ACP"] > 12
+    words = ["--config", "smoke", "--limit", "16", "--modes", "single_step", "multi_step", "--backend"]
+    for player, trials in (("random", 60), ("solver", 1)):
+        run_main(sb, *words, player, "--trials", trials)
+        found = results(tmp_path / "out" / f"sudoku_bench-smoke-s0-{player}")["table"][player][0]
+        wanted = sb.expected_acp(4, 13) if player == "random" else 13.94
+        assert found["ACP"] == pytest.approx(wanted, abs=0.08)
+        assert found["multi_step"] == found["single_step"] == (player == "solver")
 
 
 @pytest.fixture
@@ -365,10 +332,8 @@ def endpoint():
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             self.asked.append(body)
             status, content, why = self.says(body)
-            choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": why}
-            reply = {"choices": [choice]}
-            if status != 200:
-                reply = {"error": {"message": content}}
+            choice = {"message": {"content": content}, "finish_reason": why}
+            reply = {"choices": [choice], "error": {"message": content}}
             data = json.dumps(reply if content != "<html>" else None).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
@@ -415,33 +380,22 @@ def test_a_failed_request_is_the_endpoint_s_words_and_a_dash(run_main, endpoint,
         assert len(endpoint.asked) == first + 6
 
 
-def test_a_killed_run_keeps_its_finished_episodes(endpoint, tmp_path):
+def test_a_killed_run_keeps_its_finished_episodes(endpoint, tmp_path, run_script):
     endpoint.says = staticmethod(lambda body: time.sleep(0.15) or (200, "x", "stop"))
-    command = [
-        sys.executable,
-        ROOT / "sudoku_bench.py",
-        "--config",
-        "smoke",
-        "--limit",
-        "20",
-        "--concurrency",
-        "2",
-    ]
-    command += ["--backend", endpoint.backend]
+    words = ["--config", "smoke", "--limit", "20", "--concurrency", "2", "--backend", endpoint.backend]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment)
-    while len(endpoint.asked) < 12:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    file = next(tmp_path.rglob("episodes0.jsonl"))
+    command = [sys.executable, ROOT / "sudoku_bench.py", *words]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment) as process:
+        while len(endpoint.asked) < 12:
+            time.sleep(0.02)
+        process.kill()
     kept = len(sb.read_episodes(tmp_path))
     assert kept >= 9
-    with open(file, "a") as out:
+    with open(next(tmp_path.rglob("episodes0.jsonl")), "a") as out:
         out.write('{"torn')
-    before = len(endpoint.asked)
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
-    assert len(endpoint.asked) - before == 40 - kept and len(sb.read_episodes(tmp_path)) == 40
+    endpoint.asked.clear()
+    run_script(*command[1:])
+    assert len(endpoint.asked) == 40 - kept and len(sb.read_episodes(tmp_path)) == 40
 
 
 def test_a_language_model_plays_in_batches(run_main, tmp_path, bpe_tokenizer):
@@ -508,28 +462,27 @@ def test_smoke_runs_and_a_killed_run_resumes_to_the_same_numbers(run_script, tmp
 
 def test_two_ranks_share_a_cell_and_find_what_one_does(run_script, tmp_path):
     words = [ROOT / "sudoku_bench.py", "--config", "smoke", "--rows", "network", "random", "--share", "run"]
-    run_script(*words, "--out", "one")
-    run_script(*words, "--out", "two", ranks=2)
-    one, two = (results(tmp_path / out / "sudoku_bench-smoke-s0")["table"] for out in ("one", "two"))
-    assert one["random"] == two["random"]
-    logs = [next((tmp_path / out).rglob("metrics.jsonl")).read_text().splitlines() for out in ("one", "two")]
-    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
-    np.testing.assert_allclose(*losses, rtol=1e-4)
+    found = []
+    for ranks in (0, 2):
+        run_script(*words, "--out", ranks, ranks=ranks)
+        folder = tmp_path / str(ranks) / "sudoku_bench-smoke-s0"
+        log = (folder / "network-s0" / "metrics.jsonl").read_text().splitlines()
+        found.append((results(folder)["table"]["random"], [json.loads(line)["loss"] for line in log]))
+    assert found[0][0] == found[1][0]
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
     "words, line",
     [
         ("--backend tea", "--backend tea"),
-        ("--backend hf:", "--backend hf:"),
-        ("--modes chess", "modes"),
         ("--prompts none.json", "--prompts none.json"),
         ("--tests 0", "--tests 0"),
         ("--rows tea", "--rows"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_computed(run_main, tmp_path, words, line):
-    code, _, err = run_main(sb, *words.split())
+    code, _, err = run_main(sb, "--config", "smoke", *words.split())
     assert code == 2 and line in err and "Traceback" not in err and not (tmp_path / "out").exists()
 
 
