@@ -14,7 +14,7 @@ solved, ACP the mean number of right placements of the stepwise modes, E the emp
 Part B trains a small network on 4x4 variants and tests it on rules it has never seen. e_ij(a, b) says whether
 the rules of cells i and j allow digits a and b there, p_j is what cell j believes: rules enter by meaning.
   eq. (2)  s_ij(a) = sum_b e_ij(a, b) p_j(b)                           the support that j gives to a at i
-  eq. (3)  h_i <- GRU(sum_j gelu(W [s_ij, same cell, row, column, box]), given digit; h_i)
+  eq. (3)  h_i <- GRU(sum_j relu(W [s_ij, same cell, row, column, box]), given digit; h_i)
            p_i = softmax(V h_i), or the given digit; T iterations
   eq. (4)  loss = - mean over iterations and cells of log p_i(solution), 0 for given cells
 
@@ -71,6 +71,7 @@ from common import Claim, Run, UserError
 
 MINI_48 = Path(__file__).parent / "assets" / "mini_48.jsonl"
 READINGS = ("robust", "ref")
+Mode = Literal["multi_step", "single_step", "single_shot"]
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Config(common.Config):
     data: str = str(MINI_48)  # .jsonl, .parquet, folder hub id or hub id:subset; an f-puzzles or fpuz link
     limit: int = 0  # puzzles, at most; 0: all
     backend: str = ""  # solver, random, vanilla, neural, hf:NAME, http:URL#MODEL; empty: the table's rows
-    modes: tuple[Literal["multi_step", "single_step", "single_shot"], ...] = ("multi_step", "single_shot")
+    modes: tuple[Mode, ...] = ("multi_step", "single_shot")  # protocols; single_step, too
     trials: int = 1  # episodes of each puzzle and mode
     history: int = field(default_factory=lambda: 5)  # turns of the past that a model sees (N); -1: all
     extract: Literal["robust", "ref"] = "robust"  # reading that the game goes by; ref: the paper's code
@@ -1152,10 +1153,10 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>Sudoku-Bench</title>
 table{border-collapse:collapse}pre{white-space:pre-wrap;background:#f6f6f6;max-height:24em;overflow:auto}</style>"""
 
 
-def report(table: list[dict], rows: list[dict], puzzles: list[Puzzle], most: int = 400) -> str:
+def report(table: list[dict], rows: list[dict], puzzles: list[Puzzle]) -> str:
     """One static page: the table, and episodes with what was said, escaped, and a link to the puzzle."""
     urls, parts = {p.id: p.url for p in puzzles}, [PAGE, tabulate(table, "keys", tablefmt="html")]
-    for row in rows[:most]:
+    for row in rows[:400]:
         said = ["{player} {mode} {puzzle} {stop} {error} {board}".format_map(row), urls[row["puzzle"]]]
         said += [m["content"][:20_000] for m in row["messages"][:1] + row["messages"][1:][-12:]]
         head, url, *said = (html.escape(printable(text)) for text in said)
@@ -1243,18 +1244,18 @@ class RuleNet(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.message, self.update = nn.Linear(8, width), nn.GRUCell(width + 4, width)
-        self.head = nn.Linear(width, 4)
+        self.support, self.place = nn.Linear(4, width, bias=False), nn.Linear(4, width)  # W of eq. (3)
+        self.update, self.head = nn.GRUCell(width + 4, width), nn.Linear(width, 4)
         self.register_buffer("same", torch.tensor(SAME, dtype=torch.float32))
 
     def forward(self, given: Tensor, table: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
         """given (B, 16), table (B, 16, 16, 4, 4) -> logits of iterations (T, B, 16, 4), last p (B, 16, 4)."""
-        table, same = table.float(), self.same.expand(len(given), -1, -1, -1)
         known, fixed, logits = F.one_hot(given, 5)[..., 1:].float(), given[..., None] > 0, []
         p, h = known.where(fixed, 0.25), known.new_zeros(given.numel(), self.head.in_features)
+        table, place = table.float(), self.place(self.same)  # the latter (16, 16, width)
         for _ in range(iterations):
-            support = (table @ p[:, None, :, :, None]).squeeze(-1)  # eq. (2), (B, 16, 16, 4)
-            message = F.gelu(self.message(torch.cat([support, same], -1))).sum(2)
+            support = torch.einsum("nijab,njb->nija", table, p)  # eq. (2)
+            message = (self.support(support) + place).relu().sum(2)
             h = self.update(torch.cat([message, known], -1).flatten(0, 1), h)  # eq. (3)
             logits.append(self.head(h).view_as(p))
             p = known.where(fixed, logits[-1].softmax(-1))

@@ -209,7 +209,6 @@ BOTH = ("ref", "robust")
 @pytest.mark.parametrize(
     "mode, readings, reply, stop, correct",
     [
-        ("multi_step", BOTH, box("r1c1: 2", "r1c2: 3"), "", 2),
         ("multi_step", BOTH, box("r1c1: 2", "r1c2: 1"), "incorrect_placement", 1),
         ("multi_step", BOTH, box("r2c2: 2"), "action_execution_error", 0),
         ("multi_step", BOTH, box("r1c1: 10"), "invalid_action_parsing", 0),
@@ -228,7 +227,6 @@ BOTH = ("ref", "robust")
         ("single_step", BOTH, box("r1c1: 2", "r1c2: 3"), "invalid_action", 0),
         ("single_shot", BOTH, box("2341412314323214"), "solved", 1),
         ("single_shot", ["robust"], box("9 2341412314323214"), "bad_length", 0),
-        ("single_shot", ["ref"], box("234141231432321²"), "incorrect_solution", 0),
     ],
 )
 def test_replies_end_episodes_as_computed_by_hand(easy, mode, readings, reply, stop, correct):
@@ -263,6 +261,7 @@ def test_the_window_has_two_messages_the_last_turns_and_the_board():
     for turns, count in ((0, 3), (1, 5), (5, 13), (-1, 43)):
         sent = sb.window([*range(43)], turns)
         assert len(sent) == len({*sent}) == count and sent[:2] == [0, 1] and sent[-1] == 42
+        assert sb.window([0, 1, 2], turns) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
