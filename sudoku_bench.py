@@ -714,8 +714,9 @@ def load_puzzles(data: str, limit: int) -> list[Puzzle]:
     place = (name, KEYS[:2], "test" if subset else "train", *subset)
     try:
         found = [import_link(data)] if "://" in data else [*map(read_puzzle, common.load_rows(*place))]
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(printable(f"{data}: {e!r:.100}")) from None
+    except (UserError, ValueError, KeyError, TypeError) as e:
+        hint = "the official sets were withdrawn in 2026, --data takes a local copy"
+        raise UserError(printable(f"{data[:60]}: {str(e)[:200]} ({hint})")) from None
     playable = {p.id: replace(p, solution=p.solution or proof(p)) for p in found if p.solution or proof(p)}
     if not playable:
         raise UserError(printable(f"{data[:60]}: puzzle has no proof ({found[0].id})"))
