@@ -77,7 +77,7 @@ Mode = Literal["multi_step", "single_step", "single_shot"]
 @dataclass
 class Config(common.Config):
     # what is played
-    data: str = str(MINI_48)  # .jsonl, .parquet, folder hub id or hub id:subset; an f-puzzles or fpuz link
+    data: str = str(MINI_48)  # .jsonl, .parquet, folder, hub id[:subset]; an f-puzzles or fpuz link
     limit: int = 0  # puzzles, at most; 0: all
     backend: str = ""  # solver, random, vanilla, neural, hf:NAME, http:URL#MODEL; empty: the table's rows
     modes: tuple[Mode, ...] = ("multi_step", "single_shot")  # protocols; single_step, too
@@ -117,7 +117,7 @@ DEMO = Config(seeds=3, ranks=2)
 CONFIGS = {
     "smoke": replace(DEMO, ranks=1, seeds=1, limit=3, puzzles=64, tests=8, steps=4, width=16),
     "demo": DEMO,
-    "gpu": replace(DEMO, ranks=1, puzzles=200_000, width=256, batch=512, steps=8000, lr=1e-3),
+    "gpu": replace(DEMO, ranks=1, puzzles=60_000, width=256, batch=512, steps=8000, lr=1e-3),
     "full": replace(
         DEMO,
         ranks=1,
@@ -714,10 +714,12 @@ def load_puzzles(data: str, limit: int) -> list[Puzzle]:
     place = (name, KEYS[:2], "test" if subset else "train", *subset)
     try:
         found = [import_link(data)] if "://" in data else [*map(read_puzzle, common.load_rows(*place))]
-    except (UserError, ValueError, KeyError, TypeError) as e:
+        playable = {
+            p.id: replace(p, solution=p.solution or proof(p)) for p in found if p.solution or proof(p)
+        }
+    except (UserError, ValueError, LookupError, TypeError) as e:
         hint = "the official sets were withdrawn in 2026, --data takes a local copy"
         raise UserError(printable(f"{data[:60]}: {str(e)[:200]} ({hint})")) from None
-    playable = {p.id: replace(p, solution=p.solution or proof(p)) for p in found if p.solution or proof(p)}
     if not playable:
         raise UserError(printable(f"{data[:60]}: puzzle has no proof ({found[0].id})"))
     return [*playable.values()][: limit or None]

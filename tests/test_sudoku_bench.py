@@ -487,12 +487,13 @@ def test_bad_input_is_one_line_before_anything_is_computed(run_main, tmp_path, w
 
 def test_puzzles_that_cannot_be_had_are_user_errors(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"puzzle_id": "a", "initial_board": "12", "rows": 4}\n')
-    empty = sb.link_of({"size": 4, "grid": [[{}] * 4] * 4})
+    empty = {"size": 4, "grid": [[{}] * 4] * 4}
     for data, words in (
         (tmp_path / "none.jsonl", "none.jsonl"),
         (tmp_path / "bad.jsonl", "as many digits and dots as cells"),
         ("https://sudokupad.app/abc", "no f-puzzles or fpuz link"),
-        (empty, "puzzle has no proof"),
+        (sb.link_of(empty), "puzzle has no proof"),
+        (sb.link_of(empty | {"odd": [{"cell": "R9C9"}]}), "not in list"),
     ):
         with pytest.raises(UserError, match=words):
             sb.load_puzzles(str(data), 0)
