@@ -714,15 +714,15 @@ def load_puzzles(data: str, limit: int) -> list[Puzzle]:
     place = (name, KEYS[:2], "test" if subset else "train", *subset)
     try:
         found = [import_link(data)] if "://" in data else [*map(read_puzzle, common.load_rows(*place))]
-        playable = {
-            p.id: replace(p, solution=p.solution or proof(p)) for p in found if p.solution or proof(p)
-        }
+        for p in found:
+            p.solution = proof(p) or p.solution
     except (UserError, ValueError, LookupError, TypeError) as e:
         hint = "the official sets were withdrawn in 2026, --data takes a local copy"
         raise UserError(printable(f"{data[:60]}: {str(e)[:200]} ({hint})")) from None
+    playable = [p for p in found if p.solution]
     if not playable:
         raise UserError(printable(f"{data[:60]}: puzzle has no proof ({found[0].id})"))
-    return [*playable.values()][: limit or None]
+    return playable[: limit or None]
 
 
 # --- protocols: prompts, how replies are read, what a reply does to the board ---
@@ -1315,6 +1315,8 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     if kind == "vanilla":
         tests = draw_splits(replace(cfg, puzzles=1))[1]
         found = {split: (1 / small.plain.double()).mean().item() for split, small in tests.items()}
+    if kind == "solver" and not all(map(proof, puzzles)):
+        run.print(printable(f"puzzle has no proof: {', '.join(p.id for p in puzzles if not proof(p))}"))
     ask = {"hf": hf_player, "http": http_player}.get(kind, simple_player)(name or kind, cfg, run)
     rows = evaluate(cfg, run, ask, [p for p in puzzles if kind != "solver" or proof(p)])
     for mode in cfg.modes:
