@@ -94,7 +94,7 @@ class Config(common.Config):
     tests: int = 200  # puzzles of each split
     width: int = 32  # of the state h of a cell
     iterations: int = 6  # T, of the shared block; tests run 2 T
-    steps: int = 900  # updates of a seed
+    steps: int = 600  # updates of a seed
     batch: int = 64  # puzzles an update, over all ranks
     lr: float = 3e-3  # AdamW, warm-up of 100 steps, then down to 0
 
