@@ -211,7 +211,6 @@ BOTH = ("ref", "robust")
     [
         ("multi_step", BOTH, box("r1c1: 2", "r1c2: 1"), "incorrect_placement", 1),
         ("multi_step", BOTH, box("r2c2: 2"), "action_execution_error", 0),
-        ("multi_step", BOTH, box("r1c1: 10"), "invalid_action_parsing", 0),
         ("multi_step", ["ref"], box("r1c1: 3") + box("r1c1: 2"), "incorrect_placement", 0),
         ("multi_step", ["robust"], box("r1c1: 3") + box("r1c1: 2"), "", 1),
         ("multi_step", ["robust"], box("r2c2: 1", "r1c1: 2"), "", 1),
