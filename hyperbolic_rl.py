@@ -37,7 +37,7 @@ Departures
   about sqrt n); in the demo with |w_i| about 1, as in Hyper++, since small ones first drive x to the border.
 - A minibatch has the same number of steps of each environment, so that ranks can share it.
 - Every --save_every steps all episodes start anew, so that resuming is exact. A time limit is an end.
-- Acting runs no power iteration: rollouts and updates see the same network.
+- PPO's acting runs no power iteration: rollouts and updates see the same network.
 - Rainbow (no public code): noise lies on normalised weights, not on biases; a lost life ends a training
   episode; the replay holds the whole run, 2.8 GB of stacked frames.
 - The demo's pictures are scaled up (gain): an encoder of spectral norm 1 cannot raise the norm of small ones.
@@ -86,6 +86,7 @@ class Config(common.Config):
     gain: float = 2.0  # pictures are floats in [-gain, gain]
     channels: tuple[int, ...] = (16,)  # of the IMPALA stacks
     features: int = 32  # of the last hidden layer (n)
+    flat_features: int = 64  # the same where they live in flat space
     geometry: Literal["flat", "ball", "hyperboloid"] = "ball"  # where they live
     spectral: bool = True  # spectral normalisation of all layers before the geometry
     rescale: bool = True  # features times 1 / sqrt n before exp_0
@@ -129,7 +130,7 @@ class Config(common.Config):
         make_envs(self, 1, slice(None), train=True)
 
 
-PLAIN = dict(geometry="flat", spectral=False, features=64)
+PLAIN = dict(geometry="flat", spectral=False)
 # a row of the table is the settings that it changes: the difference of two rows is an idea of the paper
 ROWS = {
     "S-RYM": {},
@@ -138,7 +139,7 @@ ROWS = {
     "naive": dict(spectral=False, rescale=False, relu=True),
     "Hyper++": dict(geometry="hyperboloid", spectral=False, bins=51, epochs=2),
     "S-RYM, n = 2": dict(features=2),
-    "euclidean, n = 2": PLAIN | dict(features=2),
+    "euclidean, n = 2": PLAIN | dict(flat_features=2),
     "S-RYM, one iteration": dict(steps=1),
 }
 DISC = "S-RYM, n = 2"  # the row that a picture shows
@@ -153,6 +154,7 @@ FULL = replace(
     gain=1.0,
     normals=0.01,
     channels=(16, 32, 32),
+    flat_features=256,
     lr=5e-4,
     steps=1526,  # 25 M steps
     rollout=256,
@@ -500,8 +502,9 @@ def make_envs(cfg: Config, count: int, mine: slice, train: bool) -> gymnasium.ve
     if kind == "atari":
         ale = common.need("ale_py", "atari")
         rules = dict(repeat_action_probability=0.0, use_fire_reset=False, autoreset_mode="SameStep")
+        train &= here == 1  # evaluation plays whole games for raw rewards
         try:
-            return ale.AtariVectorEnv(game, here, **rules, episodic_life=train, reward_clipping=train)
+            return ale.AtariVectorEnv(game, here, **rules, life_loss_info=train, reward_clipping=train)
         except AssertionError as e:
             raise UserError(f"--env {cfg.env}: {e}") from None
     raise UserError(f"--env {cfg.env}: tree, procgen:GAME or atari:GAME")
@@ -527,7 +530,7 @@ class Residual(nn.Module):
         return x + self.block(x)
 
 
-def make_body(shape: tuple[int, ...], cfg: Config) -> tuple[nn.Sequential, int]:
+def make_body(shape: tuple[int, ...], cfg: Config) -> tuple:
     """The convolutions for pictures (C, H, W), and how many numbers (B, F) they give."""
     inputs, layers = shape[0], []
     if cfg.body == "der":
@@ -546,7 +549,7 @@ class Tail(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, cfg: Config):
         super().__init__()
-        n = cfg.features
+        n = cfg.flat_features if cfg.geometry == "flat" else cfg.features
         self.hidden = nn.Linear(inputs, n)
         if cfg.geometry == "flat":
             self.place, self.last = nn.ReLU(), nn.Linear(n, outputs)
@@ -557,7 +560,9 @@ class Tail(nn.Module):
             self.place, self.last = ToHyperboloid(n), HyperboloidLayer(n, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.place(self.hidden(x)))
+        x = self.hidden(x).float()
+        with torch.autocast(x.device.type, enabled=False):
+            return self.last(self.place(x))
 
 
 class Net(nn.Module):
@@ -647,7 +652,7 @@ def value_loss(critic: Tensor, batch: Batch, cfg: Config) -> Tensor:
     return 0.5 * errors.mean()
 
 
-def ppo_loss(logits: Tensor, critic: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Tensor]:
+def ppo_loss(logits: Tensor, critic: Tensor, batch: Batch, cfg: Config) -> tuple:
     """Eq. (10): a network's outputs for the batch, whose advantages are normalised -> loss, entropy."""
     policy = Categorical(logits=logits, validate_args=False)
     ratio = (policy.log_prob(batch.action) - batch.logp).exp()
@@ -687,7 +692,7 @@ class Rollout(NamedTuple):
 
 
 @torch.no_grad()
-def play(net: nn.Module, envs, obs: np.ndarray, noise: Tensor, run: Run) -> tuple[Rollout, np.ndarray]:
+def play(net: nn.Module, envs, obs: np.ndarray, noise: Tensor, run: Run) -> tuple:
     """The policy's steps from `obs` with Gumbel noise (T, E, actions), and the observation after them."""
     steps = []
     net.eval()
@@ -716,7 +721,7 @@ def gumbel(*shape: int) -> Tensor:
     return -torch.empty(shape).exponential_().log()
 
 
-def train_ppo(cfg: Config, run: Run) -> dict[str, float]:
+def train_ppo(cfg: Config, run: Run) -> dict:
     """One cell of the table by PPO: play, advantages, epochs of minibatches; then what the claims compare."""
     device, share = run.device, cfg.envs // run.world_size
     mine = slice(run.rank * share, (run.rank + 1) * share)
@@ -725,7 +730,7 @@ def train_ppo(cfg: Config, run: Run) -> dict[str, float]:
     parallel = run.wrap(net)
     forward = torch.compile(parallel) if cfg.compile else parallel
     optimizer = RiemannianAdam(net.parameters(), cfg.lr, eps=cfg.adam_eps, fused=True)
-    columns, learning, obs = torch.arange(share, device=device), 0.0, None
+    columns, obs = torch.arange(share, device=device), None
 
     for step in run.steps(cfg.steps, net=net, optimizer=optimizer, scale={"moments": moments}):
         if obs is None or step % cfg.save_every == 0:  # as in a run that resumes here
@@ -756,15 +761,16 @@ def train_ppo(cfg: Config, run: Run) -> dict[str, float]:
                 norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.max_grad)
                 optimizer.step()
                 logs.append(torch.stack([loss, entropy, norm]).detach())
-        learning += time.process_time() - begin
+        learning = time.process_time() - begin
         logs = dict(zip(("loss", "entropy", "gradient"), torch.stack(logs).mean(0), strict=True))
         logs["reward"] = seen.reward.mean()
+        logs["learn_us"] = 1e6 * learning / (cfg.rollout * cfg.envs)
         if step % cfg.eval_every == 0 or step == cfg.steps - 1:
             logs |= measure_returns(sampled(net.eval(), run), cfg)
             logs |= measure_features(net, seen.obs, cfg, run)
         run.log(step, **logs)
 
-    return summary(cfg, run) | {"learn_us": 1e6 * learning / (cfg.steps * cfg.rollout * cfg.envs)}
+    return summary(cfg, run)
 
 
 # --- Rainbow ---
@@ -835,7 +841,7 @@ def rainbow_loss(net: nn.Module, target: nn.Module, batch: Transitions, atoms: T
     return -(wanted * log_probs(net, batch.obs)[each, batch.action]).sum(1)
 
 
-def train_rainbow(cfg: Config, run: Run) -> dict[str, float]:
+def train_rainbow(cfg: Config, run: Run) -> dict:
     """One cell of the table by Rainbow: act, store, learn; then what the claims compare."""
     device = run.device
     envs = make_envs(cfg, 1, slice(None), train=True)
@@ -862,7 +868,7 @@ def train_rainbow(cfg: Config, run: Run) -> dict[str, float]:
         action, before = act(obs), obs
         obs, reward, terminated, truncated, _ = envs.step(action)
         done = terminated | truncated | ((step + 1) % cfg.save_every == 0)
-        highest = replay.priority.max().clamp(min=1e-6)[None]
+        highest = replay.priority.max().clamp(min=1)[None]
         replay.add(obs=before, action=action, reward=np.float32(reward), done=done, priority=highest)
         # learn
         logs = {"reward": reward[0]}
@@ -901,7 +907,7 @@ def sampled(net: nn.Module, run: Run) -> Callable:
     return act
 
 
-def measure_returns(policy: Callable, cfg: Config) -> dict[str, float]:
+def measure_returns(policy: Callable, cfg: Config) -> dict:
     """Mean return on training levels, on others, and their difference; an episode of each environment."""
     found = {}
     for name in ("train", "test"):
@@ -911,7 +917,7 @@ def measure_returns(policy: Callable, cfg: Config) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure_features(net: nn.Module, obs: Tensor, cfg: Config, run: Run) -> dict[str, float]:
+def measure_features(net: nn.Module, obs: Tensor, cfg: Config, run: Run) -> dict:
     """Relative delta of features of pictures (T, E, ...), and the share of points beyond |x| = .99."""
     (tail,), pictures = net.tails, obs.flatten(0, 1)
     features = tail.hidden(net.read(pictures[torch.randperm(len(pictures))[: cfg.points]])).float()
@@ -932,12 +938,12 @@ def relative_delta(distance: Tensor, bases: int = 4, chunk: int = 16) -> Tensor:
     return 2 * torch.stack(found).mean() / distance.max()
 
 
-def read_metrics(folder: Path) -> list[dict]:
+def read_metrics(folder: Path) -> list:
     """The lines of a cell's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def summary(cfg: Config, run: Run) -> dict[str, float]:
+def summary(cfg: Config, run: Run) -> dict:
     """What was measured last; of PPO the mean gradient norm and the rank correlation of delta and return."""
     lines = read_metrics(run.folder)
     found = {k: v for k, v in lines[-1].items() if k not in ("step", "loss", "reward")}
@@ -948,7 +954,8 @@ def summary(cfg: Config, run: Run) -> dict[str, float]:
     if "delta" in found:
         pairs = [(line["delta"], line["test"]) for line in lines if "delta" in line]
         found["delta_rank"] = stats.spearmanr(*zip(*pairs, strict=True)).statistic
-        found["gradient"] = np.mean([line["gradient"] for line in lines])
+        for key in ("gradient", "learn_us"):
+            found[key] = np.mean([line[key] for line in lines])
     return found
 
 
