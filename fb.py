@@ -1,0 +1,900 @@
+"""FB-AWARE: zero-shot control by forward-backward representations, finer and from any offline data.
+
+Cetin, Touati, Ollivier, "Finer Behavioral Foundation Models via Auto-Regressive Features and Advantage
+Weighting", RLC 2025, arXiv 2412.04368.
+
+The claim. Forward-backward representations (FB) learn, from data without rewards, an optimal policy for every
+reward: code the reward into z, act by pi_z. But z is linear in the reward, which blurs it. Features that are
+computed block by block, each reading the coarser part of z, make the code nonlinear and keep FB's theorem.
+And on many offline data FB stays flat, until its policies are trained by advantage weighting.
+
+State s, next state s' ~ rho in the data, z of K blocks on the sphere of radius sqrt d; bars: slow copies;
+C codes an update, each shared by G transitions; E members of F.
+  eq. (1)  M^pi(s, a, X) = sum_t gamma^t Pr(s_{t+1} in X | s, a, pi) = F(s, a, z)^T B(s', z) rho(ds')  at pi_z
+           loss = sum_e [mean_{i != j} (F_e(i)^T B(j) - gamma_i mean_e' Fbar_e'(i')^T Bbar(j))^2 / 2
+           - mean_i F_e(i)^T B(i)],  where i is a transition, j a next state, B(i) that of i's own next state
+  eq. (2)  + mean_{i != j} (B(i)^T B(j))^2 / 2 - mean_i |B(i)|^2      orthonormal features: E[B B^T] = I
+  eq. (3)  B_k(s, z) = sqrt d_k b_k / |b_k|,  b_k a network of s and sqrt d_j z_j / |z_j|, j < k
+  eq. (4)  z_k = E_rho[r B_k(s', z)], k = 1..K; then z sqrt d / |z|    prompts: rewards, goals, demonstrations
+  eq. (5)  r_z(s') = B(s', z)^T E[B B^T]^-1 z                          a reward of which z is the code
+  eq. (6)  P(Q) = mean_e Q_e - c mean_{e != e'} |Q_e - Q_e'|,  Q_e = F_e(s, a, z)^T z
+  eq. (7)  TD3: loss = -mean P(Q(s, mu(s, z) + noise))
+  eq. (8)  A = mean_e Q_e(s, a, z) - mean_l P(Q(s, a_l, z)),  a_l ~ pi_z(s)
+  eq. (9)  p = softmax(A / beta) over the transitions of z,  w ~ p / (1 - p)     improved importance sampling
+  eq. (10) AW: loss = -sum w log N(a; mu(s, z), std)
+  eq. (11) evaluation sampling: the best of M actions by P(Q)
+
+How to run
+  python fb.py                                       the claim in miniature, with controls: two CPU cores
+  python fb.py --task goal:0.1,-0.05                 then: a prompt for what was trained, nothing is trained
+  python fb.py --config walker                       collects data on dm_control's walker, then stand, walk, run
+  torchrun --nproc_per_node=8 fb.py --config full --data exorl/walker/rnd     or mood.py's, D4RL, minari:ID
+
+What is known and what is ours. The paper's text was not at hand beyond abstract and captions, and its code is
+not public: sizes are those of Meta's public FB code; block normalisation, directions as input (eq. 3), codes
+shared by G transitions, eq. (9)'s form and its groups are ours. From that code: targets by the mean of F,
+pessimism in the actor only, log-density averaged over dimensions and without correction for the clamp.
+Part A of the demo gives the policies (shortest paths), so it tests the features alone.
+
+Reading order: ROWS, Backward, the losses, encode, update, train; train_grid.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium
+import mujoco.rollout
+import numpy as np
+import torch
+from dm_control.utils import rewards
+from torch import Tensor, nn
+from torch.nn import functional
+
+import common
+from common import Claim, EnsembleLinear, Run, UserError
+
+DOMAINS = {  # of dm_control, and their tasks
+    "walker": ["stand", "walk", "run"],
+    "cheetah": ["run", "walk", "walk_backward", "run_backward"],
+    "quadruped": ["walk", "run", "stand"],
+    "humanoid": ["stand", "walk", "run"],
+}
+
+
+@dataclass
+class Config(common.Config):
+    # task and data
+    env: str = (
+        "point_mass"  # ours, a domain of dm_control, or a gymnasium id for --data with rewards; or grid
+    )
+    data: str = (
+        ""  # folder of ExORL's layout (mood.py's, too), D4RL .hdf5 or minari:ID; empty: collected here
+    )
+    collect: int = 100  # episodes to collect without --data
+    task: str = ""  # prompt for what was trained before: walker_run, goal:x,y,... or demo:EPISODE.npz
+    seen: int = 2  # first coordinates of an observation, which B sees; 0: all
+    goals: int = 32  # of the point mass, drawn for each seed
+    side: int = 7  # of the grid
+    # representation
+    method: Literal["fb", "single", "still", "random"] = (
+        "fb"  # single: critics and an actor for each of --codes
+    )
+    dim: int = 16  # of z (d)
+    groups: int = 1  # blocks of z and B (K); 1: FB
+    codes: int = 8  # different z in an update (C)
+    pairs: Literal["full", "chunk"] = "chunk"  # next states that a z meets: all, or its own and `others`
+    others: int = 24  # how many more, with chunk
+    width: int = 64  # hidden units of F and actor
+    width_b: int = 64  # hidden units of each block of B
+    members: int = 2  # of F (E)
+    # learning
+    discount: float = 0.95  # gamma
+    ortho: float = 1.0  # weight of eq. (2)
+    goal_ratio: float = 0.8  # share of z that are codes of goals in the data; others are uniform
+    tau: float = 0.03  # share of the networks that the slow copies take up in an update
+    pessimism: float = 0.5  # c of eq. (6); with two members 0.5 is their minimum
+    std: float = 0.2  # of the policy
+    noise_clip: float = 0.3  # of the policy's noise, but for eqs. (8) and (11)
+    actor: Literal["td3", "aw"] = "td3"  # eq. (7) or (10)
+    beta: float = 1.0  # temperature of eq. (9)
+    per_code: bool = True  # eq. (9) over the transitions of a z; False: over all of the update
+    improved: bool = True  # eq. (9)'s 1 - p
+    samples: int = 1  # policy actions in eq. (8)
+    updates: int = 3000  # gradient updates
+    block: int = 50  # updates a step: their transitions are drawn together
+    batch: int = 128  # transitions an update
+    lr: float = 1e-3  # Adam, F and actor
+    lr_b: float = 1e-3  # Adam, B
+    # prompts and evaluation
+    prompt: int = 5000  # labelled next states that a reward is coded from
+    episodes: int = 10  # of a task
+    best_of: int = 1  # actions in evaluation sampling (M); 1: the mean action
+
+    def check(self):
+        super().check()
+        if self.share == "run":
+            raise UserError("--share run: these networks are small; ranks make cells (--share grid)")
+        for name, part in (("dim", "groups"), ("batch", "codes"), ("updates", "block")):
+            if getattr(self, name) % getattr(self, part):
+                raise UserError(f"--{name} must be a multiple of --{part}")
+        own = (*DOMAINS, "point_mass", "grid")
+        if self.env not in (*own, *gymnasium.registry):
+            raise UserError(f"--env {self.env}: no gymnasium id, nor one of {', '.join(own)}")
+        there = self.data.startswith("minari:") or Path(self.data).expanduser().exists()
+        if not (self.dry_run or (there if self.data else self.collect and self.env in own)):
+            raise UserError(
+                f"--data {self.data!r}: needs ExORL's folder of {self.env} or mood.py's, D4RL's .hdf5, minari:ID"
+            )
+
+
+GRID = dict(env="grid", dim=8, width_b=64, discount=0.9, updates=600, block=1, lr_b=3e-3)
+AW, ARE = dict(actor="aw"), dict(groups=2)
+SINGLE = dict(method="single", dim=1, codes=4, pairs="full", batch=512)
+# a row of the table is the settings that it changes: the difference of two rows is an idea of the paper
+ROWS = {
+    "FB": {},
+    "FB-AW": AW,
+    "FB-ARE": ARE,
+    "FB-AWARE": AW | ARE,
+    "TD3": SINGLE,
+    "TD3-AW": SINGLE | AW,
+    "hold still": dict(method="still"),
+    "random actions": dict(method="random"),
+    "grid: best linear": GRID | dict(method="still"),
+    "grid: FB": GRID,
+    "grid: FB-ARE": GRID | ARE,
+    "grid: FB-ARE, K = 4": GRID | dict(groups=4),
+    "FB, a z per transition": dict(codes=128, pairs="full"),
+}
+DEMO = Config(seeds=3, ranks=2, rows=tuple(ROWS)[:12], log_every=5, save_every=20)
+WALKER = replace(
+    DEMO, rows=("FB", "FB-AW", "FB-AWARE", "random actions"), seeds=1, env="walker",
+    seen=0, dim=32, width=256, width_b=128, discount=0.98, goal_ratio=0.5, tau=0.01, updates=10_000, batch=256, lr=3e-4, lr_b=3e-4, episodes=4,
+)  # fmt: skip
+CONFIGS = {
+    "smoke": replace(
+        DEMO, rows=tuple(ROWS), seeds=1, ranks=1, collect=6, width=16, width_b=8, updates=20, block=10,
+        prompt=1000, episodes=1, best_of=2, goals=4, side=3, log_every=1, save_every=1,
+    ),
+    "demo": DEMO,
+    "walker": WALKER,
+    "gpu": replace(DEMO, ranks=8, rows=tuple(ROWS)[:12], width=512, width_b=256, dim=48, pairs="full", updates=100_000, block=500),
+    "full": replace(
+        WALKER, ranks=1, rows=("FB", "FB-AW", "FB-ARE", "FB-AWARE", "TD3-AW", "random actions"),
+        seeds=5, collect=0, dim=100, codes=16, pairs="full", width=1024, width_b=256, updates=3_000_000,
+        block=500, batch=1024, lr=1e-4, lr_b=1e-4, prompt=50_000, episodes=10, save_every=200,
+    ),
+}  # fmt: skip
+LINEAR, AWARE = "grid: best linear", "FB-AWARE"
+CLAIMS = [
+    Claim(
+        "blocks explain successor measures that no linear code can", "error", "grid: FB-ARE", LINEAR, "lower"
+    ),
+    Claim("... while FB stays above that bound", "error", "grid: FB", LINEAR, "higher"),
+    Claim("... and so more goals are reached", "reached", "grid: FB-ARE", "grid: FB"),
+    Claim("advantage weighting earns more where FB stays flat", "goals", "FB-AW", "FB"),
+    Claim("... and ends nearer to the goals (m)", "distance", "FB-AW", "FB", "lower"),
+    Claim("... with blocks, too (m)", "distance", AWARE, "FB-ARE", "lower"),
+    Claim("... and for agents of a single task", "four", "TD3-AW", "TD3"),
+    Claim("blocks add to advantage weighting", "goals", AWARE, "FB-AW"),
+]
+
+
+# --- tasks ---
+
+
+def point_goals(cfg: Config) -> np.ndarray:
+    """Goals (goals, 2) in metres."""
+    return np.random.default_rng([cfg.seed, 1]).uniform(-0.25, 0.25, (cfg.goals, 2))
+
+
+def point_rewards(places: np.ndarray, cfg: Config) -> np.ndarray:
+    """For positions (n, 2), being within 15 mm of each goal: (goals, n)."""
+    distance = np.linalg.norm(places - point_goals(cfg)[:, None], axis=-1)
+    return rewards.tolerance(distance, (0, 0.015), 0.03)
+
+
+UNITS = np.array([0.15, 0.15, 0.05, 0.05])  # m, m/s
+
+
+class PointMass(gymnasium.vector.VectorEnv):
+    """dm_control's point mass under eight redundant thrusters, an environment for each goal of `tasks`.
+
+    Actions (n, 8) in [-1, 1] push by W a as far as they lie in the plane of W, drawn by the seed: others
+    stall, so data cover little of what an actor may try. Observations are position and velocity in units of
+    UNITS. A step takes 0.1 s; rewards count in the second half of `steps` and add up to 1 at most.
+    """
+
+    envs = ()
+
+    def __init__(self, cfg: Config, tasks: list[int], steps: int = 120):
+        from dm_control.suite import point_mass
+
+        self.cfg, self.tasks, self.num_envs, self.steps = cfg, tasks, len(tasks), steps
+        self.model = mujoco.MjModel.from_xml_string(*point_mass.get_model_and_assets())
+        self.thrusters = np.linalg.qr(np.random.default_rng(cfg.seed).standard_normal((8, 2)))[0].T
+
+    def reset(self, *, seed=None, options=None):
+        places = np.random.default_rng(seed).uniform(-0.25, 0.25, (self.num_envs, 2))
+        self.state, self.age = np.pad(places, ((0, 0), (1, 2))), 0  # time, position, velocity
+        return np.float32(self.state[:, 1:] / UNITS), {}
+
+    def step(self, actions):
+        force = actions @ self.thrusters.T
+        off = np.square(actions - force @ self.thrusters).sum(1, keepdims=True)
+        control = (np.clip(force, -1, 1) * np.exp(-off / 0.25))[:, None].repeat(5, 1)
+        data = [mujoco.MjData(self.model)]
+        self.state = mujoco.rollout.rollout(self.model, data, self.state, control)[0][:, -1]
+        self.age += 1
+        reward = point_rewards(self.state[:, 1:3], self.cfg)[self.tasks, range(self.num_envs)]
+        reward *= 2 * (self.age > self.steps / 2) / self.steps
+        over = np.full(self.num_envs, self.age == self.steps)
+        return np.float32(self.state[:, 1:] / UNITS), reward, over & False, over, {}
+
+
+D4RL = {  # returns of a random and of an expert policy, as published with D4RL
+    "HalfCheetah-v4": (-280.178953, 12135.0),
+    "Hopper-v4": (-20.272305, 3234.3),
+    "Walker2d-v4": (1.629008, 4592.3),
+}
+OWN_TASKS = {  # what dm_control's suite does not have: a quantity, and how much of it earns 1, less in proportion
+    "cheetah_walk": (lambda physics: physics.speed(), 2),
+    "cheetah_walk_backward": (lambda physics: -physics.speed(), 2),
+    "cheetah_run_backward": (lambda physics: -physics.speed(), 10),
+    "quadruped_stand": (lambda physics: (physics.torso_upright() + 1) / 2, 1),
+}
+
+
+class DmTask(common.DmControl):
+    """A task of dm_control, or one of ours on its domain."""
+
+    def __init__(self, domain: str, task: str):
+        quantity, full = OWN_TASKS.get(f"{domain}_{task}", (None, 0))
+        super().__init__(domain, "run" if quantity else task)
+        if quantity:
+            shape = dict(bounds=(full, math.inf), margin=full, sigmoid="linear", value_at_margin=0)
+            self.env.task.get_reward = lambda physics: rewards.tolerance(quantity(physics), **shape)
+
+
+def task_names(cfg: Config) -> list[str]:
+    """All tasks of the environment."""
+    if cfg.env == "point_mass":
+        return [f"goal {i}" for i in range(cfg.goals)]
+    return DOMAINS.get(cfg.env, ["reward"])
+
+
+def make_envs(cfg: Config, tasks: list[str], count: int) -> gymnasium.vector.VectorEnv:
+    """`count` environments of each task, one task after the other."""
+    tasks = [task for task in tasks for _ in range(count)]
+    if cfg.env == "point_mass":
+        return PointMass(cfg, [task_names(cfg).index(task) for task in tasks])
+    if cfg.env in DOMAINS:
+        return gymnasium.vector.SyncVectorEnv([functools.partial(DmTask, cfg.env, task) for task in tasks])
+
+    def make() -> gymnasium.Env:
+        env = gymnasium.wrappers.FlattenObservation(gymnasium.make(cfg.env))
+        return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+    return gymnasium.vector.SyncVectorEnv([make] * len(tasks))
+
+
+def roll(envs, policy: Callable, seed: int) -> tuple[np.ndarray, ...]:
+    """An episode of each of n environments: returns (n,), observations (T, n, o), actions (T, n, m), physics.
+
+    Physics (T, n, p) are dm_control's alone.
+    """
+    steps = []
+
+    def recorded(obs: np.ndarray) -> np.ndarray:
+        physics = np.array([env.env.physics.get_state() for env in envs.envs if isinstance(env, DmTask)])
+        steps.append((obs.copy(), policy(obs), physics.reshape(len(obs), -1)))
+        return steps[-1][1]
+
+    returns = common.evaluate_policy(envs, recorded, seed)
+    return returns, *map(np.stack, zip(*steps, strict=True))
+
+
+# --- data ---
+
+
+class Data(NamedTuple):
+    """n transitions on the device, and all that load_episodes read."""
+
+    s: Tensor  # (n, o)
+    a: Tensor  # (n, m)
+    next_s: Tensor  # (n, o)
+    live: Tensor  # (n,) 1 - terminated
+    raw: dict[str, Tensor]
+
+
+def load_data(cfg: Config, run: Run) -> Data:
+    """The transitions of --data, or of episodes that are collected once a seed."""
+    collect = collect_springs if cfg.env == "point_mass" else collect_gaits
+    source = cfg.data or str(run.once(f"data {cfg.env}", collect))
+    raw = common.load_episodes(source)
+    if raw["action"].abs().max() > 1.001:
+        raise UserError(f"{source}: actions reach {raw['action'].abs().max():.4g}, beyond [-1, 1]")
+    columns = raw["observation"], raw["action"], raw["next_observation"], 1 - raw["terminated"][:, 0]
+    return Data(*(x.to(run.device) for x in columns), raw)
+
+
+def label(raw: dict[str, Tensor], rows: Tensor, cfg: Config) -> Tensor:
+    """Rewards of all tasks at the next states of `rows` (n,): (tasks, n)."""
+    if cfg.env == "point_mass":
+        places = raw["next_observation"][rows, :2].numpy() * UNITS[:2]
+        return torch.from_numpy(point_rewards(places, cfg)).float()
+    if cfg.env not in DOMAINS:
+        return raw["reward"][rows].T
+    if "physics" not in raw:
+        raise UserError(f"{cfg.data}: no physics to compute rewards from; --task goal: and demo: need none")
+    envs = [DmTask(cfg.env, name) for name in task_names(cfg)]
+    physics, found = envs[0].env.physics, []
+    for state, action in zip(raw["physics"][rows].numpy(), raw["action"][rows].numpy(), strict=True):
+        physics.set_state(state)
+        physics.set_control(envs[0].low + (action + 1) / 2 * envs[0].span)  # humanoids pay for it
+        physics.forward()
+        found.append([float(np.squeeze(env.env.task.get_reward(physics))) for env in envs])
+    return torch.tensor(found).T
+
+
+def collect_springs(run: Run):
+    """Episodes of the point mass, 500 steps: springs of random stiffness pull to goals that change."""
+    cfg, rng = run.cfg, np.random.default_rng(run.cfg.seed)
+    envs = PointMass(cfg, [0] * cfg.collect, steps=501)
+    stiffness, goals = rng.uniform(2, 20, (cfg.collect, 1)), rng.uniform(-0.28, 0.28, (cfg.collect, 2))
+
+    def policy(obs: np.ndarray) -> np.ndarray:
+        change = rng.random(stiffness.shape) < 0.02
+        goals[:] = np.where(change, rng.uniform(-0.28, 0.28, goals.shape), goals)
+        place, velocity = np.split(obs * UNITS, 2, 1)
+        force = np.clip(stiffness * (goals - place) - 2 * velocity, -1, 1) + rng.normal(0, 0.3, goals.shape)
+        return np.clip(force @ envs.thrusters + rng.normal(0, 0.05, (cfg.collect, 8)), -1, 1)
+
+    write_episodes(run.folder, *roll(envs, policy, cfg.seed + 10**6))
+
+
+def collect_gaits(run: Run):
+    """Episodes of a domain of dm_control, 1000 steps: c + A sin(f t + phi) in each joint, drawn anew, and noise."""
+    cfg, rng, time = run.cfg, np.random.default_rng(run.cfg.seed), itertools.count()
+    envs = make_envs(cfg, task_names(cfg)[:1], cfg.collect)
+    shape, pace = envs.action_space.shape, rng.uniform(0.05, 0.5, (cfg.collect, 1))
+    centre, size, phase = rng.uniform(-0.5, 0.5, shape), rng.random(shape), rng.uniform(0, 7, shape)
+
+    def policy(obs: np.ndarray) -> np.ndarray:
+        wave = centre + size * np.sin(pace * next(time) + phase)
+        return np.clip(wave + rng.normal(0, 0.2, shape), -1, 1)
+
+    write_episodes(run.folder, *roll(envs, policy, cfg.seed + 10**6))
+
+
+def write_episodes(folder: Path, _, obs: np.ndarray, action: np.ndarray, physics: np.ndarray):
+    """What `roll` returns, in ExORL's layout: row t of an action belongs to t - 1 -> t, row 0 to nothing."""
+    rows = dict(observation=obs, action=np.roll(action, 1, 0), physics=physics)
+    rows |= dict(reward=np.zeros(obs.shape[:2]), discount=np.ones(obs.shape[:2]))
+    for i in range(obs.shape[1]):
+        np.savez(folder / f"{i:06d}_{len(obs) - 1}.npz", **{key: x[:, i] for key, x in rows.items()})
+
+
+# --- networks, with a leading axis of members ---
+
+
+def norm(width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, elementwise_affine=False)  # gains would be those of all members
+
+
+class TwoStreams(nn.Module):
+    """Two inputs embedded apart, then read together: (members, B, left), (members, B, right) -> outputs."""
+
+    def __init__(self, members: int, left: int, right: int, outputs: int, width: int):
+        super().__init__()
+        self.embed, half = nn.ModuleList(), width // 2
+        for inputs in (left, right):
+            first, second = EnsembleLinear(members, inputs, width), EnsembleLinear(members, width, half)
+            self.embed.append(nn.Sequential(first, norm(width), nn.Tanh(), second, nn.ReLU()))
+        first, last = EnsembleLinear(members, 2 * half, width), EnsembleLinear(members, width, outputs)
+        self.head = nn.Sequential(first, nn.ReLU(), last)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.head(torch.cat([self.embed[0](left), self.embed[1](right)], -1))
+
+
+def sphere(z: Tensor) -> Tensor:
+    """z (..., d) on the sphere of radius sqrt d; 0 stays 0."""
+    return math.sqrt(z.shape[-1]) * functional.normalize(z, dim=-1)
+
+
+class Backward(nn.Module):
+    """B of eq. (3), K networks in one: block k reads the state and the directions of z's blocks before k.
+
+    Directions alone: B(s, c z) = B(s, z), so that a reward's scale changes nothing but the scale of its code.
+    """
+
+    def __init__(self, inputs: int, cfg: Config):
+        super().__init__()
+        groups, width, part = cfg.groups, cfg.width_b, cfg.dim // cfg.groups
+        self.groups, self.dim = groups, cfg.dim
+        self.first = EnsembleLinear(groups, inputs, width)
+        nn.init.normal_(self.first.bias)  # the norm would leave but the direction of a state
+        if groups > 1:
+            self.code = nn.Parameter(torch.randn(groups, cfg.dim, width) / math.sqrt(cfg.dim))
+            before = torch.ones(groups, groups).tril(-1).repeat_interleave(part, 1)
+            self.register_buffer("before", before[:, None])  # (K, 1, d): 1 for the blocks before k
+        second, last = EnsembleLinear(groups, width, width), EnsembleLinear(groups, width, part)
+        self.rest = nn.Sequential(norm(width), nn.Tanh(), second, nn.ReLU(), last)
+
+    def forward(self, s: Tensor, z: Tensor) -> Tensor:
+        """s (C, J, o), or (1, J, o) for states that all codes meet, and z (C, d) -> (C, J, d); K = 1: (1, J, d).
+
+        The first layer is a sum over state and code, each computed once.
+        """
+        h = self.first(s.flatten(0, 1).expand(self.groups, -1, -1)).unflatten(1, s.shape[:2])
+        if self.groups > 1:
+            direction = sphere(z.unflatten(-1, (self.groups, -1))).flatten(-2)
+            h = h + ((direction * self.before) @ self.code)[:, :, None]
+        b = sphere(self.rest(h.flatten(1, 2))).unflatten(1, (-1, s.shape[1]))
+        return b.permute(1, 2, 0, 3).flatten(2)
+
+
+class Agent(nn.Module):
+    """F, B, their slow copies, and the actor. Rows are (C, G, ...): G transitions for each of C codes z (C, d).
+
+    Agents of a single task are the same with networks of their own for each task, z = 1 and Q = F (d = 1).
+    """
+
+    def __init__(self, cfg: Config, obs: int, actions: int):
+        super().__init__()
+        self.members, self.own = cfg.members, cfg.codes if cfg.method == "single" else 1
+        sizes = obs + cfg.dim, obs + actions, cfg.dim, cfg.width
+        self.forward_map = TwoStreams(cfg.members * self.own, *sizes)
+        self.backward_map = Backward(cfg.seen or obs, cfg)
+        self.actor = TwoStreams(self.own, obs + cfg.dim, obs, actions, cfg.width)
+        self.slow_forward = copy.deepcopy(self.forward_map).requires_grad_(False)
+        self.slow_backward = copy.deepcopy(self.backward_map).requires_grad_(False)
+
+    def rows(self, s: Tensor, more: Tensor) -> Tensor:
+        """(C, G, o) and (C, G or 1, ...) side by side, for the networks they go to: (own, C G / own, ...)."""
+        rows = torch.cat([s, more.expand(-1, s.shape[1], -1)], -1)
+        return rows.reshape(self.own, -1, rows.shape[-1])
+
+    def mean(self, s: Tensor, z: Tensor) -> Tensor:
+        """Mean action: (C, G, o), (C, d) -> (C, G, m)."""
+        right = s.reshape(self.own, -1, s.shape[-1])
+        return self.actor(self.rows(s, z[:, None]), right).view(*s.shape[:2], -1).tanh()
+
+    def features(self, net: nn.Module, s: Tensor, a: Tensor, z: Tensor) -> Tensor:
+        """F(s, a, z) by `net`, forward_map or its slow copy: (E, C, G, d)."""
+        inputs = (x.repeat(self.members, 1, 1) for x in (self.rows(s, z[:, None]), self.rows(s, a)))
+        return net(*inputs).view(self.members, *s.shape[:2], -1)
+
+    def q(self, s: Tensor, a: Tensor, z: Tensor) -> Tensor:
+        """Q = F^T z: (E, C, G)."""
+        return (self.features(self.forward_map, s, a, z) * z[:, None]).sum(-1)
+
+
+# --- the equations ---
+
+
+class Batch(NamedTuple):
+    """G transitions for each of C codes, and next states for eq. (1) and for codes of goals, as B sees them."""
+
+    s: Tensor  # (C, G, o)
+    a: Tensor  # (C, G, m)
+    next_s: Tensor  # (C, G, o)
+    live: Tensor  # (C, G)
+    met: Tensor  # (C, J, seen), or (1, J, seen) for all codes
+    own: Tensor  # (C, G, J) which of them is the transition's own next state
+    goal: Tensor  # (C, 1, seen)
+
+
+def measure(f: Tensor, b: Tensor) -> Tensor:
+    """Density F^T B of the successor measure: (E, C, G, d), (C or 1, J, d) -> (E, C, G, J)."""
+    return torch.einsum("ecgd,cjd->ecgj", f, b)
+
+
+def fb_loss(m: Tensor, target: Tensor, discount: Tensor, own: Tensor) -> Tensor:
+    """Eq. (1): m (E, C, G, J), target (C, G, J), gamma_i (C, G), own next states (C, G, J) -> ().
+
+    Other next states j are independent samples of rho; the own one carries the term that is linear in m.
+    """
+    error = (m - discount[..., None] * target).masked_fill(own, 0.0)
+    pairs = own.numel() * (1 - 1 / own.shape[-1])
+    diagonal = (m * own).sum() / own[..., 0].numel()
+    return 0.5 * error.square().sum() / pairs - diagonal
+
+
+def ortho_loss(b: Tensor) -> Tensor:
+    """Eq. (2), the mean over codes: (C, J, d) -> ()."""
+    count = b.shape[1]
+    gram = b @ b.mT
+    off = gram.masked_fill(torch.eye(count, dtype=torch.bool, device=b.device), 0.0)
+    return 0.5 * off.square().sum() / (len(b) * count * (count - 1)) - b.square().sum(-1).mean()
+
+
+def encode(backward: Backward, states: Tensor, reward: Tensor) -> Tensor:
+    """Eq. (4), before it is projected: states (C or 1, J, seen), rewards (C, J) -> z (C, d).
+
+    A goal is a reward of 1 at one state, a demonstration at each of its states. A block depends on those
+    before it only, so pass k settles block k, and after K passes z = mean_j r_j B(s_j, z) holds exactly.
+    """
+    z = states.new_zeros(len(reward), backward.dim)
+    for _ in range(backward.groups):
+        parts = zip(states.split(500, 1), reward.split(500, 1), strict=True)  # bounds the memory
+        z = sum((r[:, None] @ backward(s, z))[:, 0] for s, r in parts) / reward.shape[1]
+    return z
+
+
+def decode(b: Tensor, z: Tensor) -> Tensor:
+    """Eq. (5): the reward (J,) at states with features B(s, z) (J, d), of which z (d,) is the code."""
+    covariance = b.mT @ b / len(b) + 1e-4 * torch.eye(len(z), dtype=b.dtype, device=b.device)
+    return b @ torch.linalg.solve(covariance, z)
+
+
+@torch.no_grad()
+def sample_z(backward: Backward, goal: Tensor, cfg: Config) -> Tensor:
+    """Codes to train on: of goals (C, 1, seen) in a share of goal_ratio, else uniform on the sphere: (C, d)."""
+    uniform = torch.randn(len(goal), cfg.dim, device=goal.device)
+    coded = encode(backward, goal, torch.ones_like(goal[..., 0]))
+    return sphere(torch.where(torch.rand_like(uniform[:, :1]) < cfg.goal_ratio, coded, uniform))
+
+
+def pessimistic(q: Tensor, c: float) -> Tensor:
+    """P of eq. (6): mean over members minus c times their mean |difference| of two: (E, ...) -> (...)."""
+    n = len(q)
+    return q.mean(0) - c * (q[:, None] - q).abs().sum((0, 1)) / max(1, n * (n - 1))
+
+
+def noisy(mean: Tensor, std: float, clip: float = math.inf) -> Tensor:
+    """mean + clipped noise, kept in [-1, 1]; the gradient passes as if it were not."""
+    a = mean + (std * torch.randn_like(mean)).clamp(-clip, clip)
+    return a + (a.clamp(-1, 1) - a).detach()
+
+
+@torch.no_grad()
+def advantage(agent: nn.Module, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
+    """Eq. (8), data's and policy's actions in one pass: (C, G)."""
+    n = cfg.samples
+    drawn = noisy(agent.mean(batch.s, z).repeat(1, n, 1), cfg.std)
+    q = agent.q(batch.s.repeat(1, 1 + n, 1), torch.cat([batch.a, drawn], 1), z).unflatten(-1, (1 + n, -1))
+    return q[..., 0, :].mean(0) - pessimistic(q[..., 1:, :], cfg.pessimism).mean(-2)
+
+
+def advantage_weights(advantage: Tensor, cfg: Config) -> Tensor:
+    """Eq. (9): (C, G) -> (C, G), of sum 1."""
+    logits = advantage / cfg.beta if cfg.per_code else advantage.reshape(1, -1) / cfg.beta
+    log_p = logits.log_softmax(-1)
+    if cfg.improved:
+        log_p = (log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))).log_softmax(-1)
+    return log_p.exp().view_as(advantage) / len(logits)
+
+
+def by_advantage(agent: nn.Module, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
+    """Eq. (10) but for a constant, the mean over dimensions; no gradient of Q, which may be wrong off the data."""
+    weight = advantage_weights(advantage(agent, batch, z, cfg), cfg)
+    squares = (batch.a - agent.mean(batch.s, z)).square().mean(-1)
+    return (weight * squares).sum() / (2 * cfg.std**2)
+
+
+def by_critic(agent: nn.Module, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
+    """Eq. (7)."""
+    action = noisy(agent.mean(batch.s, z), cfg.std, cfg.noise_clip)
+    return -pessimistic(agent.q(batch.s, action, z), cfg.pessimism).mean()
+
+
+ACTOR_LOSS = {"td3": by_critic, "aw": by_advantage}
+
+
+# --- training ---
+
+
+def index_shape(cfg: Config) -> tuple[int, int]:
+    """For each code: one transition that ends at a goal, G to learn from, others whose next states it meets."""
+    return cfg.codes, 1 + cfg.batch // cfg.codes + cfg.others * (cfg.pairs == "chunk")
+
+
+def gather(data: Data, index: Tensor, cfg: Config) -> Batch:
+    """Transitions of numbers (C, 1 + G + others)."""
+    place = torch.arange(index.numel(), device=index.device).view_as(index)
+    mine = place[:, 1 : 1 + cfg.batch // cfg.codes]
+    met = place[:, 1:] if cfg.pairs == "chunk" else mine.reshape(1, -1)
+    rows, index = index.flatten()[mine], index.flatten()
+    states, goal = (data.next_s[index[i], : cfg.seen or None] for i in (met, place[:, :1]))
+    own = mine[..., None] == met[:, None]
+    return Batch(data.s[rows], data.a[rows], data.next_s[rows], data.live[rows], states, own, goal)
+
+
+def representation_loss(agent: Agent, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
+    """Eqs. (1) and (2) on a batch."""
+    with torch.no_grad():
+        action = noisy(agent.mean(batch.next_s, z), cfg.std, cfg.noise_clip)
+        slow = agent.features(agent.slow_forward, batch.next_s, action, z).mean(0, keepdim=True)
+        target = measure(slow, agent.slow_backward(batch.met, z))[0]
+    b = agent.backward_map(batch.met, z)
+    m = measure(agent.features(agent.forward_map, batch.s, batch.a, z), b)
+    return fb_loss(m, target, cfg.discount * batch.live, batch.own) + cfg.ortho * ortho_loss(b)
+
+
+def critic_loss(agent: Agent, batch: Batch, z: Tensor, reward: Tensor, cfg: Config) -> Tensor:
+    """TD3's, for agents of a single task: squared errors to r + gamma P(Q'(s', a')), reward (C, G)."""
+    with torch.no_grad():
+        action = noisy(agent.mean(batch.next_s, z), cfg.std, cfg.noise_clip)
+        future = agent.features(agent.slow_forward, batch.next_s, action, z)[..., 0]
+        y = reward + cfg.discount * batch.live * pessimistic(future, cfg.pessimism)
+    return 0.5 * (agent.q(batch.s, batch.a, z) - y).square().mean(-1).sum()
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+    """One step on the optimizer's parameters; nothing else gets a gradient, F none from the actor's loss."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+        p.grad = gradient
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def learn(agent: Agent, data: Data, cfg: Config, run: Run, stage: str = ""):
+    """The training loop: without rewards, but for agents of a single task."""
+    more = dict(lr=cfg.lr, fused=True, capturable=run.device.type == "cuda")
+    slower = dict(params=agent.backward_map.parameters(), lr=cfg.lr_b)
+    maps = torch.optim.Adam([dict(params=agent.forward_map.parameters()), slower], **more)
+    actor = torch.optim.Adam(agent.actor.parameters(), **more)
+    if cfg.method == "single":
+        earned = label(data.raw, torch.arange(len(data.s)), cfg)[: cfg.codes].to(run.device)
+
+    def update(index: Tensor) -> dict[str, Tensor]:
+        batch = gather(data, index, cfg)
+        if cfg.method == "single":
+            z = torch.ones(cfg.codes, 1, device=run.device)
+            loss = descend(maps, critic_loss(agent, batch, z, earned.gather(1, index[:, 1:]), cfg))
+        else:
+            z = sample_z(agent.backward_map, batch.goal, cfg)
+            loss = descend(maps, representation_loss(agent, batch, z, cfg))
+        actor_loss = descend(actor, ACTOR_LOSS[cfg.actor](agent, batch, z, cfg))
+        common.soft_update(agent.slow_forward, agent.forward_map, cfg.tau)
+        common.soft_update(agent.slow_backward, agent.backward_map, cfg.tau)
+        return {"loss": loss, "actor_loss": actor_loss}
+
+    update = common.graphed(update)  # on a GPU one CUDA graph
+    for step in run.steps(cfg.updates // cfg.block, stage, agent=agent, maps=maps, actor=actor):
+        for index in torch.randint(len(data.s), (cfg.block, *index_shape(cfg)), device=run.device):
+            losses = update(index)
+        run.log(step, **losses)
+    run.speed["updates_per_s"] = cfg.block * run.speed[f"{stage} steps_per_s".strip()]
+
+
+def train(cfg: Config, run: Run) -> dict[str, float]:
+    """One cell of the table: learn, code the tasks' rewards, act."""
+    if cfg.env == "grid":
+        return train_grid(cfg, run)
+    data, names = load_data(cfg, run), task_names(cfg)
+    if cfg.method in ("still", "random"):
+        size, width = float(cfg.method == "random"), data.a.shape[1]
+        return evaluate(lambda obs: size * np.random.uniform(-1, 1, (len(obs), width)), names, cfg, run)
+    agent = make_agent(data, cfg)
+    learn(agent, data, cfg, run)
+    torch.save(agent.state_dict(), run.folder / "agent.pt")
+    if cfg.method == "fb":
+        z = prompt(agent, data, cfg)
+    else:
+        z, names = torch.ones(cfg.codes, 1, device=run.device), names[: cfg.codes]
+    found = {}
+    for count in {cfg.best_of, 1}:
+        numbers = evaluate(make_policy(agent, z, count, cfg), names, cfg, run)
+        found |= {name + f", best of {count}" * (count > 1): x for name, x in numbers.items()}
+    return found
+
+
+def make_agent(data: Data, cfg: Config) -> Agent:
+    return Agent(cfg, data.s.shape[1], data.a.shape[1]).to(data.s.device)
+
+
+# --- acting and evaluation ---
+
+
+@torch.no_grad()
+def prompt(agent: Agent, data: Data, cfg: Config) -> Tensor:
+    """Codes of all tasks, from their rewards at some states of the data: (tasks, d)."""
+    rows = torch.randperm(len(data.s))[: cfg.prompt]
+    reward = label(data.raw, rows, cfg)
+    for name, row in zip(task_names(cfg), reward, strict=True):
+        if not row.any():
+            raise UserError(f"{name}: no reward at any of {len(rows)} states; --prompt takes more of them")
+    states = data.next_s[rows.to(data.s.device)][None, :, : cfg.seen or None]
+    return sphere(encode(agent.backward_map, states, reward.to(data.s.device)))
+
+
+@torch.no_grad()
+def act(agent: Agent, s: Tensor, z: Tensor, count: int, cfg: Config) -> Tensor:
+    """Mean action, or by eq. (11) the best of `count` by P(Q), noise not clipped: (C, G, o) -> (C, G, m)."""
+    mean = agent.mean(s, z)
+    if count == 1:
+        return mean
+    a = noisy(mean.repeat(1, count, 1), cfg.std)
+    q = pessimistic(agent.q(s.repeat(1, count, 1), a, z), cfg.pessimism).unflatten(1, (count, -1))
+    best = q.argmax(1)[:, None, :, None].expand(-1, -1, -1, a.shape[-1])
+    return a.unflatten(1, (count, -1)).gather(1, best)[:, 0]
+
+
+def make_policy(agent: Agent, z: Tensor, count: int, cfg: Config) -> Callable:
+    """From observations (n, o) to actions (n, m), for n / C environments of each of the codes z (C, d)."""
+
+    def policy(obs: np.ndarray) -> np.ndarray:
+        s = torch.as_tensor(obs, dtype=torch.float32, device=z.device).unflatten(0, (len(z), -1))
+        return act(agent, s, z, count, cfg).flatten(0, 1).cpu().numpy()
+
+    return policy
+
+
+def evaluate(policy: Callable, names: list[str], cfg: Config, run: Run) -> dict[str, float]:
+    """Mean return of each task, normalised where D4RL does; from the same starts for all rows.
+
+    On the point mass means over goals, `four` over those that agents of a single task learn, and the mean
+    distance (m) to the goal at the end.
+    """
+    returns, obs, *_ = roll(make_envs(cfg, names, cfg.episodes), policy, cfg.seed)
+    returns = returns.reshape(len(names), -1).mean(1)
+    if cfg.env != "point_mass":
+        low, high = D4RL.get(cfg.env, (0.0, 100.0))
+        return {name: 100 * (x - low) / (high - low) for name, x in zip(names, returns, strict=True)}
+    places = obs[..., :2].reshape(len(obs), len(names), -1, 2) * UNITS[:2]
+    np.save(run.folder / "places.npy", places[:, :4])
+    away = np.linalg.norm(places[-1] - point_goals(cfg)[: len(names), None], axis=-1)
+    return {"goals": returns.mean(), "distance": away.mean(), "four": returns[:4].mean()}
+
+
+def answer(cfg: Config, run: Run):
+    """--task: act by a prompt with the finished agent of a row, the one of --rows; nothing is trained."""
+    row = cfg.rows[0] if len(cfg.rows) == 1 else "FB-AW"
+    cfg = run.cfg = replace(cfg, **ROWS.get(row, {}))
+    file = run.root / common.slug(f"{row}-s{cfg.seed}") / "agent.pt"
+    if not file.is_file() or cfg.method != "fb":
+        raise UserError(f"--task: no {file}; first run without --task, then name one of its FB --rows")
+    data, names = load_data(cfg, run), task_names(cfg)
+    agent = make_agent(data, cfg)
+    agent.load_state_dict(torch.load(file, map_location=run.device, weights_only=True))
+    task, n = cfg.task.removeprefix(f"{cfg.env}_"), cfg.seen or data.s.shape[1]
+    kind, _, what = task.partition(":")
+    if task in names:
+        z = prompt(agent, data, cfg)[[names.index(task)]]
+        return run.print(f"{task}: {evaluate(make_policy(agent, z, cfg.best_of, cfg), [task], cfg, run)}")
+    if kind not in ("goal", "demo"):
+        raise UserError(f"--task {task}: there are {', '.join(names)}, goal: with {n} numbers, demo:FILE.npz")
+    try:
+        found = next(common.read_exorl(Path(what)))[0][:, :n] if kind == "demo" else [what.split(",")]
+        states = torch.tensor(np.array(found, np.float32), device=run.device)
+        z = sphere(encode(agent.backward_map, states[None], torch.ones(1, len(states), device=run.device)))
+    except (OSError, ValueError, RuntimeError) as e:
+        raise UserError(f"--task {cfg.task}: {e}") from None
+    _, obs, *_ = roll(
+        make_envs(cfg, names[:1], cfg.episodes), make_policy(agent, z, cfg.best_of, cfg), cfg.seed
+    )
+    away = torch.cdist(torch.from_numpy(obs[-1, :, :n]), states.cpu()).amin(1).mean()
+    run.print(f"{cfg.task}: {away:.3f} from it at the end, over {cfg.episodes} episodes")
+
+
+# --- part A: exact measures on a grid ---
+
+
+def grid_world(side: int, discount: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Cells (S, 2), the next cell (S, 5) after staying or a step, and measures (S, 5 S, S) of shortest paths.
+
+    A measure is the exact density P (I - gamma P_pi)^-1 / rho of the policy towards cell g, rho uniform.
+    """
+    place = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    moves, cells = torch.tensor([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]]), len(place)
+    following = (place[:, None] + moves).clamp(0, side - 1) @ torch.tensor([side, 1])
+    step = functional.one_hot(following, cells).float()  # P (S, 5, S)
+    best = torch.cdist(place.float(), place.float(), 1)[following].argmin(1)  # action (s, g)
+    policy = step[torch.arange(cells)[:, None], best].transpose(0, 1)  # P_pi (g, s, s')
+    inverse = torch.linalg.inv(torch.eye(cells) - discount * policy)
+    return place, following, cells * step.flatten(0, 1) @ inverse
+
+
+def best_forward(b: Tensor, m: Tensor) -> Tensor:
+    """The F (C, SA, d) that minimises eq. (1) for features B (C, S, d): M B / S times the inverse covariance."""
+    covariance = b.mT @ b / b.shape[1] + 1e-4 * torch.eye(b.shape[-1])
+    return torch.linalg.solve(covariance, (m @ b / b.shape[1]).mT).mT
+
+
+def grid_error(f: Tensor, b: Tensor, m: Tensor) -> Tensor:
+    """|F B^T - M|^2 / |M|^2, the mean over codes."""
+    return ((f @ b.mT - m).square().sum((1, 2)) / m.square().sum((1, 2))).mean()
+
+
+def linear_bound(m: Tensor, dim: int) -> float:
+    """The least grid_error of any features that do not see z, by the spectrum of M^T M / |M|^2."""
+    gram = (m.mT @ m / m.square().sum((1, 2), keepdim=True)).mean(0)
+    spectrum = torch.linalg.eigvalsh(gram.double())
+    return (1 - spectrum[-dim:].sum() / spectrum.sum()).item()
+
+
+def reached(q: Tensor, following: Tensor) -> float:
+    """Share of (start, goal) with the greedy policy of q (goals, 5 S) at the goal after 4 S^(1/2) steps."""
+    goals, cells = len(q), len(following)
+    action = q.view(goals, cells, -1).argmax(-1)
+    place = torch.arange(cells).expand(goals, -1)
+    for _ in range(4 * math.isqrt(cells)):
+        place = following[place, action.gather(1, place)]
+    return (place == torch.arange(goals)[:, None]).float().mean().item()
+
+
+def train_grid(cfg: Config, run: Run) -> dict[str, float]:
+    """One cell of part A: policies and measures are given, B is learned, F follows in closed form."""
+    place, following, m = grid_world(cfg.side, cfg.discount)
+    if cfg.method == "still":
+        return {"error": linear_bound(m, cfg.dim)}
+    angle = place * math.pi / (cfg.side - 1)
+    states = torch.cat([angle.cos(), (2 * angle).cos(), (3 * angle).cos()], 1)[None]
+    backward = Backward(states.shape[-1], cfg)
+    optimizer = torch.optim.Adam(backward.parameters(), cfg.lr_b)
+
+    def represent(goal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes z (C, d) of goals (C,), features B (C, S, d), F (C, 5 S, d)."""
+        z = sphere(encode(backward, states[0, goal][:, None], torch.ones(len(goal), 1)))
+        b = backward(states, z)
+        return z, b, best_forward(b, m[goal])
+
+    for step in run.steps(cfg.updates, backward=backward, optimizer=optimizer):
+        goal = torch.randperm(len(m))[:16]
+        _, b, f = represent(goal)
+        run.log(step, loss=descend(optimizer, grid_error(f, b, m[goal])))
+    with torch.no_grad():
+        z, b, f = represent(torch.arange(len(m)))
+    middle, part = len(m) // 2, cfg.dim // cfg.groups
+    b0, z0 = b[min(middle, len(b) - 1)], z[middle]
+    coarse = [decode(b0[:, :k], z0[:k]) for k in range(part, cfg.dim + 1, part)]
+    np.save(run.folder / "picture.npy", torch.stack([m[middle, 0], b0 @ f[middle, 0], *coarse]))
+    return {"error": grid_error(f, b, m).item(), "reached": reached((f @ z[..., None])[..., 0], following)}
+
+
+# --- figure, sizes, main ---
+
+
+def draw(figure, table: dict, run: Run):
+    """Measures of a corner of the grid, the code of a goal from coarse to fine; paths of the point mass."""
+
+    def load(row: str, name: str) -> np.ndarray:
+        return np.load(run.root / common.slug(f"{row}-s{run.cfg.seed}") / name)
+
+    plain, blocks, four = (load(f"grid: {row}", "picture.npy") for row in ("FB", "FB-ARE", "FB-ARE, K = 4"))
+    shown = {"exact measure": plain[0], "FB": plain[1], "FB-ARE": blocks[1], "FB-ARE, K = 4": four[1]}
+    shown |= {f"code of a goal, {k} of 4 blocks": x for k, x in enumerate(four[2:], 1)}
+    axes = figure.subplots(3, 4).flat
+    for title, values in shown.items():
+        axis = next(axes)
+        axis.imshow(values.reshape(run.cfg.side, -1))
+        axis.set(title=title, xticks=[], yticks=[])
+    for row in ("FB", "FB-AW", "FB-ARE", "FB-AWARE"):
+        axis = next(axes)
+        for k, goal in enumerate(point_goals(run.cfg)[:4]):
+            axis.plot(*load(row, "places.npy")[:, k, :5].transpose(2, 0, 1), f"C{k}", linewidth=0.8)
+            axis.plot(*goal, f"C{k}*", markersize=12)
+        axis.set(title=f"{row}: paths to four goals", aspect="equal")
+
+
+def dry_run(cfg: Config, run: Run):
+    """Parameters and hours of each row, at 80 GFLOP an update of the full sizes and 100 TFLOP/s."""
+    ...
+
+
+def main():
+    cfg = common.parse_config(CONFIGS)
+    with Run(cfg, cfg.data) as run:
+        if cfg.task:
+            return answer(cfg, run)
+        table = run.grid(ROWS, train)
+        run.check(CLAIMS, table)
+        if set(table) >= set(DEMO.rows):
+            run.figure(draw, table, run, size=(12, 9))
+
+
+if __name__ == "__main__":
+    main()
