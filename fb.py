@@ -43,7 +43,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -72,27 +71,23 @@ DOMAINS = {  # of dm_control, and their tasks
 @dataclass
 class Config(common.Config):
     # task and data
-    env: str = (
-        "point_mass"  # ours, a domain of dm_control, or a gymnasium id for --data with rewards; or grid
-    )
+    env: str = "point_mass"  # ours; a domain of dm_control; a gymnasium id, for --data with rewards; grid
     data: str = (
-        ""  # folder of ExORL's layout (mood.py's, too), D4RL .hdf5 or minari:ID; empty: collected here
+        ""  # ExORL's folder of the domain, mood.py's, D4RL's .hdf5 or minari:ID; empty: coloured noise
     )
-    collect: int = 100  # episodes to collect without --data
+    collect: int = 100  # episodes of coloured noise
     task: str = ""  # prompt for what was trained before: walker_run, goal:x,y,... or demo:EPISODE.npz
     seen: int = 2  # first coordinates of an observation, which B sees; 0: all
     goals: int = 32  # of the point mass, drawn for each seed
     side: int = 7  # of the grid
     # representation
-    method: Literal["fb", "single", "still", "random"] = (
-        "fb"  # single: critics and an actor for each of --codes
-    )
+    method: Literal["fb", "single", "still", "random"] = "fb"  # single: networks for each of --codes tasks
     dim: int = 16  # of z (d)
     groups: int = 1  # blocks of z and B (K); 1: FB
     codes: int = 8  # different z in an update (C)
     pairs: Literal["full", "chunk"] = "chunk"  # next states that a z meets: all, or its own and `others`
     others: int = 24  # how many more, with chunk
-    width: int = 64  # hidden units of F and actor
+    width: int = 96  # hidden units of F and actor
     width_b: int = 64  # hidden units of each block of B
     members: int = 2  # of F (E)
     # learning
@@ -120,22 +115,22 @@ class Config(common.Config):
 
     def check(self):
         super().check()
-        if self.share == "run":
-            raise UserError("--share run: these networks are small; ranks make cells (--share grid)")
-        for name, part in (("dim", "groups"), ("batch", "codes"), ("updates", "block")):
-            if getattr(self, name) % getattr(self, part):
-                raise UserError(f"--{name} must be a multiple of --{part}")
-        own = (*DOMAINS, "point_mass", "grid")
-        if self.env not in (*own, *gymnasium.registry):
-            raise UserError(f"--env {self.env}: no gymnasium id, nor one of {', '.join(own)}")
-        there = self.data.startswith("minari:") or Path(self.data).expanduser().exists()
-        if not (self.dry_run or (there if self.data else self.collect and self.env in own)):
-            raise UserError(
-                f"--data {self.data!r}: needs ExORL's folder of {self.env} or mood.py's, D4RL's .hdf5, minari:ID"
-            )
+        if self.dim % self.groups or self.batch % self.codes:
+            raise UserError("--dim must be a multiple of --groups, --batch of --codes")
+        if self.missing() and not self.dry_run:
+            raise UserError(self.missing())
+
+    def missing(self) -> str:
+        """What there is to learn from and is not there, if anything."""
+        there = self.data.startswith("minari:") or Path(self.data).exists()
+        if there if self.data else self.collect and self.env in (*DOMAINS, "point_mass", "grid"):
+            return ""
+        return (
+            f"--data {self.data}: not there; ExORL's or mood.py's folder of {self.env}, .hdf5, or minari:ID"
+        )
 
 
-GRID = dict(env="grid", dim=8, width_b=64, discount=0.9, updates=600, block=1, lr_b=3e-3)
+GRID = dict(env="grid", dim=8, discount=0.9, lr_b=3e-3)
 AW, ARE = dict(actor="aw"), dict(groups=2)
 SINGLE = dict(method="single", dim=1, codes=4, pairs="full", batch=512)
 # a row of the table is the settings that it changes: the difference of two rows is an idea of the paper
@@ -152,12 +147,11 @@ ROWS = {
     "grid: FB": GRID,
     "grid: FB-ARE": GRID | ARE,
     "grid: FB-ARE, K = 4": GRID | dict(groups=4),
-    "FB, a z per transition": dict(codes=128, pairs="full"),
 }
 DEMO = Config(seeds=3, ranks=2, rows=tuple(ROWS)[:12], log_every=5, save_every=20)
 WALKER = replace(
-    DEMO, rows=("FB", "FB-AW", "FB-AWARE", "random actions"), seeds=1, env="walker",
-    seen=0, dim=32, width=256, width_b=128, discount=0.98, goal_ratio=0.5, tau=0.01, updates=10_000, batch=256, lr=3e-4, lr_b=3e-4, episodes=4,
+    DEMO, rows=("FB", "FB-AW", "FB-AWARE", "random actions"), seeds=1, env="walker", seen=0, dim=32,
+    width=256, discount=0.98, goal_ratio=0.5, tau=0.01, updates=10_000, batch=256, lr=3e-4, lr_b=3e-4,
 )  # fmt: skip
 CONFIGS = {
     "smoke": replace(
@@ -166,18 +160,16 @@ CONFIGS = {
     ),
     "demo": DEMO,
     "walker": WALKER,
-    "gpu": replace(DEMO, ranks=8, rows=tuple(ROWS)[:12], width=512, width_b=256, dim=48, pairs="full", updates=100_000, block=500),
+    "gpu": replace(DEMO, ranks=8, pairs="full", dim=48, width=512, width_b=256, updates=100_000, block=500),
     "full": replace(
-        WALKER, ranks=1, rows=("FB", "FB-AW", "FB-ARE", "FB-AWARE", "TD3-AW", "random actions"),
-        seeds=5, collect=0, dim=100, codes=16, pairs="full", width=1024, width_b=256, updates=3_000_000,
-        block=500, batch=1024, lr=1e-4, lr_b=1e-4, prompt=50_000, episodes=10, save_every=200,
+        WALKER, ranks=1, rows=("FB", "FB-AW", "FB-ARE", "FB-AWARE", "TD3-AW", "random actions"), seeds=5,
+        collect=0, dim=100, codes=16, pairs="full", width=1024, width_b=256, updates=3_000_000, block=500,
+        batch=1024, lr=1e-4, lr_b=1e-4, prompt=50_000, save_every=200,
     ),
 }  # fmt: skip
 LINEAR, AWARE = "grid: best linear", "FB-AWARE"
 CLAIMS = [
-    Claim(
-        "blocks explain successor measures that no linear code can", "error", "grid: FB-ARE", LINEAR, "lower"
-    ),
+    Claim("blocks explain measures that no linear code can", "error", "grid: FB-ARE", LINEAR, "lower"),
     Claim("... while FB stays above that bound", "error", "grid: FB", LINEAR, "higher"),
     Claim("... and so more goals are reached", "reached", "grid: FB-ARE", "grid: FB"),
     Claim("advantage weighting earns more where FB stays flat", "goals", "FB-AW", "FB"),
@@ -191,60 +183,49 @@ CLAIMS = [
 # --- tasks ---
 
 
+UNITS = np.array([0.15, 0.15, 0.05, 0.05])  # of the point mass's observations: m, m/s
+
+
 def point_goals(cfg: Config) -> np.ndarray:
     """Goals (goals, 2) in metres."""
     return np.random.default_rng([cfg.seed, 1]).uniform(-0.25, 0.25, (cfg.goals, 2))
 
 
-def point_rewards(places: np.ndarray, cfg: Config) -> np.ndarray:
-    """For positions (n, 2), being within 15 mm of each goal: (goals, n)."""
-    distance = np.linalg.norm(places - point_goals(cfg)[:, None], axis=-1)
-    return rewards.tolerance(distance, (0, 0.015), 0.03)
+def near(distance: np.ndarray) -> np.ndarray:
+    """The point mass's reward: 1 within 3 cm of the goal, 0.1 at 9 cm."""
+    return rewards.tolerance(distance, (0, 0.03), 0.06)
 
 
-UNITS = np.array([0.15, 0.15, 0.05, 0.05])  # m, m/s
+class PointMass:
+    """dm_control's point mass under eight redundant thrusters, `count` times; rewards are computed elsewhere.
 
-
-class PointMass(gymnasium.vector.VectorEnv):
-    """dm_control's point mass under eight redundant thrusters, an environment for each goal of `tasks`.
-
-    Actions (n, 8) in [-1, 1] push by W a as far as they lie in the plane of W, drawn by the seed: others
-    stall, so data cover little of what an actor may try. Observations are position and velocity in units of
-    UNITS. A step takes 0.1 s; rewards count in the second half of `steps` and add up to 1 at most.
+    Actions (count, 8) in [-1, 1] push by W a as far as they lie in the plane of W, drawn by the seed: others
+    stall, so data cover little of what an actor may try. Observations are position and velocity; a step takes
+    0.1 s.
     """
 
-    envs = ()
-
-    def __init__(self, cfg: Config, tasks: list[int], steps: int = 120):
+    def __init__(self, count: int, seed: int):
         from dm_control.suite import point_mass
 
-        self.cfg, self.tasks, self.num_envs, self.steps = cfg, tasks, len(tasks), steps
+        self.num_envs, self.envs, self.seconds = count, (), 12.0
         self.model = mujoco.MjModel.from_xml_string(*point_mass.get_model_and_assets())
-        self.thrusters = np.linalg.qr(np.random.default_rng(cfg.seed).standard_normal((8, 2)))[0].T
+        self.thrusters = np.linalg.qr(np.random.default_rng(seed).standard_normal((8, 2)))[0].T  # W
 
-    def reset(self, *, seed=None, options=None):
+    def reset(self, seed, options):
         places = np.random.default_rng(seed).uniform(-0.25, 0.25, (self.num_envs, 2))
-        self.state, self.age = np.pad(places, ((0, 0), (1, 2))), 0  # time, position, velocity
+        self.state = np.pad(places, ((0, 0), (1, 2)))  # time, position, velocity
         return np.float32(self.state[:, 1:] / UNITS), {}
 
     def step(self, actions):
         force = actions @ self.thrusters.T
         off = np.square(actions - force @ self.thrusters).sum(1, keepdims=True)
-        control = (np.clip(force, -1, 1) * np.exp(-off / 0.25))[:, None].repeat(5, 1)
+        control = (force.clip(-1, 1) * np.exp(-off / 0.25))[:, None].repeat(5, 1)
         data = [mujoco.MjData(self.model)]
         self.state = mujoco.rollout.rollout(self.model, data, self.state, control)[0][:, -1]
-        self.age += 1
-        reward = point_rewards(self.state[:, 1:3], self.cfg)[self.tasks, range(self.num_envs)]
-        reward *= 2 * (self.age > self.steps / 2) / self.steps
-        over = np.full(self.num_envs, self.age == self.steps)
-        return np.float32(self.state[:, 1:] / UNITS), reward, over & False, over, {}
+        over = self.state[:, 0] > self.seconds - 0.01
+        return np.float32(self.state[:, 1:] / UNITS), 0.0 * over, over & False, over, {}
 
 
-D4RL = {  # returns of a random and of an expert policy, as published with D4RL
-    "HalfCheetah-v4": (-280.178953, 12135.0),
-    "Hopper-v4": (-20.272305, 3234.3),
-    "Walker2d-v4": (1.629008, 4592.3),
-}
 OWN_TASKS = {  # what dm_control's suite does not have: a quantity, and how much of it earns 1, less in proportion
     "cheetah_walk": (lambda physics: physics.speed(), 2),
     "cheetah_walk_backward": (lambda physics: -physics.speed(), 2),
@@ -271,31 +252,28 @@ def task_names(cfg: Config) -> list[str]:
     return DOMAINS.get(cfg.env, ["reward"])
 
 
-def make_envs(cfg: Config, tasks: list[str], count: int) -> gymnasium.vector.VectorEnv:
-    """`count` environments of each task, one task after the other."""
-    tasks = [task for task in tasks for _ in range(count)]
-    if cfg.env == "point_mass":
-        return PointMass(cfg, [task_names(cfg).index(task) for task in tasks])
+def make_env(cfg: Config, task: str) -> gymnasium.Env:
+    """A task of dm_control, or a gymnasium environment with flat observations and actions in [-1, 1]."""
     if cfg.env in DOMAINS:
-        return gymnasium.vector.SyncVectorEnv([functools.partial(DmTask, cfg.env, task) for task in tasks])
+        return DmTask(cfg.env, task)
+    env = gymnasium.wrappers.FlattenObservation(gymnasium.make(cfg.env))
+    return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
-    def make() -> gymnasium.Env:
-        env = gymnasium.wrappers.FlattenObservation(gymnasium.make(cfg.env))
-        return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
-    return gymnasium.vector.SyncVectorEnv([make] * len(tasks))
+def make_envs(cfg: Config, tasks: list[str], count: int) -> PointMass | gymnasium.vector.VectorEnv:
+    """`count` environments of each task, one task after the other."""
+    if cfg.env == "point_mass":
+        return PointMass(len(tasks) * count, cfg.seed)
+    makers = [functools.partial(make_env, cfg, task) for task in tasks for _ in range(count)]
+    return gymnasium.vector.SyncVectorEnv(makers)
 
 
 def roll(envs, policy: Callable, seed: int) -> tuple[np.ndarray, ...]:
-    """An episode of each of n environments: returns (n,), observations (T, n, o), actions (T, n, m), physics.
-
-    Physics (T, n, p) are dm_control's alone.
-    """
+    """An episode of each of n environments: returns (n,), observations (T, n, o), actions (T, n, m)."""
     steps = []
 
-    def recorded(obs: np.ndarray) -> np.ndarray:
-        physics = np.array([env.env.physics.get_state() for env in envs.envs if isinstance(env, DmTask)])
-        steps.append((obs.copy(), policy(obs), physics.reshape(len(obs), -1)))
+    def recorded(obs):
+        steps.append((obs.copy(), policy(obs)))
         return steps[-1][1]
 
     returns = common.evaluate_policy(envs, recorded, seed)
@@ -317,7 +295,6 @@ class Data(NamedTuple):
 
 def load_data(cfg: Config, run: Run) -> Data:
     """The transitions of --data, or of episodes that are collected once a seed."""
-    collect = collect_springs if cfg.env == "point_mass" else collect_gaits
     source = cfg.data or str(run.once(f"data {cfg.env}", collect))
     raw = common.load_episodes(source)
     if raw["action"].abs().max() > 1.001:
@@ -330,7 +307,8 @@ def label(raw: dict[str, Tensor], rows: Tensor, cfg: Config) -> Tensor:
     """Rewards of all tasks at the next states of `rows` (n,): (tasks, n)."""
     if cfg.env == "point_mass":
         places = raw["next_observation"][rows, :2].numpy() * UNITS[:2]
-        return torch.from_numpy(point_rewards(places, cfg)).float()
+        distance = np.linalg.norm(places - point_goals(cfg)[:, None], axis=-1)
+        return torch.from_numpy(near(distance)).float()
     if cfg.env not in DOMAINS:
         return raw["reward"][rows].T
     if "physics" not in raw:
@@ -345,49 +323,34 @@ def label(raw: dict[str, Tensor], rows: Tensor, cfg: Config) -> Tensor:
     return torch.tensor(found).T
 
 
-def collect_springs(run: Run):
-    """Episodes of the point mass, 500 steps: springs of random stiffness pull to goals that change."""
-    cfg, rng = run.cfg, np.random.default_rng(run.cfg.seed)
-    envs = PointMass(cfg, [0] * cfg.collect, steps=501)
-    stiffness, goals = rng.uniform(2, 20, (cfg.collect, 1)), rng.uniform(-0.28, 0.28, (cfg.collect, 2))
+def collect(run: Run):
+    """Episodes of coloured noise in ExORL's layout: 500 steps of the point mass, 1000 of dm_control.
 
-    def policy(obs: np.ndarray) -> np.ndarray:
-        change = rng.random(stiffness.shape) < 0.02
-        goals[:] = np.where(change, rng.uniform(-0.28, 0.28, goals.shape), goals)
-        place, velocity = np.split(obs * UNITS, 2, 1)
-        force = np.clip(stiffness * (goals - place) - 2 * velocity, -1, 1) + rng.normal(0, 0.3, goals.shape)
-        return np.clip(force @ envs.thrusters + rng.normal(0, 0.05, (cfg.collect, 8)), -1, 1)
-
-    write_episodes(run.folder, *roll(envs, policy, cfg.seed + 10**6))
-
-
-def collect_gaits(run: Run):
-    """Episodes of a domain of dm_control, 1000 steps: c + A sin(f t + phi) in each joint, drawn anew, and noise."""
-    cfg, rng, time = run.cfg, np.random.default_rng(run.cfg.seed), itertools.count()
+    There row t of an action belongs to t - 1 -> t, row 0 to nothing.
+    """
+    cfg, noise, physics = run.cfg, 0.0, []
     envs = make_envs(cfg, task_names(cfg)[:1], cfg.collect)
-    shape, pace = envs.action_space.shape, rng.uniform(0.05, 0.5, (cfg.collect, 1))
-    centre, size, phase = rng.uniform(-0.5, 0.5, shape), rng.random(shape), rng.uniform(0, 7, shape)
+    if cfg.env == "point_mass":
+        envs.seconds, mix = 50.1, envs.thrusters  # forces in their plane
+    else:
+        mix = np.eye(envs.single_action_space.shape[0])
 
-    def policy(obs: np.ndarray) -> np.ndarray:
-        wave = centre + size * np.sin(pace * next(time) + phase)
-        return np.clip(wave + rng.normal(0, 0.2, shape), -1, 1)
+    def policy(obs):
+        nonlocal noise
+        physics.append([env.env.physics.get_state() for env in envs.envs])
+        noise = 0.95 * noise + 0.3 * np.random.standard_normal((len(obs), len(mix)))
+        return (noise @ mix).clip(-1, 1)
 
-    write_episodes(run.folder, *roll(envs, policy, cfg.seed + 10**6))
-
-
-def write_episodes(folder: Path, _, obs: np.ndarray, action: np.ndarray, physics: np.ndarray):
-    """What `roll` returns, in ExORL's layout: row t of an action belongs to t - 1 -> t, row 0 to nothing."""
-    rows = dict(observation=obs, action=np.roll(action, 1, 0), physics=physics)
+    _, obs, action = roll(envs, policy, cfg.seed + 10**6)
+    rows = dict(observation=obs, action=np.roll(action, 1, 0))
     rows |= dict(reward=np.zeros(obs.shape[:2]), discount=np.ones(obs.shape[:2]))
-    for i in range(obs.shape[1]):
-        np.savez(folder / f"{i:06d}_{len(obs) - 1}.npz", **{key: x[:, i] for key, x in rows.items()})
+    if envs.envs:
+        rows["physics"] = np.array(physics)
+    for i in range(cfg.collect):
+        np.savez(run.folder / f"{i:06d}_{len(obs) - 1}.npz", **{key: x[:, i] for key, x in rows.items()})
 
 
 # --- networks, with a leading axis of members ---
-
-
-def norm(width: int) -> nn.LayerNorm:
-    return nn.LayerNorm(width, elementwise_affine=False)  # gains would be those of all members
 
 
 class TwoStreams(nn.Module):
@@ -395,15 +358,16 @@ class TwoStreams(nn.Module):
 
     def __init__(self, members: int, left: int, right: int, outputs: int, width: int):
         super().__init__()
-        self.embed, half = nn.ModuleList(), width // 2
-        for inputs in (left, right):
-            first, second = EnsembleLinear(members, inputs, width), EnsembleLinear(members, width, half)
-            self.embed.append(nn.Sequential(first, norm(width), nn.Tanh(), second, nn.ReLU()))
-        first, last = EnsembleLinear(members, 2 * half, width), EnsembleLinear(members, width, outputs)
-        self.head = nn.Sequential(first, nn.ReLU(), last)
+        linear, half = functools.partial(EnsembleLinear, members), width // 2
+        norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.left, self.right = (
+            nn.Sequential(linear(n, width), norm, nn.Tanh(), linear(width, half), nn.ReLU())
+            for n in (left, right)
+        )
+        self.head = nn.Sequential(linear(2 * half, width), nn.ReLU(), linear(width, outputs))
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        return self.head(torch.cat([self.embed[0](left), self.embed[1](right)], -1))
+        return self.head(torch.cat([self.left(left), self.right(right)], -1))
 
 
 def sphere(z: Tensor) -> Tensor:
@@ -422,13 +386,16 @@ class Backward(nn.Module):
         groups, width, part = cfg.groups, cfg.width_b, cfg.dim // cfg.groups
         self.groups, self.dim = groups, cfg.dim
         self.first = EnsembleLinear(groups, inputs, width)
-        nn.init.normal_(self.first.bias)  # the norm would leave but the direction of a state
+        nn.init.normal_(self.first.bias, std=width**-0.5)  # else the norm leaves a state's direction alone
         if groups > 1:
             self.code = nn.Parameter(torch.randn(groups, cfg.dim, width) / math.sqrt(cfg.dim))
             before = torch.ones(groups, groups).tril(-1).repeat_interleave(part, 1)
             self.register_buffer("before", before[:, None])  # (K, 1, d): 1 for the blocks before k
-        second, last = EnsembleLinear(groups, width, width), EnsembleLinear(groups, width, part)
-        self.rest = nn.Sequential(norm(width), nn.Tanh(), second, nn.ReLU(), last)
+        linear, norm = (
+            functools.partial(EnsembleLinear, groups, width),
+            nn.LayerNorm(width, elementwise_affine=False),
+        )
+        self.rest = nn.Sequential(norm, nn.Tanh(), linear(width), nn.ReLU(), linear(part))
 
     def forward(self, s: Tensor, z: Tensor) -> Tensor:
         """s (C, J, o), or (1, J, o) for states that all codes meet, and z (C, d) -> (C, J, d); K = 1: (1, J, d).
@@ -475,8 +442,10 @@ class Agent(nn.Module):
         return net(*inputs).view(self.members, *s.shape[:2], -1)
 
     def q(self, s: Tensor, a: Tensor, z: Tensor) -> Tensor:
-        """Q = F^T z: (E, C, G)."""
-        return (self.features(self.forward_map, s, a, z) * z[:, None]).sum(-1)
+        """Q = F^T z of M actions for each state, a (M, C, G, m): (E, M, C, G)."""
+        rows = s.repeat(1, len(a), 1), a.transpose(0, 1).flatten(1, 2)
+        q = (self.features(self.forward_map, *rows, z) * z[:, None]).sum(-1)
+        return q.unflatten(-1, (len(a), -1)).transpose(1, 2)
 
 
 # --- the equations ---
@@ -490,8 +459,8 @@ class Batch(NamedTuple):
     next_s: Tensor  # (C, G, o)
     live: Tensor  # (C, G)
     met: Tensor  # (C, J, seen), or (1, J, seen) for all codes
-    own: Tensor  # (C, G, J) which of them is the transition's own next state
     goal: Tensor  # (C, 1, seen)
+    own: Tensor  # (C, G, J) which of `met` is the transition's own next state
 
 
 def measure(f: Tensor, b: Tensor) -> Tensor:
@@ -526,8 +495,7 @@ def encode(backward: Backward, states: Tensor, reward: Tensor) -> Tensor:
     """
     z = states.new_zeros(len(reward), backward.dim)
     for _ in range(backward.groups):
-        parts = zip(states.split(500, 1), reward.split(500, 1), strict=True)  # bounds the memory
-        z = sum((r[:, None] @ backward(s, z))[:, 0] for s, r in parts) / reward.shape[1]
+        z = (reward[:, None] @ backward(states, z))[:, 0] / reward.shape[1]
     return z
 
 
@@ -558,12 +526,12 @@ def noisy(mean: Tensor, std: float, clip: float = math.inf) -> Tensor:
 
 
 @torch.no_grad()
-def advantage(agent: nn.Module, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
+def advantage(agent: Agent, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
     """Eq. (8), data's and policy's actions in one pass: (C, G)."""
-    n = cfg.samples
-    drawn = noisy(agent.mean(batch.s, z).repeat(1, n, 1), cfg.std)
-    q = agent.q(batch.s.repeat(1, 1 + n, 1), torch.cat([batch.a, drawn], 1), z).unflatten(-1, (1 + n, -1))
-    return q[..., 0, :].mean(0) - pessimistic(q[..., 1:, :], cfg.pessimism).mean(-2)
+    mean = agent.mean(batch.s, z)
+    drawn = noisy(mean.expand(cfg.samples, *mean.shape), cfg.std)
+    q = agent.q(batch.s, torch.cat([batch.a[None], drawn]), z)
+    return q[:, 0].mean(0) - pessimistic(q[:, 1:], cfg.pessimism).mean(0)
 
 
 def advantage_weights(advantage: Tensor, cfg: Config) -> Tensor:
@@ -585,7 +553,7 @@ def by_advantage(agent: nn.Module, batch: Batch, z: Tensor, cfg: Config) -> Tens
 def by_critic(agent: nn.Module, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
     """Eq. (7)."""
     action = noisy(agent.mean(batch.s, z), cfg.std, cfg.noise_clip)
-    return -pessimistic(agent.q(batch.s, action, z), cfg.pessimism).mean()
+    return -pessimistic(agent.q(batch.s, action[None], z), cfg.pessimism).mean()
 
 
 ACTOR_LOSS = {"td3": by_critic, "aw": by_advantage}
@@ -600,34 +568,32 @@ def index_shape(cfg: Config) -> tuple[int, int]:
 
 
 def gather(data: Data, index: Tensor, cfg: Config) -> Batch:
-    """Transitions of numbers (C, 1 + G + others)."""
+    """The batch of transitions with numbers (C, 1 + G + others)."""
     place = torch.arange(index.numel(), device=index.device).view_as(index)
     mine = place[:, 1 : 1 + cfg.batch // cfg.codes]
     met = place[:, 1:] if cfg.pairs == "chunk" else mine.reshape(1, -1)
-    rows, index = index.flatten()[mine], index.flatten()
-    states, goal = (data.next_s[index[i], : cfg.seen or None] for i in (met, place[:, :1]))
-    own = mine[..., None] == met[:, None]
-    return Batch(data.s[rows], data.a[rows], data.next_s[rows], data.live[rows], states, own, goal)
+    rows = index.flatten()
+    columns = (x[rows[mine]] for x in (data.s, data.a, data.next_s, data.live))
+    seen = (data.next_s[rows[x], : cfg.seen or None] for x in (met, place[:, :1]))
+    return Batch(*columns, *seen, mine[..., None] == met[:, None])
 
 
-def representation_loss(agent: Agent, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
+def representation_loss(agent: Agent, batch: Batch, next_a: Tensor, z: Tensor, cfg: Config) -> Tensor:
     """Eqs. (1) and (2) on a batch."""
     with torch.no_grad():
-        action = noisy(agent.mean(batch.next_s, z), cfg.std, cfg.noise_clip)
-        slow = agent.features(agent.slow_forward, batch.next_s, action, z).mean(0, keepdim=True)
+        slow = agent.features(agent.slow_forward, batch.next_s, next_a, z).mean(0, keepdim=True)
         target = measure(slow, agent.slow_backward(batch.met, z))[0]
     b = agent.backward_map(batch.met, z)
     m = measure(agent.features(agent.forward_map, batch.s, batch.a, z), b)
     return fb_loss(m, target, cfg.discount * batch.live, batch.own) + cfg.ortho * ortho_loss(b)
 
 
-def critic_loss(agent: Agent, batch: Batch, z: Tensor, reward: Tensor, cfg: Config) -> Tensor:
+def critic_loss(agent: Agent, batch: Batch, next_a: Tensor, z: Tensor, reward: Tensor, cfg: Config) -> Tensor:
     """TD3's, for agents of a single task: squared errors to r + gamma P(Q'(s', a')), reward (C, G)."""
     with torch.no_grad():
-        action = noisy(agent.mean(batch.next_s, z), cfg.std, cfg.noise_clip)
-        future = agent.features(agent.slow_forward, batch.next_s, action, z)[..., 0]
+        future = agent.features(agent.slow_forward, batch.next_s, next_a, z)[..., 0]
         y = reward + cfg.discount * batch.live * pessimistic(future, cfg.pessimism)
-    return 0.5 * (agent.q(batch.s, batch.a, z) - y).square().mean(-1).sum()
+    return 0.5 * (agent.q(batch.s, batch.a[None], z)[:, 0] - y).square().mean(-1).sum()
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
@@ -640,38 +606,45 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
     return loss.detach()
 
 
-def learn(agent: Agent, data: Data, cfg: Config, run: Run, stage: str = ""):
+def learn(agent: Agent, data: Data, cfg: Config, run: Run):
     """The training loop: without rewards, but for agents of a single task."""
-    more = dict(lr=cfg.lr, fused=True, capturable=run.device.type == "cuda")
+    device, single = run.device, cfg.method == "single"
+    more = dict(lr=cfg.lr, fused=True, capturable=device.type == "cuda")
     slower = dict(params=agent.backward_map.parameters(), lr=cfg.lr_b)
     maps = torch.optim.Adam([dict(params=agent.forward_map.parameters()), slower], **more)
     actor = torch.optim.Adam(agent.actor.parameters(), **more)
-    if cfg.method == "single":
-        earned = label(data.raw, torch.arange(len(data.s)), cfg)[: cfg.codes].to(run.device)
+    if single:
+        earned = label(data.raw, torch.arange(len(data.s)), cfg)[: cfg.codes].to(device)
 
-    def update(index: Tensor) -> dict[str, Tensor]:
+    def update(index):
         batch = gather(data, index, cfg)
-        if cfg.method == "single":
-            z = torch.ones(cfg.codes, 1, device=run.device)
-            loss = descend(maps, critic_loss(agent, batch, z, earned.gather(1, index[:, 1:]), cfg))
+        z = (
+            torch.ones(cfg.codes, 1, device=device)
+            if single
+            else sample_z(agent.backward_map, batch.goal, cfg)
+        )
+        with torch.no_grad():
+            next_a = noisy(agent.mean(batch.next_s, z), cfg.std, cfg.noise_clip)
+        if single:
+            loss = critic_loss(agent, batch, next_a, z, earned.gather(1, index[:, 1:]), cfg)
         else:
-            z = sample_z(agent.backward_map, batch.goal, cfg)
-            loss = descend(maps, representation_loss(agent, batch, z, cfg))
-        actor_loss = descend(actor, ACTOR_LOSS[cfg.actor](agent, batch, z, cfg))
+            loss = representation_loss(agent, batch, next_a, z, cfg)
+        losses = {"loss": descend(maps, loss)}
+        losses["actor_loss"] = descend(actor, ACTOR_LOSS[cfg.actor](agent, batch, z, cfg))
         common.soft_update(agent.slow_forward, agent.forward_map, cfg.tau)
         common.soft_update(agent.slow_backward, agent.backward_map, cfg.tau)
-        return {"loss": loss, "actor_loss": actor_loss}
+        return losses
 
     update = common.graphed(update)  # on a GPU one CUDA graph
-    for step in run.steps(cfg.updates // cfg.block, stage, agent=agent, maps=maps, actor=actor):
-        for index in torch.randint(len(data.s), (cfg.block, *index_shape(cfg)), device=run.device):
+    for step in run.steps(cfg.updates // cfg.block, agent=agent, maps=maps, actor=actor):
+        for index in torch.randint(len(data.s), (cfg.block, *index_shape(cfg)), device=device):
             losses = update(index)
         run.log(step, **losses)
-    run.speed["updates_per_s"] = cfg.block * run.speed[f"{stage} steps_per_s".strip()]
+    run.speed["updates_per_s"] = cfg.block * run.speed["steps_per_s"]
 
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
-    """One cell of the table: learn, code the tasks' rewards, act."""
+    """One cell of the table: learn, code the tasks, act."""
     if cfg.env == "grid":
         return train_grid(cfg, run)
     data, names = load_data(cfg, run), task_names(cfg)
@@ -681,15 +654,8 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     agent = make_agent(data, cfg)
     learn(agent, data, cfg, run)
     torch.save(agent.state_dict(), run.folder / "agent.pt")
-    if cfg.method == "fb":
-        z = prompt(agent, data, cfg)
-    else:
-        z, names = torch.ones(cfg.codes, 1, device=run.device), names[: cfg.codes]
-    found = {}
-    for count in {cfg.best_of, 1}:
-        numbers = evaluate(make_policy(agent, z, count, cfg), names, cfg, run)
-        found |= {name + f", best of {count}" * (count > 1): x for name, x in numbers.items()}
-    return found
+    z = prompt(agent, data, cfg) if cfg.method == "fb" else torch.ones(cfg.codes, 1, device=run.device)
+    return evaluate(functools.partial(act, agent, z, cfg), names[: len(z)], cfg, run)
 
 
 def make_agent(data: Data, cfg: Config) -> Agent:
@@ -704,98 +670,88 @@ def prompt(agent: Agent, data: Data, cfg: Config) -> Tensor:
     """Codes of all tasks, from their rewards at some states of the data: (tasks, d)."""
     rows = torch.randperm(len(data.s))[: cfg.prompt]
     reward = label(data.raw, rows, cfg)
-    for name, row in zip(task_names(cfg), reward, strict=True):
-        if not row.any():
-            raise UserError(f"{name}: no reward at any of {len(rows)} states; --prompt takes more of them")
+    if not reward.any(1).all():
+        raise UserError(f"a task has no reward at any of {len(rows)} states; --prompt takes more of them")
     states = data.next_s[rows.to(data.s.device)][None, :, : cfg.seen or None]
     return sphere(encode(agent.backward_map, states, reward.to(data.s.device)))
 
 
 @torch.no_grad()
-def act(agent: Agent, s: Tensor, z: Tensor, count: int, cfg: Config) -> Tensor:
-    """Mean action, or by eq. (11) the best of `count` by P(Q), noise not clipped: (C, G, o) -> (C, G, m)."""
-    mean = agent.mean(s, z)
-    if count == 1:
-        return mean
-    a = noisy(mean.repeat(1, count, 1), cfg.std)
-    q = pessimistic(agent.q(s.repeat(1, count, 1), a, z), cfg.pessimism).unflatten(1, (count, -1))
-    best = q.argmax(1)[:, None, :, None].expand(-1, -1, -1, a.shape[-1])
-    return a.unflatten(1, (count, -1)).gather(1, best)[:, 0]
+def act(agent: Agent, z: Tensor, cfg: Config, obs: np.ndarray) -> np.ndarray:
+    """Mean actions, or by eq. (11) the best of M by P(Q), noise not clipped.
 
-
-def make_policy(agent: Agent, z: Tensor, count: int, cfg: Config) -> Callable:
-    """From observations (n, o) to actions (n, m), for n / C environments of each of the codes z (C, d)."""
-
-    def policy(obs: np.ndarray) -> np.ndarray:
-        s = torch.as_tensor(obs, dtype=torch.float32, device=z.device).unflatten(0, (len(z), -1))
-        return act(agent, s, z, count, cfg).flatten(0, 1).cpu().numpy()
-
-    return policy
+    Observations (n, o) of n / C environments for each of the codes z (C, d) -> (n, m).
+    """
+    s = torch.as_tensor(obs, dtype=torch.float32, device=z.device).unflatten(0, (len(z), -1))
+    a = agent.mean(s, z)
+    if cfg.best_of > 1:
+        tried = noisy(a.expand(cfg.best_of, *a.shape), cfg.std)
+        best = pessimistic(agent.q(s, tried, z), cfg.pessimism).argmax(0)
+        a = tried.gather(0, best[None, ..., None].expand_as(tried[:1]))[0]
+    return a.flatten(0, 1).cpu().numpy()
 
 
 def evaluate(policy: Callable, names: list[str], cfg: Config, run: Run) -> dict[str, float]:
-    """Mean return of each task, normalised where D4RL does; from the same starts for all rows.
+    """Mean return of each task, from the same starts for all rows.
 
     On the point mass means over goals, `four` over those that agents of a single task learn, and the mean
     distance (m) to the goal at the end.
     """
-    returns, obs, *_ = roll(make_envs(cfg, names, cfg.episodes), policy, cfg.seed)
-    returns = returns.reshape(len(names), -1).mean(1)
+    returns, obs, _ = roll(make_envs(cfg, names, cfg.episodes), policy, cfg.seed)
     if cfg.env != "point_mass":
-        low, high = D4RL.get(cfg.env, (0.0, 100.0))
-        return {name: 100 * (x - low) / (high - low) for name, x in zip(names, returns, strict=True)}
+        return dict(zip(names, returns.reshape(len(names), -1).mean(1), strict=True))
     places = obs[..., :2].reshape(len(obs), len(names), -1, 2) * UNITS[:2]
     np.save(run.folder / "places.npy", places[:, :4])
-    away = np.linalg.norm(places[-1] - point_goals(cfg)[: len(names), None], axis=-1)
-    return {"goals": returns.mean(), "distance": away.mean(), "four": returns[:4].mean()}
+    distance = np.linalg.norm(places - point_goals(cfg)[: len(names), None], axis=-1)
+    reward = near(distance[len(obs) // 2 :]).mean((0, 2))
+    return {"goals": reward.mean(), "distance": distance[-1].mean(), "four": reward[:4].mean()}
 
 
 def answer(cfg: Config, run: Run):
     """--task: act by a prompt with the finished agent of a row, the one of --rows; nothing is trained."""
     row = cfg.rows[0] if len(cfg.rows) == 1 else "FB-AW"
-    cfg = run.cfg = replace(cfg, **ROWS.get(row, {}))
+    cfg = replace(cfg, **ROWS.get(row, {}))
     file = run.root / common.slug(f"{row}-s{cfg.seed}") / "agent.pt"
     if not file.is_file() or cfg.method != "fb":
         raise UserError(f"--task: no {file}; first run without --task, then name one of its FB --rows")
     data, names = load_data(cfg, run), task_names(cfg)
-    agent = make_agent(data, cfg)
+    agent, n = make_agent(data, cfg), cfg.seen or data.s.shape[1]
     agent.load_state_dict(torch.load(file, map_location=run.device, weights_only=True))
-    task, n = cfg.task.removeprefix(f"{cfg.env}_"), cfg.seen or data.s.shape[1]
-    kind, _, what = task.partition(":")
-    if task in names:
-        z = prompt(agent, data, cfg)[[names.index(task)]]
-        return run.print(f"{task}: {evaluate(make_policy(agent, z, cfg.best_of, cfg), [task], cfg, run)}")
-    if kind not in ("goal", "demo"):
-        raise UserError(f"--task {task}: there are {', '.join(names)}, goal: with {n} numbers, demo:FILE.npz")
+    kind, _, what = cfg.task.partition(":")
+    task = cfg.task.removeprefix(f"{cfg.env}_") if kind not in ("goal", "demo") else names[0]
     try:
-        found = next(common.read_exorl(Path(what)))[0][:, :n] if kind == "demo" else [what.split(",")]
-        states = torch.tensor(np.array(found, np.float32), device=run.device)
-        z = sphere(encode(agent.backward_map, states[None], torch.ones(1, len(states), device=run.device)))
+        if kind == "goal":
+            states = np.array([what.split(",")], np.float32)
+        elif kind == "demo":
+            states = next(common.read_exorl(Path(what)))[0]
+        else:
+            states, z = None, prompt(agent, data, cfg)[[names.index(task)]]
+        if states is not None:
+            states = torch.tensor(states[None, :, :n], dtype=torch.float32, device=run.device)
+            z = sphere(encode(agent.backward_map, states, torch.ones_like(states[..., 0])))
     except (OSError, ValueError, RuntimeError) as e:
-        raise UserError(f"--task {cfg.task}: {e}") from None
-    _, obs, *_ = roll(
-        make_envs(cfg, names[:1], cfg.episodes), make_policy(agent, z, cfg.best_of, cfg), cfg.seed
-    )
-    away = torch.cdist(torch.from_numpy(obs[-1, :, :n]), states.cpu()).amin(1).mean()
-    run.print(f"{cfg.task}: {away:.3f} from it at the end, over {cfg.episodes} episodes")
+        raise UserError(
+            f"--task {cfg.task}: {e}; tasks: {names}, goal: and {n} numbers, demo:FILE.npz"
+        ) from None
+    envs = make_envs(cfg, [task], cfg.episodes)
+    returns, obs, _ = roll(envs, functools.partial(act, agent, z, cfg), cfg.seed)
+    run.print(f"{cfg.task}: return {returns.mean():.2f} in {task}, ends at {obs[-1, :, :n].mean(0).round(2)}")
 
 
 # --- part A: exact measures on a grid ---
 
 
-def grid_world(side: int, discount: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Cells (S, 2), the next cell (S, 5) after staying or a step, and measures (S, 5 S, S) of shortest paths.
+def grid_world(side: int, discount: float) -> tuple[Tensor, Tensor]:
+    """The next cell (S, 5) after staying or a step, and measures (S, 5 S, S) of shortest paths to each cell.
 
-    A measure is the exact density P (I - gamma P_pi)^-1 / rho of the policy towards cell g, rho uniform.
+    A measure is the exact density P (I - gamma P_pi)^-1 / rho, rho uniform.
     """
     place = torch.cartesian_prod(torch.arange(side), torch.arange(side))
-    moves, cells = torch.tensor([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]]), len(place)
+    moves, eye = torch.tensor([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]]), torch.eye(side**2)
     following = (place[:, None] + moves).clamp(0, side - 1) @ torch.tensor([side, 1])
-    step = functional.one_hot(following, cells).float()  # P (S, 5, S)
-    best = torch.cdist(place.float(), place.float(), 1)[following].argmin(1)  # action (s, g)
-    policy = step[torch.arange(cells)[:, None], best].transpose(0, 1)  # P_pi (g, s, s')
-    inverse = torch.linalg.inv(torch.eye(cells) - discount * policy)
-    return place, following, cells * step.flatten(0, 1) @ inverse
+    distance = (place[:, None] - place).abs().sum(-1)
+    policy = eye[following.gather(1, distance[following].argmin(1)).T]  # P_pi (g, s, s')
+    return following, side**2 * eye[following.flatten()] @ torch.linalg.inv(eye - discount * policy)
 
 
 def best_forward(b: Tensor, m: Tensor) -> Tensor:
@@ -811,89 +767,94 @@ def grid_error(f: Tensor, b: Tensor, m: Tensor) -> Tensor:
 
 def linear_bound(m: Tensor, dim: int) -> float:
     """The least grid_error of any features that do not see z, by the spectrum of M^T M / |M|^2."""
-    gram = (m.mT @ m / m.square().sum((1, 2), keepdim=True)).mean(0)
-    spectrum = torch.linalg.eigvalsh(gram.double())
-    return (1 - spectrum[-dim:].sum() / spectrum.sum()).item()
+    gram = (m.mT @ m / m.square().sum((1, 2), keepdim=True)).mean(0).double()  # trace 1
+    return 1 - torch.linalg.eigvalsh(gram)[-dim:].sum().item()
 
 
 def reached(q: Tensor, following: Tensor) -> float:
-    """Share of (start, goal) with the greedy policy of q (goals, 5 S) at the goal after 4 S^(1/2) steps."""
-    goals, cells = len(q), len(following)
-    action = q.view(goals, cells, -1).argmax(-1)
-    place = torch.arange(cells).expand(goals, -1)
+    """Share of (goal, start) with the greedy policy of q (goals, 5 S) at the goal after 4 S^(1/2) steps."""
+    cells = len(following)
+    action = q.view(cells, cells, -1).argmax(-1)
+    place = torch.arange(cells).expand(cells, -1)
     for _ in range(4 * math.isqrt(cells)):
         place = following[place, action.gather(1, place)]
-    return (place == torch.arange(goals)[:, None]).float().mean().item()
+    return (place.T == torch.arange(cells)).float().mean().item()
 
 
 def train_grid(cfg: Config, run: Run) -> dict[str, float]:
     """One cell of part A: policies and measures are given, B is learned, F follows in closed form."""
-    place, following, m = grid_world(cfg.side, cfg.discount)
+    following, m = grid_world(cfg.side, cfg.discount)
     if cfg.method == "still":
         return {"error": linear_bound(m, cfg.dim)}
-    angle = place * math.pi / (cfg.side - 1)
-    states = torch.cat([angle.cos(), (2 * angle).cos(), (3 * angle).cos()], 1)[None]
-    backward = Backward(states.shape[-1], cfg)
+    states = torch.eye(len(m))[None]
+    backward = Backward(len(m), cfg)
     optimizer = torch.optim.Adam(backward.parameters(), cfg.lr_b)
 
-    def represent(goal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def represent(goal):
         """Codes z (C, d) of goals (C,), features B (C, S, d), F (C, 5 S, d)."""
         z = sphere(encode(backward, states[0, goal][:, None], torch.ones(len(goal), 1)))
         b = backward(states, z)
         return z, b, best_forward(b, m[goal])
 
-    for step in run.steps(cfg.updates, backward=backward, optimizer=optimizer):
+    for step in run.steps(cfg.updates // 5, backward=backward, optimizer=optimizer):
         goal = torch.randperm(len(m))[:16]
         _, b, f = represent(goal)
         run.log(step, loss=descend(optimizer, grid_error(f, b, m[goal])))
     with torch.no_grad():
         z, b, f = represent(torch.arange(len(m)))
-    middle, part = len(m) // 2, cfg.dim // cfg.groups
-    b0, z0 = b[min(middle, len(b) - 1)], z[middle]
-    coarse = [decode(b0[:, :k], z0[:k]) for k in range(part, cfg.dim + 1, part)]
-    np.save(run.folder / "picture.npy", torch.stack([m[middle, 0], b0 @ f[middle, 0], *coarse]))
+    goal, part = len(m) // 2, cfg.dim // cfg.groups
+    codes = [decode(b[goal % len(b), :, :k], z[goal, :k]) for k in range(part, cfg.dim + 1, part)]
+    np.save(run.folder / "picture.npy", torch.stack([m[goal, 0], f[goal, 0] @ b[goal % len(b)].T, *codes]))
     return {"error": grid_error(f, b, m).item(), "reached": reached((f @ z[..., None])[..., 0], following)}
 
 
 # --- figure, sizes, main ---
 
 
-def draw(figure, table: dict, run: Run):
-    """Measures of a corner of the grid, the code of a goal from coarse to fine; paths of the point mass."""
+def draw(figure, run: Run):
+    """Measures from a corner of the grid, the code of a goal from coarse to fine; paths of the point mass."""
 
-    def load(row: str, name: str) -> np.ndarray:
+    def load(row, name):
         return np.load(run.root / common.slug(f"{row}-s{run.cfg.seed}") / name)
 
-    plain, blocks, four = (load(f"grid: {row}", "picture.npy") for row in ("FB", "FB-ARE", "FB-ARE, K = 4"))
-    shown = {"exact measure": plain[0], "FB": plain[1], "FB-ARE": blocks[1], "FB-ARE, K = 4": four[1]}
-    shown |= {f"code of a goal, {k} of 4 blocks": x for k, x in enumerate(four[2:], 1)}
     axes = figure.subplots(3, 4).flat
-    for title, values in shown.items():
-        axis = next(axes)
-        axis.imshow(values.reshape(run.cfg.side, -1))
+    images = [*load("grid: FB", "picture.npy")[:2], *load("grid: FB-ARE, K = 4", "picture.npy")[1:]]
+    titles = [
+        "exact measure",
+        "FB",
+        "FB-ARE, K = 4",
+        *(f"code of a goal, {k} of 4 blocks" for k in (1, 2, 3, 4)),
+    ]
+    for axis, image, title in zip(axes, images, titles, strict=False):
+        axis.imshow(image.reshape(run.cfg.side, -1))
         axis.set(title=title, xticks=[], yticks=[])
-    for row in ("FB", "FB-AW", "FB-ARE", "FB-AWARE"):
-        axis = next(axes)
+    for axis, row in zip(axes, ("FB", "FB-AW", "FB-ARE", "FB-AWARE"), strict=False):
         for k, goal in enumerate(point_goals(run.cfg)[:4]):
-            axis.plot(*load(row, "places.npy")[:, k, :5].transpose(2, 0, 1), f"C{k}", linewidth=0.8)
+            axis.plot(*load(row, "places.npy")[:, k].T.swapaxes(1, 2), f"C{k}", linewidth=0.8)
             axis.plot(*goal, f"C{k}*", markersize=12)
         axis.set(title=f"{row}: paths to four goals", aspect="equal")
 
 
 def dry_run(cfg: Config, run: Run):
-    """Parameters and hours of each row, at 80 GFLOP an update of the full sizes and 100 TFLOP/s."""
-    ...
+    """Parameters and hours of each row with walker's observations, and what is missing."""
+    for row in cfg.rows:
+        size = sum(p.numel() for p in Agent(replace(cfg, **ROWS[row]), 24, 6).parameters() if p.requires_grad)
+        hours = cfg.updates * max(1e-3, 12 * size * cfg.batch / 1e14) / 3600  # 1 ms at least
+        run.print(f"{row}: {size:,} parameters, {hours:.1f} hours a seed at 100 TFLOP/s")
+    run.print(cfg.missing())
 
 
 def main():
     cfg = common.parse_config(CONFIGS)
     with Run(cfg, cfg.data) as run:
+        if cfg.dry_run:
+            return dry_run(cfg, run)
         if cfg.task:
             return answer(cfg, run)
         table = run.grid(ROWS, train)
         run.check(CLAIMS, table)
         if set(table) >= set(DEMO.rows):
-            run.figure(draw, table, run, size=(12, 9))
+            run.figure(draw, run, size=(12, 9))
 
 
 if __name__ == "__main__":
