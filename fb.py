@@ -19,7 +19,7 @@ C codes an update, each shared by G transitions; E members of F.
   eq. (5)  r_z(s') = B(s', z)^T E[B B^T]^-1 z                          a reward of which z is the code
   eq. (6)  P(Q) = mean_e Q_e - c mean_{e != e'} |Q_e - Q_e'|,  Q_e = F_e(s, a, z)^T z
   eq. (7)  TD3: loss = -mean P(Q(s, mu(s, z) + noise))
-  eq. (8)  A = mean_e Q_e(s, a, z) - mean_l P(Q(s, a_l, z)),  a_l ~ pi_z(s)
+  eq. (8)  A = mean_e Q_e(s, a, z) - P(Q(s, a', z)),  a' ~ pi_z(s)
   eq. (9)  p = softmax(A / beta) over the transitions of z,  w ~ p / (1 - p)     improved importance sampling
   eq. (10) AW: loss = -sum w log N(a; mu(s, z), std)
   eq. (11) evaluation sampling: the best of M actions by P(Q)
@@ -55,7 +55,6 @@ import numpy as np
 import torch
 from dm_control.utils import rewards
 from torch import Tensor, nn
-from torch.nn import functional
 
 import common
 from common import Claim, EnsembleLinear, Run, UserError
@@ -75,9 +74,9 @@ class Config(common.Config):
     data: str = (
         ""  # ExORL's folder of the domain, mood.py's, D4RL's .hdf5 or minari:ID; empty: coloured noise
     )
-    collect: int = 100  # episodes of coloured noise
+    collect: int = 0  # episodes of coloured noise
     task: str = ""  # prompt for what was trained before: walker_run, goal:x,y,... or demo:EPISODE.npz
-    seen: int = 2  # first coordinates of an observation, which B sees; 0: all
+    seen: int = 0  # first coordinates of an observation, which B sees; 0: all
     goals: int = 32  # of the point mass, drawn for each seed
     side: int = 7  # of the grid
     # representation
@@ -87,7 +86,7 @@ class Config(common.Config):
     codes: int = 8  # different z in an update (C)
     pairs: Literal["full", "chunk"] = "chunk"  # next states that a z meets: all, or its own and `others`
     others: int = 24  # how many more, with chunk
-    width: int = 96  # hidden units of F and actor
+    width: int = 64  # hidden units of F and actor
     width_b: int = 64  # hidden units of each block of B
     members: int = 2  # of F (E)
     # learning
@@ -102,12 +101,11 @@ class Config(common.Config):
     beta: float = 1.0  # temperature of eq. (9)
     per_code: bool = True  # eq. (9) over the transitions of a z; False: over all of the update
     improved: bool = True  # eq. (9)'s 1 - p
-    samples: int = 1  # policy actions in eq. (8)
-    updates: int = 3000  # gradient updates
+    updates: int = 2000  # gradient updates
     block: int = 50  # updates a step: their transitions are drawn together
     batch: int = 128  # transitions an update
-    lr: float = 1e-3  # Adam, F and actor
-    lr_b: float = 1e-3  # Adam, B
+    lr: float = 3e-3  # Adam, F and actor
+    lr_b: float = 3e-3  # Adam, B
     # prompts and evaluation
     prompt: int = 5000  # labelled next states that a reward is coded from
     episodes: int = 10  # of a task
@@ -130,9 +128,9 @@ class Config(common.Config):
         )
 
 
-GRID = dict(env="grid", dim=8, discount=0.9, lr_b=3e-3)
+GRID = dict(env="grid", dim=8, discount=0.9)
 AW, ARE = dict(actor="aw"), dict(groups=2)
-SINGLE = dict(method="single", dim=1, codes=4, pairs="full", batch=512)
+SINGLE = dict(method="single", dim=1, codes=4, pairs="full", batch=256)
 # a row of the table is the settings that it changes: the difference of two rows is an idea of the paper
 ROWS = {
     "FB": {},
@@ -148,10 +146,10 @@ ROWS = {
     "grid: FB-ARE": GRID | ARE,
     "grid: FB-ARE, K = 4": GRID | dict(groups=4),
 }
-DEMO = Config(seeds=3, ranks=2, rows=tuple(ROWS)[:12], log_every=5, save_every=20)
+DEMO = Config(seeds=3, ranks=2, rows=tuple(ROWS), collect=100, seen=2, log_every=5, save_every=20)
 WALKER = replace(
-    DEMO, rows=("FB", "FB-AW", "FB-AWARE", "random actions"), seeds=1, env="walker", seen=0, dim=32,
-    width=256, discount=0.98, goal_ratio=0.5, tau=0.01, updates=10_000, batch=256, lr=3e-4, lr_b=3e-4,
+    DEMO, rows=("FB", "FB-AW", "FB-AWARE", "random actions"), seeds=1, env="walker", collect=60, seen=0, dim=32,
+    width=128, discount=0.98, goal_ratio=0.5, tau=0.01, updates=5000, batch=256, lr=1e-3, lr_b=1e-3,
 )  # fmt: skip
 CONFIGS = {
     "smoke": replace(
@@ -231,11 +229,16 @@ class PointMass:
         return np.float32(self.state[:, 1:] / UNITS), 0.0 * over, over & False, over, {}
 
 
-OWN_TASKS = {  # what dm_control's suite does not have: a quantity, and how much of it earns 1, less in proportion
-    "cheetah_walk": (lambda physics: physics.speed(), 2),
-    "cheetah_walk_backward": (lambda physics: -physics.speed(), 2),
-    "cheetah_run_backward": (lambda physics: -physics.speed(), 10),
-    "quadruped_stand": (lambda physics: (physics.torso_upright() + 1) / 2, 1),
+def share(x: float, full: float) -> float:
+    """A reward in proportion to x, 1 from `full` on."""
+    return min(max(x / full, 0.0), 1.0)
+
+
+OWN_REWARDS = {  # of tasks that dm_control's suite does not have
+    "cheetah_walk": lambda physics: share(physics.speed(), 2),
+    "cheetah_walk_backward": lambda physics: share(-physics.speed(), 2),
+    "cheetah_run_backward": lambda physics: share(-physics.speed(), 10),
+    "quadruped_stand": lambda physics: share(physics.torso_upright() + 1, 2),
 }
 
 
@@ -243,11 +246,10 @@ class DmTask(common.DmControl):
     """A task of dm_control, or one of ours on its domain."""
 
     def __init__(self, domain: str, task: str):
-        quantity, full = OWN_TASKS.get(f"{domain}_{task}", (None, 0))
-        super().__init__(domain, "run" if quantity else task)
-        if quantity:
-            shape = dict(bounds=(full, math.inf), margin=full, sigmoid="linear", value_at_margin=0)
-            self.env.task.get_reward = lambda physics: rewards.tolerance(quantity(physics), **shape)
+        own = OWN_REWARDS.get(f"{domain}_{task}")
+        super().__init__(domain, "run" if own else task)
+        if own:
+            self.env.task.get_reward = own
 
 
 def task_names(cfg: Config) -> list[str]:
@@ -337,10 +339,8 @@ def collect(run: Run):
     """
     cfg, noise, physics = run.cfg, 0.0, []
     envs = make_envs(cfg, task_names(cfg)[:1], cfg.collect)
-    if cfg.env == "point_mass":
-        envs.seconds, mix = 50.1, envs.thrusters  # forces in their plane
-    else:
-        mix = np.eye(envs.single_action_space.shape[0])
+    envs.seconds = 50.1  # of the point mass, whose forces lie in the thrusters' plane
+    mix = envs.thrusters if cfg.env == "point_mass" else np.eye(envs.single_action_space.shape[0])
 
     def policy(obs):
         nonlocal noise
@@ -365,13 +365,15 @@ class TwoStreams(nn.Module):
 
     def __init__(self, members: int, left: int, right: int, outputs: int, width: int):
         super().__init__()
-        linear, half = functools.partial(EnsembleLinear, members), width // 2
-        norm = nn.LayerNorm(width, elementwise_affine=False)
+        linear, norm = (
+            functools.partial(EnsembleLinear, members),
+            nn.LayerNorm(width, elementwise_affine=False),
+        )
         self.left, self.right = (
-            nn.Sequential(linear(n, width), norm, nn.Tanh(), linear(width, half), nn.ReLU())
+            nn.Sequential(linear(n, width), norm, nn.Tanh(), linear(width, width // 2), nn.ReLU())
             for n in (left, right)
         )
-        self.head = nn.Sequential(linear(2 * half, width), nn.ReLU(), linear(width, outputs))
+        self.head = nn.Sequential(linear(width, width), nn.ReLU(), linear(width, outputs))
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         return self.head(torch.cat([self.left(left), self.right(right)], -1))
@@ -379,7 +381,7 @@ class TwoStreams(nn.Module):
 
 def sphere(z: Tensor) -> Tensor:
     """z (..., d) on the sphere of radius sqrt d; 0 stays 0."""
-    return math.sqrt(z.shape[-1]) * functional.normalize(z, dim=-1)
+    return math.sqrt(z.shape[-1]) * nn.functional.normalize(z, dim=-1)
 
 
 class Backward(nn.Module):
@@ -391,18 +393,17 @@ class Backward(nn.Module):
     def __init__(self, inputs: int, cfg: Config):
         super().__init__()
         groups, width, part = cfg.groups, cfg.width_b, cfg.dim // cfg.groups
-        self.groups, self.dim = groups, cfg.dim
-        self.first = EnsembleLinear(groups, inputs, width)
+        linear, norm = (
+            functools.partial(EnsembleLinear, groups),
+            nn.LayerNorm(width, elementwise_affine=False),
+        )
+        self.groups, self.dim, self.first = groups, cfg.dim, linear(inputs, width)
         nn.init.normal_(self.first.bias, std=width**-0.5)  # else the norm leaves a state's direction alone
         if groups > 1:
             self.code = nn.Parameter(torch.randn(groups, cfg.dim, width) / math.sqrt(cfg.dim))
             before = torch.ones(groups, groups).tril(-1).repeat_interleave(part, 1)
             self.register_buffer("before", before[:, None])  # (K, 1, d): 1 for the blocks before k
-        linear, norm = (
-            functools.partial(EnsembleLinear, groups, width),
-            nn.LayerNorm(width, elementwise_affine=False),
-        )
-        self.rest = nn.Sequential(norm, nn.Tanh(), linear(width), nn.ReLU(), linear(part))
+        self.rest = nn.Sequential(norm, nn.Tanh(), linear(width, width), nn.ReLU(), linear(width, part))
 
     def forward(self, s: Tensor, z: Tensor) -> Tensor:
         """s (C, J, o), or (1, J, o) for states that all codes meet, and z (C, d) -> (C, J, d); K = 1: (1, J, d).
@@ -535,15 +536,14 @@ def noisy(mean: Tensor, std: float, clip: float = math.inf) -> Tensor:
 @torch.no_grad()
 def advantage(agent: Agent, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
     """Eq. (8), data's and policy's actions in one pass: (C, G)."""
-    mean = agent.mean(batch.s, z)
-    drawn = noisy(mean.expand(cfg.samples, *mean.shape), cfg.std)
-    q = agent.q(batch.s, torch.cat([batch.a[None], drawn]), z)
-    return q[:, 0].mean(0) - pessimistic(q[:, 1:], cfg.pessimism).mean(0)
+    drawn = noisy(agent.mean(batch.s, z), cfg.std)
+    q = agent.q(batch.s, torch.stack([batch.a, drawn]), z)
+    return q[:, 0].mean(0) - pessimistic(q[:, 1], cfg.pessimism)
 
 
 def advantage_weights(advantage: Tensor, cfg: Config) -> Tensor:
     """Eq. (9): (C, G) -> (C, G), of sum 1."""
-    logits = advantage / cfg.beta if cfg.per_code else advantage.reshape(1, -1) / cfg.beta
+    logits = advantage.reshape(len(advantage) if cfg.per_code else 1, -1) / cfg.beta
     log_p = logits.log_softmax(-1)
     if cfg.improved:
         log_p = (log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))).log_softmax(-1)
@@ -801,7 +801,7 @@ def train_grid(cfg: Config, run: Run) -> dict[str, float]:
         b = backward(states, z)
         return z, b, best_forward(b, m[goal])
 
-    for step in run.steps(cfg.updates // 5, backward=backward, optimizer=optimizer):
+    for step in run.steps(cfg.updates // 4, backward=backward, optimizer=optimizer):
         goal = torch.randperm(len(m))[:16]
         _, b, f = represent(goal)
         run.log(step, loss=descend(optimizer, grid_error(f, b, m[goal])))
@@ -841,12 +841,10 @@ def draw(figure, run: Run):
 
 
 def dry_run(cfg: Config, run: Run):
-    """Parameters and hours of each row with walker's observations, and what is missing."""
-    for row in cfg.rows:
-        size = sum(p.numel() for p in Agent(replace(cfg, **ROWS[row]), 24, 6).parameters() if p.requires_grad)
-        hours = cfg.updates * max(1e-3, 12 * size * cfg.batch / 1e14) / 3600  # 1 ms at least
-        run.print(f"{row}: {size:,} parameters, {hours:.1f} hours a seed at 100 TFLOP/s")
-    run.print(cfg.missing())
+    """Parameters and hours of a cell with walker's observations, and what is missing."""
+    size = sum(p.numel() for p in Agent(cfg, 24, 6).parameters() if p.requires_grad)
+    hours = cfg.updates * max(1e-3, 12 * size * cfg.batch / 1e14) / 3600  # 1 ms an update at least
+    run.print(f"{size:,} parameters, {hours:.1f} hours a cell at 100 TFLOP/s. {cfg.missing()}")
 
 
 def main():
