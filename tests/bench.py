@@ -3,8 +3,9 @@
 NAME mood: DIR is algorithms/offline of a checkout of CORL. Sizes are CORL's: observations of 17, actions of
 6, batch 256, two critics, hidden layers 256x2, for AWAC too (CORL's third is taken out). NAME rmc: DIR is
 sspg_dmc of markov-chain-reasoning; an update of encoder, critics, actor and temperature from pixels at the
-paper's sizes, batch 32, chains of 4 steps. Medians of seven intervals, in turn, so that slow minutes hit all
-alike.
+paper's sizes, batch 32, chains of 4 steps. NAME fb: DIR is a checkout of metamotivo;
+20 updates of FB with a z for each of 128 transitions, sizes of walker's, z of 50, hidden layers of 256.
+Medians of seven intervals (fb: five), in turn, so that slow minutes hit all alike.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -26,6 +27,7 @@ import torch
 from gymnasium.spaces import Box
 
 import common
+import fb
 import mood
 import rmc
 
@@ -152,6 +154,38 @@ def bench_rmc(folder: Path, run: common.Run, batch: int = 32, dims: int = 12):
     report("rmc", median_rates(steps | {"theirs": lambda: reference.update(stream, 0)}, run.device))
 
 
+def bench_fb(folder: Path, run: common.Run, obs=24, actions=6, dim=50, width=256, batch=128, count=20):
+    """fb.learn beside FBAgent.update, both drawing their transitions from memory on the device."""
+    sys.path.insert(0, str(folder))
+    with contextlib.redirect_stdout(None):
+        from metamotivo.fb import FBAgent, FBAgentConfig
+
+        theirs = FBAgentConfig()
+        theirs.model.obs_dim, theirs.model.action_dim, theirs.model.norm_obs = obs, actions, False
+        theirs.model.device, theirs.model.archi.z_dim = str(run.device), dim
+        for part in (theirs.model.archi.f, theirs.model.archi.b, theirs.model.archi.actor):
+            part.hidden_dim = width
+        theirs.train.batch_size, theirs.train.discount = batch, 0.98
+        reference = FBAgent(**asdict(theirs))
+    s, a, next_s = (torch.randn(ROWS, n, device=run.device) for n in (obs, actions, obs))
+    data = fb.Data(s, a.tanh(), next_s, torch.ones(ROWS, device=run.device), next_s, {})
+
+    def sample(n):
+        i = torch.randint(ROWS, (n,), device=run.device)
+        following = {"observation": next_s[i], "terminated": torch.zeros(n, 1, dtype=bool, device=run.device)}
+        return {"observation": s[i], "action": data.a[i], "next": following}
+
+    sizes = dict(dim=dim, width=width, width_b=width, batch=batch, codes=batch, updates=count, block=count)
+    cfg = replace(fb.Config(), pairs="full", **sizes)
+    agent = fb.Agent(cfg, obs, actions).to(run.device)
+    loop = SimpleNamespace(device=run.device, steps=lambda n, **_: range(n), log=lambda *_, **__: None)
+    loop.speed = {"steps_per_s": 0}
+    buffer = {"train": SimpleNamespace(sample=sample)}
+    steps = {"ours": lambda: fb.learn(agent, data, cfg, loop)}
+    steps["theirs"] = lambda: [reference.update(buffer, 0) for _ in range(count)]
+    report("fb", median_rates(steps, run.device, rounds=5))
+
+
 def bench_mood(folder: Path, run: common.Run):
     """mood.update beside CORL's."""
     g = torch.Generator().manual_seed(0)
@@ -172,7 +206,8 @@ def report(name: str, rates: dict[str, float]):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in ("mood", "rmc"):
-        sys.exit("python tests/bench.py mood|rmc DIR")
+    benches = {"fb": bench_fb, "mood": bench_mood, "rmc": bench_rmc}
+    if len(sys.argv) != 3 or sys.argv[1] not in benches:
+        sys.exit("python tests/bench.py fb|mood|rmc DIR")
     here = common.Run(common.Config())  # for its device, its precision and oneDNN's products
-    {"mood": bench_mood, "rmc": bench_rmc}[sys.argv[1]](Path(sys.argv[2]), here)
+    benches[sys.argv[1]](Path(sys.argv[2]), here)
