@@ -84,8 +84,7 @@ class Config(common.Config):
     dim: int = 16  # of z (d)
     groups: int = 1  # blocks of z and B (K); 1: FB
     codes: int = 8  # different z in an update (C)
-    pairs: Literal["full", "chunk"] = "chunk"  # next states that a z meets: all, or its own and `others`
-    others: int = 24  # how many more, with chunk
+    others: int = 24  # next states that a z meets beside those of its transitions; 0: all of the update
     width: int = 64  # hidden units of F and actor
     width_b: int = 64  # hidden units of each block of B
     members: int = 2  # of F (E)
@@ -130,7 +129,7 @@ class Config(common.Config):
 
 GRID = dict(env="grid", dim=8, discount=0.9)
 AW, ARE = dict(actor="aw"), dict(groups=2)
-SINGLE = dict(method="single", dim=1, codes=4, pairs="full", batch=256)
+SINGLE = dict(method="single", dim=1, codes=4, others=0, batch=256)
 # a row of the table is the settings that it changes: the difference of two rows is an idea of the paper
 ROWS = {
     "FB": {},
@@ -158,10 +157,10 @@ CONFIGS = {
     ),
     "demo": DEMO,
     "walker": WALKER,
-    "gpu": replace(DEMO, ranks=8, pairs="full", dim=48, width=512, width_b=256, updates=100_000, block=500),
+    "gpu": replace(DEMO, ranks=8, others=0, dim=48, width=512, width_b=256, updates=100_000, block=500),
     "full": replace(
         WALKER, ranks=1, rows=("FB", "FB-AW", "FB-ARE", "FB-AWARE", "TD3-AW", "random actions"), seeds=5,
-        collect=0, dim=100, codes=16, pairs="full", width=1024, width_b=256, updates=3_000_000, block=500,
+        collect=0, dim=100, codes=16, others=0, width=1024, width_b=256, updates=3_000_000, block=500,
         batch=1024, lr=1e-4, lr_b=1e-4, prompt=50_000, save_every=200,
     ),
 }  # fmt: skip
@@ -177,7 +176,6 @@ CLAIMS = [
     Claim("... and so more goals are reached", "reached", "grid: FB-ARE", "grid: FB"),
     Claim("advantage weighting earns more where FB stays flat", "goals", "FB-AW", "FB"),
     Claim("... and ends nearer to the goals (m)", "distance", "FB-AW", "FB", "lower"),
-    Claim("... with blocks, too (m)", "distance", "FB-AWARE", "FB-ARE", "lower"),
     Claim("... and for agents of a single task", "four", "TD3-AW", "TD3"),
     Claim("blocks add to advantage weighting", "goals", "FB-AWARE", "FB-AW"),
 ]
@@ -267,7 +265,7 @@ def make_env(cfg: Config, task: str) -> gymnasium.Env:
     return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
-def make_envs(cfg: Config, tasks: list[str], count: int) -> PointMass | gymnasium.vector.VectorEnv:
+def make_envs(cfg: Config, tasks: list[str], count: int):
     """`count` environments of each task, one task after the other."""
     if cfg.env == "point_mass":
         return PointMass(len(tasks) * count, cfg.seed)
@@ -491,7 +489,7 @@ def ortho_loss(b: Tensor) -> Tensor:
     """Eq. (2), the mean over codes: (C, J, d) -> ()."""
     count = b.shape[1]
     gram = b @ b.mT
-    off = gram.masked_fill(torch.eye(count, dtype=torch.bool, device=b.device), 0.0)
+    off = gram.masked_fill(torch.eye(count, device=b.device).bool(), 0.0)
     return 0.5 * off.square().sum() / (len(b) * count * (count - 1)) - b.square().sum(-1).mean()
 
 
@@ -507,10 +505,14 @@ def encode(backward: Backward, states: Tensor, reward: Tensor) -> Tensor:
     return z
 
 
+def covariance(b: Tensor) -> Tensor:
+    """E[B B^T] over states and a small ridge: (..., J, d) -> (..., d, d)."""
+    return b.mT @ b / b.shape[-2] + 1e-4 * torch.eye(b.shape[-1]).to(b)
+
+
 def decode(b: Tensor, z: Tensor) -> Tensor:
     """Eq. (5): the reward (J,) at states with features B(s, z) (J, d), of which z (d,) is the code."""
-    covariance = b.mT @ b / len(b) + 1e-4 * torch.eye(len(z), dtype=b.dtype, device=b.device)
-    return b @ torch.linalg.solve(covariance, z)
+    return b @ torch.linalg.solve(covariance(b), z)
 
 
 @torch.no_grad()
@@ -550,14 +552,14 @@ def advantage_weights(advantage: Tensor, cfg: Config) -> Tensor:
     return log_p.exp().view_as(advantage) / len(logits)
 
 
-def by_advantage(agent: nn.Module, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
+def by_advantage(agent: Agent, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
     """Eq. (10) but for a constant, the mean over dimensions; no gradient of Q, which may be wrong off the data."""
     weight = advantage_weights(advantage(agent, batch, z, cfg), cfg)
     squares = (batch.a - agent.mean(batch.s, z)).square().mean(-1)
     return (weight * squares).sum() / (2 * cfg.std**2)
 
 
-def by_critic(agent: nn.Module, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
+def by_critic(agent: Agent, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
     """Eq. (7)."""
     action = noisy(agent.mean(batch.s, z), cfg.std, cfg.noise_clip)
     return -pessimistic(agent.q(batch.s, action[None], z), cfg.pessimism).mean()
@@ -571,14 +573,14 @@ ACTOR_LOSS = {"td3": by_critic, "aw": by_advantage}
 
 def index_shape(cfg: Config) -> tuple[int, int]:
     """For each code: one transition that ends at a goal, G to learn from, others whose next states it meets."""
-    return cfg.codes, 1 + cfg.batch // cfg.codes + cfg.others * (cfg.pairs == "chunk")
+    return cfg.codes, 1 + cfg.batch // cfg.codes + cfg.others
 
 
 def gather(data: Data, index: Tensor, cfg: Config) -> Batch:
     """The batch of transitions with numbers (C, 1 + G + others)."""
     place = torch.arange(index.numel(), device=index.device).view_as(index)
     mine = place[:, 1 : 1 + cfg.batch // cfg.codes]
-    met = place[:, 1:] if cfg.pairs == "chunk" else mine.reshape(1, -1)
+    met = place[:, 1:] if cfg.others else mine.reshape(1, -1)
     rows = index.flatten()
     columns = (x[rows[mine]] for x in (data.s, data.a, data.next_s, data.live))
     return Batch(
@@ -680,8 +682,7 @@ def prompt(agent: Agent, data: Data, cfg: Config) -> Tensor:
     reward = label(data.raw, rows, cfg)
     if not reward.any(1).all():
         raise UserError(f"a task has no reward at any of {len(rows)} states; --prompt takes more of them")
-    device = data.goal.device
-    return sphere(encode(agent.backward_map, data.goal[rows.to(device)][None], reward.to(device)))
+    return sphere(encode(agent.backward_map, data.goal[rows][None], reward.to(data.goal)))
 
 
 @torch.no_grad()
@@ -690,7 +691,7 @@ def act(agent: Agent, z: Tensor, cfg: Config, obs: np.ndarray) -> np.ndarray:
 
     Observations (n, o) of n / C environments for each of the codes z (C, d) -> (n, m).
     """
-    s = torch.as_tensor(obs, dtype=torch.float32, device=z.device).unflatten(0, (len(z), -1))
+    s = torch.as_tensor(obs).to(z).unflatten(0, (len(z), -1))
     a = agent.mean(s, z)
     if cfg.best_of > 1:
         tried = noisy(a.expand(cfg.best_of, *a.shape), cfg.std)
@@ -761,8 +762,7 @@ def grid_world(side: int, discount: float) -> tuple[Tensor, Tensor]:
 
 def best_forward(b: Tensor, m: Tensor) -> Tensor:
     """The F (C, SA, d) that minimises eq. (1) for features B (C, S, d): M B / S times the inverse covariance."""
-    covariance = b.mT @ b / b.shape[1] + 1e-4 * torch.eye(b.shape[-1])
-    return torch.linalg.solve(covariance, (m @ b / b.shape[1]).mT).mT
+    return torch.linalg.solve(covariance(b), (m @ b / b.shape[1]).mT).mT
 
 
 def grid_error(f: Tensor, b: Tensor, m: Tensor) -> Tensor:
@@ -798,7 +798,7 @@ def train_grid(cfg: Config, run: Run) -> dict[str, float]:
     def represent(goal):
         """Codes z (C, d) of goals (C,), features B (C, S, d), F (C, 5 S, d)."""
         z = sphere(encode(backward, states[0, goal][:, None], torch.ones(len(goal), 1)))
-        b = backward(states, z)
+        b = backward(states, z).expand(len(z), -1, -1)
         return z, b, best_forward(b, m[goal])
 
     for step in run.steps(cfg.updates // 4, backward=backward, optimizer=optimizer):
@@ -808,8 +808,8 @@ def train_grid(cfg: Config, run: Run) -> dict[str, float]:
     with torch.no_grad():
         z, b, f = represent(torch.arange(len(m)))
     goal, part = len(m) // 2, cfg.dim // cfg.groups
-    codes = [decode(b[goal % len(b), :, :k], z[goal, :k]) for k in range(part, cfg.dim + 1, part)]
-    np.save(run.folder / "picture.npy", torch.stack([m[goal, 0], f[goal, 0] @ b[goal % len(b)].T, *codes]))
+    codes = [decode(b[goal, :, :k], z[goal, :k]) for k in range(part, cfg.dim + 1, part)]
+    np.save(run.folder / "picture.npy", torch.stack([m[goal, 0], f[goal, 0] @ b[goal].T, *codes]))
     return {"error": grid_error(f, b, m).item(), "reached": reached((f @ z[..., None])[..., 0], following)}
 
 

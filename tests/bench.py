@@ -176,7 +176,7 @@ def bench_fb(folder: Path, run: common.Run, obs=24, actions=6, dim=50, width=256
         return {"observation": s[i], "action": data.a[i], "next": following}
 
     sizes = dict(dim=dim, width=width, width_b=width, batch=batch, codes=batch, updates=count, block=count)
-    cfg = replace(fb.Config(), pairs="full", **sizes)
+    cfg = replace(fb.Config(), others=0, **sizes)
     agent = fb.Agent(cfg, obs, actions).to(run.device)
     loop = SimpleNamespace(device=run.device, steps=lambda n, **_: range(n), log=lambda *_, **__: None)
     loop.speed = {"steps_per_s": 0}
