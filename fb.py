@@ -84,7 +84,7 @@ class Config(common.Config):
     dim: int = 16  # of z (d)
     groups: int = 1  # blocks of z and B (K); 1: FB
     codes: int = 8  # different z in an update (C)
-    others: int = 24  # next states that a z meets beside those of its transitions; 0: all of the update
+    others: int = 0  # next states that a z meets beside those of its transitions; 0: all of the update
     width: int = 64  # hidden units of F and actor
     width_b: int = 64  # hidden units of each block of B
     members: int = 2  # of F (E)
@@ -145,7 +145,7 @@ ROWS = {
     "grid: FB-ARE": GRID | ARE,
     "grid: FB-ARE, K = 4": GRID | dict(groups=4),
 }
-DEMO = Config(seeds=3, ranks=2, rows=tuple(ROWS), collect=100, seen=2, log_every=5, save_every=20)
+DEMO = Config(seeds=3, ranks=2, rows=tuple(ROWS), collect=100, seen=2, others=24, log_every=5, save_every=20)
 WALKER = replace(
     DEMO, rows=("FB", "FB-AW", "FB-AWARE", "random actions"), seeds=1, env="walker", collect=60, seen=0, dim=32,
     width=128, discount=0.98, goal_ratio=0.5, tau=0.01, updates=5000, batch=256, lr=1e-3, lr_b=1e-3,
@@ -658,6 +658,7 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     if cfg.env == "grid":
         return train_grid(cfg, run)
     data, names = load_data(cfg, run), task_names(cfg)
+    cfg = replace(cfg, codes=min(cfg.codes, len(names))) if cfg.method == "single" else cfg
     if cfg.method in ("still", "random"):
         size, width = float(cfg.method == "random"), data.a.shape[1]
         return evaluate(lambda obs: np.random.uniform(-size, size, (len(obs), width)), names, cfg, run)
