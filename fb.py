@@ -25,18 +25,24 @@ C codes an update, each shared by G transitions; E members of F.
   eq. (11) evaluation sampling: the best of M actions by P(Q)
 
 How to run
-  python fb.py                                       the claim in miniature, with controls: two CPU cores
-  python fb.py --task goal:0.1,-0.05                 then: a prompt for what was trained, nothing is trained
-  python fb.py --config walker                       collects data on dm_control's walker, then stand, walk, run
-  torchrun --nproc_per_node=8 fb.py --config full --data exorl/walker/rnd     or mood.py's, D4RL, minari:ID
+  python fb.py                                      the claim in miniature, with controls: two CPU cores
+  python fb.py --task goal:1,-0.5                   then act by a prompt; nothing is trained
+  python fb.py --config walker                      coloured noise on dm_control's walker; stand, walk, run
+  torchrun --nproc_per_node=8 fb.py --config full --data exorl/walker/rnd
+  python fb.py --config full --env Hopper-v4 --data hopper_medium-v2.hdf5    or minari:ID, with its rewards
 
-What is known and what is ours. The paper's text was not at hand beyond abstract and captions, and its code is
-not public: sizes are those of Meta's public FB code; block normalisation, directions as input (eq. 3), codes
-shared by G transitions, eq. (9)'s form and its groups are ours. From that code: targets by the mean of F,
-pessimism in the actor only, log-density averaged over dimensions and without correction for the clamp.
-Part A of the demo gives the policies (shortest paths), so it tests the features alone.
+What is known and what is ours
+- The paper's text was not at hand beyond abstract and captions, and its code is not public. Sizes are those
+  of Meta's public FB code. Block norms, directions as input (eq. 3), codes shared by G transitions, the form
+  of eq. (9) and its groups are ours.
+- From that code: targets by the mean of F, pessimism in the actor only, a fixed deviation, log-density
+  averaged over dimensions and without a correction for the clamp.
+- Layer norms have no gains: those would be shared by the members. B's first biases are random, since after a
+  layer norm a state of few dimensions would else count by its direction alone.
+- Part A of the demo gives the policies (shortest paths) and solves for F, so it tests features alone.
+- In part B actions off a random plane stall; data are coloured noise in the plane.
 
-Reading order: ROWS, Backward, the losses, encode, update, train; train_grid.
+Reading order: ROWS, Backward, the losses, encode, learn, act; then train_grid.
 """
 
 from __future__ import annotations
@@ -80,7 +86,7 @@ class Config(common.Config):
     goals: int = 32  # of the point mass, drawn for each seed
     side: int = 7  # of the grid
     # representation
-    method: Literal["fb", "single", "still", "random"] = "fb"  # single: networks for each of --codes tasks
+    method: Literal["fb", "single", "fixed"] = "fb"  # single: networks for each of --codes tasks; fixed: none
     dim: int = 16  # of z (d)
     groups: int = 1  # blocks of z and B (K); 1: FB
     codes: int = 8  # different z in an update (C)
@@ -94,7 +100,7 @@ class Config(common.Config):
     goal_ratio: float = 0.8  # share of z that are codes of goals in the data; others are uniform
     tau: float = 0.03  # share of the networks that the slow copies take up in an update
     pessimism: float = 0.5  # c of eq. (6); with two members 0.5 is their minimum
-    std: float = 0.2  # of the policy
+    std: float = 0.2  # of the policy; fixed: actions are uniform in [-std, std]
     noise_clip: float = 0.3  # of the policy's noise, but for eqs. (8) and (11)
     actor: Literal["td3", "aw"] = "td3"  # eq. (7) or (10)
     beta: float = 1.0  # temperature of eq. (9)
@@ -132,23 +138,23 @@ AW, ARE = dict(actor="aw"), dict(groups=2)
 SINGLE = dict(method="single", dim=1, codes=4, others=0, batch=256)
 # a row of the table is the settings that it changes: the difference of two rows is an idea of the paper
 ROWS = {
-    "FB": {},
     "FB-AW": AW,
-    "FB-ARE": ARE,
     "FB-AWARE": AW | ARE,
+    "FB": {},
+    "FB-ARE": ARE,
     "TD3": SINGLE,
     "TD3-AW": SINGLE | AW,
-    "hold still": dict(method="still"),
-    "random actions": dict(method="random"),
-    "grid: best linear": GRID | dict(method="still"),
+    "hold still": dict(method="fixed", std=0.0),
+    "random actions": dict(method="fixed", std=1.0),
+    "grid: best linear": GRID | dict(method="fixed"),
     "grid: FB": GRID,
     "grid: FB-ARE": GRID | ARE,
     "grid: FB-ARE, K = 4": GRID | dict(groups=4),
 }
-DEMO = Config(seeds=3, ranks=2, rows=tuple(ROWS), collect=100, seen=2, others=24, log_every=5, save_every=20)
+DEMO = Config(seeds=3, ranks=2, rows=tuple(ROWS), collect=100, seen=2, others=24)
 WALKER = replace(
-    DEMO, rows=("FB", "FB-AW", "FB-AWARE", "random actions"), seeds=1, env="walker", collect=60, seen=0, dim=32,
-    width=128, discount=0.98, goal_ratio=0.5, tau=0.01, updates=5000, batch=256, lr=1e-3, lr_b=1e-3,
+    DEMO, rows=("FB-AW", "FB-AWARE", "FB", "random actions"), seeds=1, env="walker", collect=60, seen=0,
+    dim=32, width=128, discount=0.98, goal_ratio=0.5, tau=0.01, updates=5000, batch=256, lr=1e-3, lr_b=1e-3,
 )  # fmt: skip
 CONFIGS = {
     "smoke": replace(
@@ -159,7 +165,7 @@ CONFIGS = {
     "walker": WALKER,
     "gpu": replace(DEMO, ranks=8, others=0, dim=48, width=512, width_b=256, updates=100_000, block=500),
     "full": replace(
-        WALKER, ranks=1, rows=("FB", "FB-AW", "FB-ARE", "FB-AWARE", "TD3-AW", "random actions"), seeds=5,
+        WALKER, ranks=1, rows=(*tuple(ROWS)[:4], "TD3-AW", "random actions"), seeds=5,
         collect=0, dim=100, codes=16, others=0, width=1024, width_b=256, updates=3_000_000, block=500,
         batch=1024, lr=1e-4, lr_b=1e-4, prompt=50_000, save_every=200,
     ),
@@ -262,7 +268,7 @@ def make_env(cfg: Config, task: str) -> gymnasium.Env:
     if cfg.env in DOMAINS:
         return DmTask(cfg.env, task)
     env = gymnasium.wrappers.FlattenObservation(gymnasium.make(cfg.env))
-    return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
 
 
 def make_envs(cfg: Config, tasks: list[str], count: int):
@@ -315,7 +321,7 @@ def label(raw: dict[str, Tensor], rows: Tensor, cfg: Config) -> Tensor:
     if cfg.env == "point_mass":
         places = raw["next_observation"][rows, :2].numpy() * UNITS[:2]
         distance = np.linalg.norm(places - point_goals(cfg)[:, None], axis=-1)
-        return torch.from_numpy(near(distance)).float()
+        return torch.tensor(near(distance)).float()
     if cfg.env not in DOMAINS:
         return raw["reward"][rows].T
     if "physics" not in raw:
@@ -404,9 +410,9 @@ class Backward(nn.Module):
         self.rest = nn.Sequential(norm, nn.Tanh(), linear(width, width), nn.ReLU(), linear(width, part))
 
     def forward(self, s: Tensor, z: Tensor) -> Tensor:
-        """s (C, J, o), or (1, J, o) for states that all codes meet, and z (C, d) -> (C, J, d); K = 1: (1, J, d).
+        """s (C, J, o), or (1, J, o) for states that all codes meet, and z (C, d) -> (C, J, d).
 
-        The first layer is a sum over state and code, each computed once.
+        With a single block (1, J, o) -> (1, J, d). The first layer is a sum over state and code, each computed once.
         """
         h = self.first(s.flatten(0, 1).expand(self.groups, -1, -1)).unflatten(1, s.shape[:2])
         if self.groups > 1:
@@ -417,7 +423,7 @@ class Backward(nn.Module):
 
 
 class Agent(nn.Module):
-    """F, B, their slow copies, and the actor. Rows are (C, G, ...): G transitions for each of C codes z (C, d).
+    """F, B, their slow copies, and the actor, for (C, G, ...): G transitions for each of C codes z (C, d).
 
     Agents of a single task are the same with networks of their own for each task, z = 1 and Q = F (d = 1).
     """
@@ -458,7 +464,7 @@ class Agent(nn.Module):
 
 
 class Batch(NamedTuple):
-    """G transitions for each of C codes, and next states for eq. (1) and for codes of goals, as B sees them."""
+    """G transitions for each of C codes, next states for eq. (1) and for codes of goals, as B sees them."""
 
     s: Tensor  # (C, G, o)
     a: Tensor  # (C, G, m)
@@ -517,7 +523,7 @@ def decode(b: Tensor, z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample_z(backward: Backward, goal: Tensor, cfg: Config) -> Tensor:
-    """Codes to train on: of goals (C, 1, seen) in a share of goal_ratio, else uniform on the sphere: (C, d)."""
+    """Codes to train on, (C, d): of goals (C, 1, seen) in a share of goal_ratio, else uniform."""
     uniform = torch.randn(len(goal), cfg.dim, device=goal.device)
     coded = encode(backward, goal, torch.ones_like(goal[..., 0]))
     return sphere(torch.where(torch.rand_like(uniform[:, :1]) < cfg.goal_ratio, coded, uniform))
@@ -553,7 +559,7 @@ def advantage_weights(advantage: Tensor, cfg: Config) -> Tensor:
 
 
 def by_advantage(agent: Agent, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
-    """Eq. (10) but for a constant, the mean over dimensions; no gradient of Q, which may be wrong off the data."""
+    """Eq. (10) but for a constant; no gradient of Q, which may be wrong off the data."""
     weight = advantage_weights(advantage(agent, batch, z, cfg), cfg)
     squares = (batch.a - agent.mean(batch.s, z)).square().mean(-1)
     return (weight * squares).sum() / (2 * cfg.std**2)
@@ -572,7 +578,7 @@ ACTOR_LOSS = {"td3": by_critic, "aw": by_advantage}
 
 
 def index_shape(cfg: Config) -> tuple[int, int]:
-    """For each code: one transition that ends at a goal, G to learn from, others whose next states it meets."""
+    """For each code: one transition that ends at a goal, G to learn from, others to meet the ends of."""
     return cfg.codes, 1 + cfg.batch // cfg.codes + cfg.others
 
 
@@ -659,9 +665,9 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
         return train_grid(cfg, run)
     data, names = load_data(cfg, run), task_names(cfg)
     cfg = replace(cfg, codes=min(cfg.codes, len(names))) if cfg.method == "single" else cfg
-    if cfg.method in ("still", "random"):
-        size, width = float(cfg.method == "random"), data.a.shape[1]
-        return evaluate(lambda obs: np.random.uniform(-size, size, (len(obs), width)), names, cfg, run)
+    if cfg.method == "fixed":
+        shape = data.a.shape[1:]
+        return evaluate(lambda obs: np.random.uniform(-cfg.std, cfg.std, (len(obs), *shape)), names, cfg, run)
     agent = make_agent(data, cfg)
     learn(agent, data, cfg, run)
     torch.save(agent.state_dict(), run.folder / "agent.pt")
@@ -718,12 +724,12 @@ def evaluate(policy: Callable, names: list[str], cfg: Config, run: Run) -> dict[
 
 
 def answer(cfg: Config, run: Run):
-    """--task: act by a prompt with the finished agent of a row, the one of --rows; nothing is trained."""
-    row = cfg.rows[0] if len(cfg.rows) == 1 else "FB-AW"
+    """--task: act by a prompt with the finished agent of the first of --rows; nothing is trained."""
+    row = cfg.rows[0]
     cfg = replace(cfg, **ROWS.get(row, {}))
     file = run.root / common.slug(f"{row}-s{cfg.seed}") / "agent.pt"
     if not file.is_file() or cfg.method != "fb":
-        raise UserError(f"--task: no {file}; first run without --task, then name one of its FB --rows")
+        raise UserError(f"--task: no {file}; first run without --task, then name an FB row in --rows")
     data, names = load_data(cfg, run), task_names(cfg)
     agent, n = make_agent(data, cfg), data.goal.shape[1]
     agent.load_state_dict(torch.load(file, map_location=run.device, weights_only=True))
@@ -762,7 +768,7 @@ def grid_world(side: int, discount: float) -> tuple[Tensor, Tensor]:
 
 
 def best_forward(b: Tensor, m: Tensor) -> Tensor:
-    """The F (C, SA, d) that minimises eq. (1) for features B (C, S, d): M B / S times the inverse covariance."""
+    """The F (C, SA, d) that minimises eq. (1) for features B (C, S, d): M B / S, times E[B B^T]^-1."""
     return torch.linalg.solve(covariance(b), (m @ b / b.shape[1]).mT).mT
 
 
@@ -784,13 +790,13 @@ def reached(q: Tensor, following: Tensor) -> float:
     place = torch.arange(cells).expand(cells, -1)
     for _ in range(4 * math.isqrt(cells)):
         place = following[place, action.gather(1, place)]
-    return (place.T == torch.arange(cells)).float().mean().item()
+    return place.T.eq(torch.arange(cells)).float().mean().item()
 
 
 def train_grid(cfg: Config, run: Run) -> dict[str, float]:
     """One cell of part A: policies and measures are given, B is learned, F follows in closed form."""
     following, m = grid_world(cfg.side, cfg.discount)
-    if cfg.method == "still":
+    if cfg.method == "fixed":
         return {"error": linear_bound(m, cfg.dim)}
     states = torch.eye(len(m))[None]
     backward = Backward(len(m), cfg)
@@ -834,7 +840,7 @@ def draw(figure, run: Run):
     for axis, image, title in zip(axes, images, titles, strict=False):
         axis.imshow(image.reshape(run.cfg.side, -1))
         axis.set(title=title, xticks=[], yticks=[])
-    for axis, row in zip(axes, ("FB", "FB-AW", "FB-ARE", "FB-AWARE"), strict=False):
+    for axis, row in zip(axes, tuple(ROWS)[:4], strict=False):
         for k, goal in enumerate(point_goals(run.cfg)[:4]):
             axis.plot(*load(row, "places.npy")[:, k].T.swapaxes(1, 2), f"C{k}", linewidth=0.8)
             axis.plot(*goal, f"C{k}*", markersize=12)
