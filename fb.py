@@ -50,7 +50,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -233,7 +232,7 @@ class PointMass:
         return np.float32(self.state[:, 1:] / UNITS), 0.0 * over, over & False, over, {}
 
 
-def share(x: float, full: float) -> float:
+def share(x, full) -> float:
     """A reward in proportion to x, 1 from `full` on."""
     return min(max(x / full, 0.0), 1.0)
 
@@ -279,7 +278,7 @@ def make_envs(cfg: Config, tasks: list[str], count: int):
     return gymnasium.vector.SyncVectorEnv(makers)
 
 
-def roll(envs, policy: Callable, seed: int) -> tuple[np.ndarray, ...]:
+def roll(envs, policy, seed: int) -> tuple[np.ndarray, ...]:
     """An episode of each of n environments: returns (n,), observations (T, n, o), actions (T, n, m)."""
     steps = []
 
@@ -412,7 +411,7 @@ class Backward(nn.Module):
     def forward(self, s: Tensor, z: Tensor) -> Tensor:
         """s (C, J, o), or (1, J, o) for states that all codes meet, and z (C, d) -> (C, J, d).
 
-        With a single block (1, J, o) -> (1, J, d). The first layer is a sum over state and code, each computed once.
+        With a single block (1, J, o) -> (1, J, d). The first layer is a sum over state and code.
         """
         h = self.first(s.flatten(0, 1).expand(self.groups, -1, -1)).unflatten(1, s.shape[:2])
         if self.groups > 1:
@@ -588,7 +587,7 @@ def gather(data: Data, index: Tensor, cfg: Config) -> Batch:
     mine = place[:, 1 : 1 + cfg.batch // cfg.codes]
     met = place[:, 1:] if cfg.others else mine.reshape(1, -1)
     rows = index.flatten()
-    columns = (x[rows[mine]] for x in (data.s, data.a, data.next_s, data.live))
+    columns = (column[rows[mine]] for column in data[:4])
     return Batch(
         *columns, data.goal[rows[met]], data.goal[rows[place[:, :1]]], mine[..., None] == met[:, None]
     )
@@ -707,7 +706,7 @@ def act(agent: Agent, z: Tensor, cfg: Config, obs: np.ndarray) -> np.ndarray:
     return a.flatten(0, 1).cpu().numpy()
 
 
-def evaluate(policy: Callable, names: list[str], cfg: Config, run: Run) -> dict[str, float]:
+def evaluate(policy, names: list[str], cfg: Config, run: Run) -> dict[str, float]:
     """Mean return of each task, from the same starts for all rows.
 
     On the point mass means over goals, `four` over those that agents of a single task learn, and the mean
@@ -744,8 +743,7 @@ def answer(cfg: Config, run: Run):
         else:
             z = prompt(agent, data, cfg)[[names.index(task)]]
     except (OSError, ValueError, RuntimeError) as e:
-        choice = f"tasks: {names}, goal: and {n} numbers, demo:FILE.npz"
-        raise UserError(f"--task {cfg.task}: {e}; {choice}") from None
+        raise UserError(f"--task: {e}; there are {names}, goal: and {n} numbers, demo:FILE.npz") from None
     envs = make_envs(cfg, [task], cfg.episodes)
     returns, obs, _ = roll(envs, functools.partial(act, agent, z, cfg), cfg.seed)
     run.print(f"{cfg.task}: return {returns.mean():.2f} in {task}, ends at {obs[-1, :, :n].mean(0).round(2)}")
@@ -850,7 +848,7 @@ def draw(figure, run: Run):
 def dry_run(cfg: Config, run: Run):
     """Parameters and hours of a cell with walker's observations, and what is missing."""
     size = sum(p.numel() for p in Agent(cfg, 24, 6).parameters() if p.requires_grad)
-    hours = cfg.updates * max(1e-3, 12 * size * cfg.batch / 1e14) / 3600  # 1 ms an update at least
+    hours = cfg.updates * 12 * size * cfg.batch / 1e14 / 3600
     run.print(f"{size:,} parameters, {hours:.1f} hours a cell at 100 TFLOP/s. {cfg.missing()}")
 
 
