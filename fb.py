@@ -162,7 +162,7 @@ CONFIGS = {
     ),
     "demo": DEMO,
     "walker": WALKER,
-    "gpu": replace(DEMO, ranks=8, others=0, dim=48, width=512, width_b=256, updates=100_000, block=500),
+    "gpu": replace(DEMO, others=0, dim=48, width=512, width_b=256, updates=100_000, block=500),
     "full": replace(
         WALKER, ranks=1, rows=(*tuple(ROWS)[:4], "TD3-AW", "random actions"), seeds=5,
         collect=0, dim=100, codes=16, others=0, width=1024, width_b=256, updates=3_000_000, block=500,
@@ -576,13 +576,11 @@ ACTOR_LOSS = {"td3": by_critic, "aw": by_advantage}
 # --- training ---
 
 
-def index_shape(cfg: Config) -> tuple[int, int]:
-    """For each code: one transition that ends at a goal, G to learn from, others to meet the ends of."""
-    return cfg.codes, 1 + cfg.batch // cfg.codes + cfg.others
-
-
 def gather(data: Data, index: Tensor, cfg: Config) -> Batch:
-    """The batch of transitions with numbers (C, 1 + G + others)."""
+    """The batch of transitions with numbers (C, 1 + G + others).
+
+    For each code one transition that ends at a goal, G to learn from, and others to meet the ends of.
+    """
     place = torch.arange(index.numel(), device=index.device).view_as(index)
     mine = place[:, 1 : 1 + cfg.batch // cfg.codes]
     met = place[:, 1:] if cfg.others else mine.reshape(1, -1)
@@ -623,7 +621,7 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
 
 def learn(agent: Agent, data: Data, cfg: Config, run: Run):
     """The training loop: without rewards, but for agents of a single task."""
-    device, single = run.device, cfg.method == "single"
+    device, single, count = run.device, cfg.method == "single", 1 + cfg.batch // cfg.codes + cfg.others
     more = dict(lr=cfg.lr, fused=True, capturable=device.type == "cuda")
     slower = dict(params=agent.backward_map.parameters(), lr=cfg.lr_b)
     maps = torch.optim.Adam([dict(params=agent.forward_map.parameters()), slower], **more)
@@ -652,7 +650,7 @@ def learn(agent: Agent, data: Data, cfg: Config, run: Run):
 
     update = common.graphed(update)  # on a GPU one CUDA graph
     for step in run.steps(cfg.updates // cfg.block, agent=agent, maps=maps, actor=actor):
-        for index in torch.randint(len(data.s), (cfg.block, *index_shape(cfg)), device=device):
+        for index in torch.randint(len(data.s), (cfg.block, cfg.codes, count), device=device):
             losses = update(index)
         run.log(step, **losses)
     run.speed["updates_per_s"] = cfg.block * run.speed["steps_per_s"]

@@ -24,7 +24,9 @@ def agent_and_batch(cfg, n=400):
     """An agent, its slow copy apart from it, and a batch of random transitions, of which some end."""
     s, next_s = torch.randn(2, n, 4)
     data = fb.Data(s, torch.rand(n, 3), next_s, (torch.rand(n) > 0.3).float(), next_s[:, :2], {})
-    index = torch.stack([torch.randperm(n)[: fb.index_shape(cfg)[1]] for _ in range(cfg.codes)])
+    index = torch.stack(
+        [torch.randperm(n)[: 1 + cfg.batch // cfg.codes + cfg.others] for _ in range(cfg.codes)]
+    )
     agent = fb.Agent(cfg, 4, 3)
     for p in agent.slow_forward.parameters():
         p += 0.1 * torch.randn_like(p)
