@@ -210,7 +210,7 @@ class PointMass:
     0.1 s.
     """
 
-    def __init__(self, count: int, seed: int):
+    def __init__(self, count, seed):
         from dm_control.suite import point_mass
 
         self.num_envs, self.envs, self.seconds = count, (), 12.0
@@ -232,7 +232,7 @@ class PointMass:
         return np.float32(self.state[:, 1:] / UNITS), 0.0 * over, over & False, over, {}
 
 
-def share(x, full) -> float:
+def share(x, full):
     """A reward in proportion to x, 1 from `full` on."""
     return min(max(x / full, 0.0), 1.0)
 
@@ -278,7 +278,7 @@ def make_envs(cfg: Config, tasks: list[str], count: int):
     return gymnasium.vector.SyncVectorEnv(makers)
 
 
-def roll(envs, policy, seed: int) -> tuple[np.ndarray, ...]:
+def roll(envs, policy, seed: int):
     """An episode of each of n environments: returns (n,), observations (T, n, o), actions (T, n, m)."""
     steps = []
 
@@ -378,7 +378,7 @@ class TwoStreams(nn.Module):
         )
         self.head = nn.Sequential(linear(width, width), nn.ReLU(), linear(width, outputs))
 
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+    def forward(self, left, right):
         return self.head(torch.cat([self.left(left), self.right(right)], -1))
 
 
