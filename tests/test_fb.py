@@ -1,5 +1,6 @@
 """fb.py: losses against loops and exact MDPs, blocks, codes, weights, tasks, data and command line."""
 
+import itertools
 import json
 import math
 import shutil
@@ -44,18 +45,17 @@ def test_loss_is_a_loop_over_codes_transitions_and_next_states_in_both_layouts(o
     f = agent.features(agent.forward_map, batch.s, batch.a, z)
     slow = agent.features(agent.slow_forward, batch.next_s, next_a, z).mean(0)
     squares, diagonal, products, norms = [], [], [], []
-    for c in range(4):
+    for c, g in itertools.product(range(4), range(3)):
         met = batch.met[c % len(batch.met)]
         b, slow_b = (net(met[None], z[[c]])[0] for net in (agent.backward_map, agent.slow_backward))
-        norms.append(b.square().sum(-1).mean())
-        products += [(x @ y) ** 2 for i, x in enumerate(b) for j, y in enumerate(b) if i != j]
-        for g in range(3):
-            own = g if others else c * 3 + g
-            assert torch.equal(met[own], batch.next_s[c, g, :2])
-            diagonal.append((f[:, c, g] @ b[own]).sum())
-            targets = cfg.discount * batch.live[c, g] * slow_b @ slow[c, g]
-            errors = (f[:, c, g] @ b.T - targets).square().sum(0)
-            squares += [error for j, error in enumerate(errors) if j != own]
+        own = g if others else c * 3 + g
+        assert torch.equal(met[own], batch.next_s[c, g, :2])
+        diagonal.append((f[:, c, g] @ b[own]).sum())
+        for j in range(len(met)):
+            error = f[:, c, g] @ b[j] - cfg.discount * batch.live[c, g] * slow[c, g] @ slow_b[j]
+            squares += [error.square().sum()] * (j != own)
+            products += [(b[i] @ b[j]) ** 2 for i in range(j)]
+            norms.append(b[j] @ b[j])
     mean = [torch.stack(x).mean() for x in (squares, diagonal, products, norms)]
     found = fb.representation_loss(agent, batch, next_a, z, cfg)
     CLOSE(found, mean[0] / 2 - mean[1] + 0.7 * (mean[2] / 2 - mean[3]))
@@ -127,10 +127,10 @@ def backward_of(groups):
 
 def test_a_block_depends_on_directions_of_the_blocks_before_it_alone_and_has_its_own_norm():
     backward, s, z = backward_of(4), torch.randn(1, 5, 2).double(), torch.randn(1, 8).double()
-    jacobian = torch.autograd.functional.jacobian(lambda z: backward(s, z)[0], z)[:, :, 0]  # (J, d, d)
-    blocks = jacobian.unflatten(1, (4, 2)).unflatten(3, (4, 2)).abs().amax((0, 2, 4))
+    jacobian = torch.autograd.functional.jacobian(lambda z: backward(s, z).sum((0, 1)), z)[:, 0]
+    blocks = jacobian.view(4, 2, 4, 2).abs().amax((1, 3))
     assert (blocks.triu() == 0).all() and (blocks > 1e-6).sum() == 6
-    CLOSE(backward(s, z).unflatten(-1, (4, 2)).norm(dim=-1), torch.full((1, 5, 4), 2**0.5).double())
+    CLOSE(backward(s, z).view(5, 4, 2).norm(dim=-1), torch.full((5, 4), 2**0.5).double())
     CLOSE(backward(s, 7 * z), backward(s, z))
 
 
@@ -144,20 +144,19 @@ def test_a_code_is_the_fixed_point_of_its_encoding_scales_and_comes_back_from_it
     code = fb.encode(backward, goal, torch.ones(3, 1).double())
     CLOSE(code, backward(goal, code)[:, 0])
     b = backward(s, z)[-1]
-    exact = b @ torch.linalg.solve(b.mT @ b / 40, z[-1])
-    CLOSE(fb.encode(backward, s, exact[None]), z[-1:])
-    CLOSE(fb.decode(b, z[-1]), exact, atol=0.1, rtol=0.1)  # its ridge is small
+    reward = fb.decode(b, fb.covariance(b) @ torch.linalg.solve(b.mT @ b / 40, z[-1]))  # without its ridge
+    CLOSE(fb.encode(backward, s, reward[None]), z[-1:])
 
 
 # --- actors
 
 
-def test_pessimism_is_the_minimum_of_two_and_harmless_for_one():
+def test_pessimism_is_the_minimum_of_two_a_pair_mean_of_three_and_harmless_for_one():
     q = torch.randn(3, 7)
-    pairs = torch.stack([(q[i] - q[j]).abs() for i in range(3) for j in range(3) if i != j])
-    CLOSE(fb.pessimistic(q, 0.7), q.mean(0) - 0.7 * pairs.mean(0))
+    spread = (q[0] - q[1]).abs() + (q[1] - q[2]).abs() + (q[2] - q[0]).abs()
+    CLOSE(fb.pessimistic(q, 0.7), q.mean(0) - 0.7 * spread / 3)
     CLOSE(fb.pessimistic(q[:2], 0.5), q[:2].amin(0))
-    assert torch.equal(fb.pessimistic(q[:1], 0.5), q[0])
+    CLOSE(fb.pessimistic(q[:1], 0.5), q[0])
 
 
 def test_improved_weights_are_p_over_1_minus_p_and_each_code_counts_alike():
@@ -169,10 +168,9 @@ def test_improved_weights_are_p_over_1_minus_p_and_each_code_counts_alike():
     CLOSE(fb.advantage_weights(900 * one_hot, SMOKE), one_hot, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("n, plain, improved", [(4, 0.607, 0.748), (16, 0.867, 0.958)])
-def test_improved_weights_halve_the_bias_of_self_normalised_importance_sampling(n, plain, improved):
-    x = torch.randn(100_000, n)  # E[x e^x] / E[e^x] = 1
-    for flag, wanted in ((False, plain), (True, improved)):
+def test_improved_weights_halve_the_bias_of_self_normalised_importance_sampling():
+    x = torch.randn(100_000, 4)  # E[x e^x] / E[e^x] = 1
+    for flag, wanted in ((False, 0.607), (True, 0.748)):
         weights = fb.advantage_weights(x, replace(SMOKE, improved=flag))
         assert (weights * x).sum().item() == pytest.approx(wanted, abs=0.01)
 
@@ -200,12 +198,8 @@ def test_agents_of_a_single_task_share_nothing_and_learn_td3_s_targets():
     q = agent.q(batch.s, batch.a[None], z)[:, 0]
     error = q - reward - cfg.discount * batch.live * future
     CLOSE(fb.critic_loss(agent, batch, next_a, z, reward, cfg), 0.5 * error.square().sum() / 5)
-    for value, net, mine in (
-        (agent.mean(batch.s, z)[2], agent.actor, [2]),
-        (q[1, 2], agent.forward_map, [6]),
-    ):
-        gradient = torch.autograd.grad(value.sum(), net.head[0].weight)[0]
-        assert gradient.abs().sum((1, 2)).nonzero().flatten().tolist() == mine
+    gradient = torch.autograd.grad(q[1, 2].sum(), agent.forward_map.head[0].weight)[0]
+    assert gradient.abs().sum((1, 2)).nonzero().tolist() == [[6]]
 
 
 def test_evaluation_sampling_plays_the_best_sample():
@@ -224,18 +218,12 @@ def test_evaluation_sampling_plays_the_best_sample():
 def test_grid_measures_are_those_of_shortest_paths_and_no_features_without_z_beat_the_linear_bound():
     following, m = fb.grid_world(4, 0.9)
     CLOSE(m.sum(-1) / 16, torch.full((16, 80), 10.0))
-    q = m[torch.arange(16), :, torch.arange(16)]
-    place = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0))
-    CLOSE(q.view(16, 16, 5).amax(-1), 160 * 0.9 ** (torch.cdist(place, place, 1) - 1).clamp(min=0))
-    assert fb.reached(q, following) == 1
-    bound, gram = fb.linear_bound(m, 5), (m.mT @ m / m.square().sum((1, 2), keepdim=True)).mean(0)
-    errors = [fb.grid_error(fb.best_forward(b, m), b, m).item() for b in torch.randn(5, 1, 16, 5)]
-    best = 4 * torch.linalg.eigh(gram)[1][None, :, -5:]
-    assert (
-        min(errors)
-        > bound
-        == pytest.approx(fb.grid_error(fb.best_forward(best, m), best, m).item(), abs=1e-4)
-    )
+    CLOSE(m[0].view(16, 5, 16)[15].amax(0)[0].item(), 160 * 0.9**5, atol=1e-3, rtol=0)  # six steps to go
+    assert fb.reached(m[torch.arange(16), :, torch.arange(16)], following) == 1
+    bound = fb.linear_bound(m, 5)
+    assert all(fb.grid_error(fb.best_forward(b, m), b, m) > bound for b in torch.randn(9, 1, 16, 5))
+    best = torch.linalg.eigh((m.mT @ m / m.square().sum((1, 2), True)).mean(0))[1][None, :, -5:] * 4
+    CLOSE(fb.grid_error(fb.best_forward(best, m), best, m).item(), bound, atol=1e-4, rtol=0)
 
 
 # --- tasks
@@ -251,8 +239,8 @@ def test_the_point_mass_moves_as_in_dm_control_and_stalls_off_the_plane_of_its_t
         physics.set_control(force)
         physics.step(5)
     np.testing.assert_allclose(ours.state[0, 1:], physics.get_state(), atol=1e-10)
-    still = ours.step(np.repeat(np.linalg.svd(ours.thrusters)[2][-1:], 3, 0))[0]
-    assert np.abs(still[:, 2:]).max() < 0.8 * np.abs(ours.thrusters).max()
+    ours.state[:, 3:] = 0
+    assert np.abs(ours.step(np.repeat(np.linalg.svd(ours.thrusters)[2][-1:], 3, 0))[0][:, 2:]).max() < 1e-9
 
 
 @pytest.mark.parametrize("domain", fb.DOMAINS)
@@ -323,25 +311,16 @@ def test_a_d4rl_file_is_learned_from_and_acted_on_in_gymnasium(run_main, tmp_pat
     assert all(cells[0]["reward"] > 0 for cells in found.values())
 
 
-def test_what_makes_no_sense_or_is_missing_is_one_line_before_anything_is_computed(tmp_path):
+def test_what_makes_no_sense_or_is_missing_is_one_line_before_anything_is_computed(run_main):
     wrong = {"multiple": dict(groups=3), "--batch": dict(codes=7), "finite": dict(lr=math.nan)}
     wrong |= {"nowhere.*not there": dict(data="nowhere.hdf5"), "ExORL": dict(env="Hopper-v4")}
     for words, settings in wrong.items():
         with pytest.raises(UserError, match=words):
             replace(SMOKE, **settings).check()
-    with pytest.raises(UserError, match="folder of walker"):
-        fb.CONFIGS["full"].check()
+    assert "folder of walker" in run_main(fb, "--config", "full")[2]
+    assert "hours" in run_main(fb, "--config", "full", "--dry_run")[1]
     with pytest.raises(UserError, match="no physics"):
         fb.label({}, torch.arange(2), replace(SMOKE, env="walker"))
-    columns = dict(observation=np.zeros((3, 2)), reward=np.zeros(3), discount=np.ones(3))
-    np.savez(tmp_path / "a.npz", action=np.full((3, 1), 2.0), **columns)
-    with pytest.raises(UserError, match="beyond"):
-        fb.load_data(replace(SMOKE, data=str(tmp_path)), None)
-
-
-def test_the_dry_run_of_full_says_parameters_hours_and_what_is_missing(run_main):
-    _, out, _ = run_main(fb, "--config", "full", "--dry_run")
-    assert "parameters" in out and "hours" in out and "ExORL" in out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
