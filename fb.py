@@ -76,9 +76,7 @@ DOMAINS = {  # of dm_control, and their tasks
 class Config(common.Config):
     # task and data
     env: str = "point_mass"  # ours; a domain of dm_control; a gymnasium id, for --data with rewards; grid
-    data: str = (
-        ""  # ExORL's folder of the domain, mood.py's, D4RL's .hdf5 or minari:ID; empty: coloured noise
-    )
+    data: str = ""  # ExORL's or mood.py's folder of the domain, D4RL's .hdf5, minari:ID; empty: noise
     collect: int = 0  # episodes of coloured noise
     task: str = ""  # prompt for what was trained before: walker_run, goal:x,y,... or demo:EPISODE.npz
     seen: int = 0  # first coordinates of an observation, which B sees; 0: all
@@ -127,9 +125,7 @@ class Config(common.Config):
         there = self.data.startswith("minari:") or Path(self.data).exists()
         if there if self.data else self.collect and self.env in (*DOMAINS, "point_mass", "grid"):
             return ""
-        return (
-            f"--data {self.data}: not there; ExORL's or mood.py's folder of {self.env}, .hdf5, or minari:ID"
-        )
+        return f"--data {self.data}: not there; ExORL's or mood.py's folder of {self.env}, .hdf5, minari:ID"
 
 
 GRID = dict(env="grid", dim=8, discount=0.9)
@@ -170,13 +166,7 @@ CONFIGS = {
     ),
 }  # fmt: skip
 CLAIMS = [
-    Claim(
-        "blocks explain measures that no linear code can",
-        "error",
-        "grid: FB-ARE",
-        "grid: best linear",
-        "lower",
-    ),
+    Claim("blocks explain what no linear code can", "error", "grid: FB-ARE", "grid: best linear", "lower"),
     Claim("... while FB stays above that bound", "error", "grid: FB", "grid: best linear"),
     Claim("... and so more goals are reached", "reached", "grid: FB-ARE", "grid: FB"),
     Claim("advantage weighting earns more where FB stays flat", "goals", "FB-AW", "FB"),
@@ -626,16 +616,13 @@ def learn(agent: Agent, data: Data, cfg: Config, run: Run):
     slower = dict(params=agent.backward_map.parameters(), lr=cfg.lr_b)
     maps = torch.optim.Adam([dict(params=agent.forward_map.parameters()), slower], **more)
     actor = torch.optim.Adam(agent.actor.parameters(), **more)
+    alone = torch.ones(cfg.codes, 1, device=device)
     if single:
         earned = label(data.raw, torch.arange(len(data.s)), cfg)[: cfg.codes].to(device)
 
     def update(index):
         batch = gather(data, index, cfg)
-        z = (
-            torch.ones(cfg.codes, 1, device=device)
-            if single
-            else sample_z(agent.backward_map, batch.goal, cfg)
-        )
+        z = alone if single else sample_z(agent.backward_map, batch.goal, cfg)
         with torch.no_grad():
             next_a = noisy(agent.mean(batch.next_s, z), cfg.std, cfg.noise_clip)
         if single:

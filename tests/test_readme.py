@@ -10,6 +10,7 @@ from conftest import ROOT
 
 import before
 import common
+import fb
 import mood
 import namm
 import rlt
@@ -19,6 +20,7 @@ import transformer2
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = {
+    "fb.py": fb.CONFIGS,
     "mood.py": mood.CONFIGS,
     "namm.py": namm.CONFIGS,
     "rlt.py": rlt.CONFIGS,
@@ -27,7 +29,7 @@ SCRIPTS = {
     "transformer2.py": transformer2.CONFIGS,
 }
 
-NEW = {"mood.py", "rlt.py", "rmc.py"}  # scripts on the new common.py
+NEW = {"fb.py", "mood.py", "rlt.py", "rmc.py"}  # scripts on the new common.py
 
 
 def commands():
