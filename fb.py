@@ -130,7 +130,7 @@ class Config(common.Config):
 
 GRID = dict(env="grid", dim=8, discount=0.9)
 AW, ARE = dict(actor="aw"), dict(groups=2)
-SINGLE = dict(method="single", dim=1, codes=4, others=0, batch=256)
+SINGLE = dict(method="single", dim=1, codes=4, others=0, batch=128)
 # a row of the table is the settings that it changes: the difference of two rows is an idea of the paper
 ROWS = {
     "FB-AW": AW,
