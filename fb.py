@@ -84,11 +84,11 @@ class Config(common.Config):
     side: int = 7  # of the grid
     # representation
     method: Literal["fb", "single", "fixed"] = "fb"  # single: networks for each of --codes tasks; fixed: none
-    dim: int = 16  # of z (d)
+    dim: int = 8  # of z (d)
     groups: int = 1  # blocks of z and B (K); 1: FB
     codes: int = 8  # different z in an update (C)
     others: int = 0  # next states that a z meets beside those of its transitions; 0: all of the update
-    width: int = 64  # hidden units of F and actor
+    width: int = 96  # hidden units of F and actor
     width_b: int = 64  # hidden units of each block of B
     members: int = 2  # of F (E)
     # learning
@@ -100,7 +100,7 @@ class Config(common.Config):
     std: float = 0.2  # of the policy; fixed: actions are uniform in [-std, std]
     noise_clip: float = 0.3  # of the policy's noise, but for eqs. (8) and (11)
     actor: Literal["td3", "aw"] = "td3"  # eq. (7) or (10)
-    beta: float = 1.0  # temperature of eq. (9)
+    beta: float = 2.0  # temperature of eq. (9)
     per_code: bool = True  # eq. (9) over the transitions of a z; False: over all of the update
     improved: bool = True  # eq. (9)'s 1 - p
     updates: int = 2000  # gradient updates
@@ -128,9 +128,9 @@ class Config(common.Config):
         return f"--data {self.data}: not there; ExORL's or mood.py's folder of {self.env}, .hdf5, minari:ID"
 
 
-GRID = dict(env="grid", dim=8, discount=0.9)
+GRID = dict(env="grid", discount=0.9)
 AW, ARE = dict(actor="aw"), dict(groups=2)
-SINGLE = dict(method="single", dim=1, codes=4, others=0, batch=128)
+SINGLE = dict(method="single", dim=1, codes=4, others=0)
 # a row of the table is the settings that it changes: the difference of two rows is an idea of the paper
 ROWS = {
     "FB-AW": AW,
@@ -391,7 +391,7 @@ class Backward(nn.Module):
             nn.LayerNorm(width, elementwise_affine=False),
         )
         self.groups, self.dim, self.first = groups, cfg.dim, linear(inputs, width)
-        nn.init.normal_(self.first.bias, std=width**-0.5)  # else the norm leaves a state's direction alone
+        nn.init.normal_(self.first.bias)  # else the norm leaves a state's direction alone
         if groups > 1:
             self.code = nn.Parameter(torch.randn(groups, cfg.dim, width) / math.sqrt(cfg.dim))
             before = torch.ones(groups, groups).tril(-1).repeat_interleave(part, 1)
@@ -636,7 +636,8 @@ def learn(agent: Agent, data: Data, cfg: Config, run: Run):
         return losses
 
     update = common.graphed(update)  # on a GPU one CUDA graph
-    for step in run.steps(cfg.updates // cfg.block, agent=agent, maps=maps, actor=actor):
+    # a single task needs half of the updates
+    for step in run.steps(cfg.updates // cfg.block // (1 + single), agent=agent, maps=maps, actor=actor):
         for index in torch.randint(len(data.s), (cfg.block, cfg.codes, count), device=device):
             losses = update(index)
         run.log(step, **losses)
