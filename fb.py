@@ -84,7 +84,7 @@ class Config(common.Config):
     side: int = 7  # of the grid
     # representation
     method: Literal["fb", "single", "fixed"] = "fb"  # single: networks for each of --codes tasks; fixed: none
-    dim: int = 8  # of z (d)
+    dim: int = 16  # of z (d)
     groups: int = 1  # blocks of z and B (K); 1: FB
     codes: int = 8  # different z in an update (C)
     others: int = 0  # next states that a z meets beside those of its transitions; 0: all of the update
@@ -100,14 +100,14 @@ class Config(common.Config):
     std: float = 0.2  # of the policy; fixed: actions are uniform in [-std, std]
     noise_clip: float = 0.3  # of the policy's noise, but for eqs. (8) and (11)
     actor: Literal["td3", "aw"] = "td3"  # eq. (7) or (10)
-    beta: float = 2.0  # temperature of eq. (9)
+    beta: float = 1.0  # temperature of eq. (9)
     per_code: bool = True  # eq. (9) over the transitions of a z; False: over all of the update
     improved: bool = True  # eq. (9)'s 1 - p
-    updates: int = 2000  # gradient updates
+    updates: int = 2500  # gradient updates
     block: int = 50  # updates a step: their transitions are drawn together
     batch: int = 128  # transitions an update
-    lr: float = 3e-3  # Adam, F and actor
-    lr_b: float = 3e-3  # Adam, B
+    lr: float = 2e-3  # Adam, F and actor
+    lr_b: float = 1e-3  # Adam, B
     # prompts and evaluation
     prompt: int = 5000  # labelled next states that a reward is coded from
     episodes: int = 10  # of a task
@@ -128,7 +128,7 @@ class Config(common.Config):
         return f"--data {self.data}: not there; ExORL's or mood.py's folder of {self.env}, .hdf5, minari:ID"
 
 
-GRID = dict(env="grid", discount=0.9)
+GRID = dict(env="grid", dim=8, discount=0.9, lr_b=3e-3)
 AW, ARE = dict(actor="aw"), dict(groups=2)
 SINGLE = dict(method="single", dim=1, codes=4, others=0)
 # a row of the table is the settings that it changes: the difference of two rows is an idea of the paper
@@ -203,7 +203,7 @@ class PointMass:
     def __init__(self, count, seed):
         from dm_control.suite import point_mass
 
-        self.num_envs, self.envs, self.seconds = count, (), 12.0
+        self.num_envs, self.seconds = count, 12.0
         self.model = mujoco.MjModel.from_xml_string(*point_mass.get_model_and_assets())
         self.thrusters = np.linalg.qr(np.random.default_rng(seed).standard_normal((8, 2)))[0].T  # W
 
@@ -326,25 +326,34 @@ def label(raw: dict[str, Tensor], rows: Tensor, cfg: Config) -> Tensor:
 
 
 def collect(run: Run):
-    """Episodes of coloured noise in ExORL's layout: 500 steps of the point mass, 1000 of dm_control.
+    """Episodes in ExORL's layout, 1000 steps of coloured noise for dm_control.
 
+    For the point mass 500 steps, on which springs of random stiffness pull to goals that change now and then.
     There row t of an action belongs to t - 1 -> t, row 0 to nothing.
     """
-    cfg, noise, physics = run.cfg, 0.0, []
+    cfg, draw, physics, noise = run.cfg, np.random.standard_normal, [], 0.0
     envs = make_envs(cfg, task_names(cfg)[:1], cfg.collect)
-    envs.seconds = 50.1  # of the point mass, whose forces lie in the thrusters' plane
-    mix = envs.thrusters if cfg.env == "point_mass" else np.eye(envs.single_action_space.shape[0])
+    envs.seconds, goals = 50.1, np.zeros((cfg.collect, 2))  # of the point mass
+    stiffness = np.random.uniform(2, 20, (cfg.collect, 1))
 
-    def policy(obs):
+    def springs(obs):
+        change = np.random.random(stiffness.shape) < 0.02
+        goals[:] = np.where(change, np.random.uniform(-0.28, 0.28, goals.shape), goals)
+        place, velocity = np.split(obs * UNITS, 2, 1)
+        force = (stiffness * (goals - place) - 2 * velocity).clip(-1, 1) + 0.3 * draw(goals.shape)
+        return (force @ envs.thrusters + 0.05 * draw((len(obs), 8))).clip(-1, 1)
+
+    def wander(obs):
         nonlocal noise
         physics.append([env.env.physics.get_state() for env in envs.envs])
-        noise = 0.95 * noise + 0.3 * np.random.standard_normal((len(obs), len(mix)))
-        return (noise @ mix).clip(-1, 1)
+        noise = 0.95 * noise + 0.3 * draw(envs.action_space.shape)
+        return noise.clip(-1, 1)
 
+    policy = springs if cfg.env == "point_mass" else wander
     _, obs, action = roll(envs, policy, cfg.seed + 10**6)
     rows = dict(observation=obs, action=np.roll(action, 1, 0))
     rows |= dict(reward=np.zeros(obs.shape[:2]), discount=np.ones(obs.shape[:2]))
-    if envs.envs:
+    if physics:
         rows["physics"] = np.array(physics)
     for i in range(cfg.collect):
         np.savez(run.folder / f"{i:06d}_{len(obs) - 1}.npz", **{key: x[:, i] for key, x in rows.items()})
@@ -792,7 +801,7 @@ def train_grid(cfg: Config, run: Run) -> dict[str, float]:
         b = backward(states, z).expand(len(z), -1, -1)
         return z, b, best_forward(b, m[goal])
 
-    for step in run.steps(cfg.updates // 4, backward=backward, optimizer=optimizer):
+    for step in run.steps(cfg.updates // 5, backward=backward, optimizer=optimizer):
         goal = torch.randperm(len(m))[:16]
         _, b, f = represent(goal)
         run.log(step, loss=descend(optimizer, grid_error(f, b, m[goal])))
