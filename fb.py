@@ -64,10 +64,11 @@ from torch import Tensor, nn
 import common
 from common import Claim, EnsembleLinear, Run, UserError
 
+SPEEDS = {"walk": 2.0, "walk_backward": -2.0, "run_backward": -10.0}  # m/s, of MOOD's own cheetah tasks
 DOMAINS = {  # of dm_control, and their tasks
     "walker": ["stand", "walk", "run"],
-    "cheetah": ["run", "walk", "walk_backward", "run_backward"],
-    "quadruped": ["walk", "run", "stand"],
+    "cheetah": ["run", *SPEEDS],
+    "quadruped": ["walk", "run"],
     "humanoid": ["stand", "walk", "run"],
 }
 
@@ -81,7 +82,6 @@ class Config(common.Config):
     task: str = ""  # prompt for what was trained before: walker_run, goal:x,y,... or demo:EPISODE.npz
     seen: int = 0  # first coordinates of an observation, which B sees; 0: all
     goals: int = 32  # of the point mass, drawn for each seed
-    side: int = 7  # of the grid
     # representation
     method: Literal["fb", "single", "fixed"] = "fb"  # single: networks for each of --codes tasks; fixed: none
     dim: int = 16  # of z (d)
@@ -154,7 +154,7 @@ WALKER = replace(
 CONFIGS = {
     "smoke": replace(
         DEMO, rows=tuple(ROWS), seeds=1, ranks=1, collect=6, width=16, width_b=8, updates=20, block=10,
-        prompt=1000, episodes=1, best_of=2, goals=4, side=3, log_every=1, save_every=1,
+        prompt=1000, episodes=1, best_of=2, goals=4, log_every=1, save_every=1,
     ),
     "demo": DEMO,
     "walker": WALKER,
@@ -182,12 +182,12 @@ CLAIMS = [
 UNITS = np.array([0.15, 0.15, 0.05, 0.05])  # of the point mass's observations: m, m/s
 
 
-def point_goals(cfg: Config) -> np.ndarray:
+def point_goals(cfg: Config):
     """Goals (goals, 2) in metres."""
     return np.random.default_rng([cfg.seed, 1]).uniform(-0.25, 0.25, (cfg.goals, 2))
 
 
-def near(distance: np.ndarray) -> np.ndarray:
+def near(distance):
     """The point mass's reward: 1 within 3 cm of the goal, 0.1 at 9 cm."""
     return rewards.tolerance(distance, (0, 0.03), 0.06)
 
@@ -222,27 +222,14 @@ class PointMass:
         return np.float32(self.state[:, 1:] / UNITS), 0.0 * over, over & False, over, {}
 
 
-def share(x, full):
-    """A reward in proportion to x, 1 from `full` on."""
-    return min(max(x / full, 0.0), 1.0)
-
-
-OWN_REWARDS = {  # of tasks that dm_control's suite does not have
-    "cheetah_walk": lambda physics: share(physics.speed(), 2),
-    "cheetah_walk_backward": lambda physics: share(-physics.speed(), 2),
-    "cheetah_run_backward": lambda physics: share(-physics.speed(), 10),
-    "quadruped_stand": lambda physics: share(physics.torso_upright() + 1, 2),
-}
-
-
 class DmTask(common.DmControl):
-    """A task of dm_control, or one of ours on its domain."""
+    """A task of dm_control, or one of MOOD's for cheetah: speed over the task's speed, from 0 to 1."""
 
-    def __init__(self, domain: str, task: str):
-        own = OWN_REWARDS.get(f"{domain}_{task}")
-        super().__init__(domain, "run" if own else task)
-        if own:
-            self.env.task.get_reward = own
+    def __init__(self, domain, task):
+        speed = SPEEDS.get(task) if domain == "cheetah" else None
+        super().__init__(domain, "run" if speed else task)
+        if speed:
+            self.env.task.get_reward = lambda physics: np.clip(physics.speed() / speed, 0, 1)
 
 
 def task_names(cfg: Config) -> list[str]:
@@ -252,7 +239,7 @@ def task_names(cfg: Config) -> list[str]:
     return DOMAINS.get(cfg.env, ["reward"])
 
 
-def make_env(cfg: Config, task: str) -> gymnasium.Env:
+def make_env(cfg: Config, task: str):
     """A task of dm_control, or a gymnasium environment with flat observations and actions in [-1, 1]."""
     if cfg.env in DOMAINS:
         return DmTask(cfg.env, task)
@@ -365,7 +352,7 @@ def collect(run: Run):
 class TwoStreams(nn.Module):
     """Two inputs embedded apart, then read together: (members, B, left), (members, B, right) -> outputs."""
 
-    def __init__(self, members: int, left: int, right: int, outputs: int, width: int):
+    def __init__(self, members, left, right, outputs, width):
         super().__init__()
         linear, norm = (
             functools.partial(EnsembleLinear, members),
@@ -392,7 +379,7 @@ class Backward(nn.Module):
     Directions alone: B(s, c z) = B(s, z), so that a reward's scale changes nothing but the scale of its code.
     """
 
-    def __init__(self, inputs: int, cfg: Config):
+    def __init__(self, inputs, cfg):
         super().__init__()
         groups, width, part = cfg.groups, cfg.width_b, cfg.dim // cfg.groups
         linear, norm = (
@@ -426,7 +413,7 @@ class Agent(nn.Module):
     Agents of a single task are the same with networks of their own for each task, z = 1 and Q = F (d = 1).
     """
 
-    def __init__(self, cfg: Config, obs: int, actions: int):
+    def __init__(self, cfg, obs, actions):
         super().__init__()
         self.members, self.own = cfg.members, cfg.codes if cfg.method == "single" else 1
         sizes = obs + cfg.dim, obs + actions, cfg.dim, cfg.width
@@ -669,7 +656,7 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     return evaluate(functools.partial(act, agent, z, cfg), names[: len(z)], cfg, run)
 
 
-def make_agent(data: Data, cfg: Config) -> Agent:
+def make_agent(data, cfg):
     return Agent(cfg, data.s.shape[1], data.a.shape[1]).to(data.s.device)
 
 
@@ -788,7 +775,7 @@ def reached(q: Tensor, following: Tensor) -> float:
 
 def train_grid(cfg: Config, run: Run) -> dict[str, float]:
     """One cell of part A: policies and measures are given, B is learned, F follows in closed form."""
-    following, m = grid_world(cfg.side, cfg.discount)
+    following, m = grid_world(7, cfg.discount)
     if cfg.method == "fixed":
         return {"error": linear_bound(m, cfg.dim)}
     states = torch.eye(len(m))[None]
@@ -816,7 +803,7 @@ def train_grid(cfg: Config, run: Run) -> dict[str, float]:
 # --- figure, sizes, main ---
 
 
-def draw(figure, run: Run):
+def draw(figure, run):
     """Measures from a corner of the grid, the code of a goal from coarse to fine; paths of the point mass."""
 
     def load(row, name):
@@ -831,7 +818,7 @@ def draw(figure, run: Run):
         *(f"code of a goal, {k} of 4 blocks" for k in (1, 2, 3, 4)),
     ]
     for axis, image, title in zip(axes, images, titles, strict=False):
-        axis.imshow(image.reshape(run.cfg.side, -1))
+        axis.imshow(image.reshape(7, 7))
         axis.set(title=title, xticks=[], yticks=[])
     for axis, row in zip(axes, tuple(ROWS)[:4], strict=False):
         for k, goal in enumerate(point_goals(run.cfg)[:4]):
@@ -840,7 +827,7 @@ def draw(figure, run: Run):
         axis.set(title=f"{row}: paths to four goals", aspect="equal")
 
 
-def dry_run(cfg: Config, run: Run):
+def dry_run(cfg, run):
     """Parameters and hours of a cell with walker's observations, and what is missing."""
     size = sum(p.numel() for p in Agent(cfg, 24, 6).parameters() if p.requires_grad)
     hours = cfg.updates * 12 * size * cfg.batch / 1e14 / 3600
