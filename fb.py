@@ -40,7 +40,7 @@ What is known and what is ours
 - Layer norms have no gains: those would be shared by the members. B's first biases are random, since after a
   layer norm a state of few dimensions would else count by its direction alone.
 - Part A of the demo gives the policies (shortest paths) and solves for F, so it tests features alone.
-- In part B actions off a random plane stall; data are coloured noise in the plane.
+- In part B actions off a random plane stall; springs that pull to changing goals collect the data.
 
 Reading order: ROWS, Backward, the losses, encode, learn, act; then train_grid.
 """
