@@ -268,7 +268,7 @@ def test_smoke_resumes_bitwise_answers_prompts_and_is_the_same_on_two_ranks(run_
     for task in ("goal:0.5,-0.5", f"demo:{episode}", "goal 2"):
         code, out, _ = run_main(fb, *line, "--task", task)
         assert code == 0 and "ends at" in out
-    for task, words in {"goal:1": "shapes", "goal:a,b": "could not", "fly": "goal 3"}.items():
+    for task, words in {"goal:1": "2 numbers", "goal:a,b": "could not", "fly": "goal 3"}.items():
         code, _, err = run_main(fb, *line, "--task", task)
         assert code == 2 and words in err and err.count("\n") == 1
     run_script(ROOT / "fb.py", *line, "--rows", "FB", "FB-ARE", "--out", "two", ranks=2)
