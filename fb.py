@@ -148,8 +148,8 @@ ROWS = {
 }
 DEMO = Config(seeds=3, ranks=2, rows=tuple(ROWS), collect=100, seen=2, others=24)
 WALKER = replace(
-    DEMO, rows=("FB-AW", "FB-AWARE", "FB", "random actions"), seeds=1, env="walker", collect=60, seen=0,
-    dim=32, width=128, discount=0.98, goal_ratio=0.5, tau=0.01, updates=5000, batch=256, lr=1e-3, lr_b=1e-3,
+    DEMO, rows=("FB-AW", "FB-AWARE", "FB", "random actions"), seeds=1, env="walker", collect=40, seen=0,
+    dim=32, width=128, discount=0.98, goal_ratio=0.5, tau=0.01, updates=3000, batch=256, lr=1e-3, lr_b=1e-3,
 )  # fmt: skip
 CONFIGS = {
     "smoke": replace(
