@@ -809,18 +809,13 @@ def draw(figure, run):
     def load(row, name):
         return np.load(run.root / common.slug(f"{row}-s{run.cfg.seed}") / name)
 
-    axes = figure.subplots(3, 4).flat
-    images = [*load("grid: FB", "picture.npy")[:2], *load("grid: FB-ARE, K = 4", "picture.npy")[1:]]
-    titles = [
-        "exact measure",
-        "FB",
-        "FB-ARE, K = 4",
-        *(f"code of a goal, {k} of 4 blocks" for k in (1, 2, 3, 4)),
-    ]
-    for axis, image, title in zip(axes, images, titles, strict=False):
+    axes = figure.subplots(3, 3).flat
+    images = [*load("grid: FB", "picture.npy")[:2], *load("grid: FB-ARE", "picture.npy")[1:]]
+    titles = ["exact measure", "FB", "FB-ARE", "code of a goal, first block", "code of a goal, both blocks"]
+    for image, title, axis in zip(images, titles, axes, strict=False):
         axis.imshow(image.reshape(7, 7))
         axis.set(title=title, xticks=[], yticks=[])
-    for axis, row in zip(axes, tuple(ROWS)[:4], strict=False):
+    for row, axis in zip(tuple(ROWS)[:4], axes, strict=False):
         for k, goal in enumerate(point_goals(run.cfg)[:4]):
             axis.plot(*load(row, "places.npy")[:, k].T.swapaxes(1, 2), f"C{k}", linewidth=0.8)
             axis.plot(*goal, f"C{k}*", markersize=12)
@@ -844,7 +839,7 @@ def main():
         table = run.grid(ROWS, train)
         run.check(CLAIMS, table)
         if set(table) >= set(DEMO.rows):
-            run.figure(draw, run, size=(12, 9))
+            run.figure(draw, run, size=(9, 9))
 
 
 if __name__ == "__main__":
