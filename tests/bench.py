@@ -1,16 +1,18 @@
 """Our inner loops beside those of the papers' public code, on the same work: python tests/bench.py NAME [DIR]
 
-mood: DIR is algorithms/offline of a checkout of CORL. Sizes are CORL's: observations of 17, actions of 6, batch
-256, two critics, hidden layers 256x2, for AWAC too (CORL's third is taken out).
-rmc: DIR is sspg_dmc of markov-chain-reasoning; an update of encoder, critics, actor and temperature from pixels
-at the paper's sizes, batch 32, chains of 4 steps.
+mood: DIR is algorithms/offline of a checkout of CORL. Sizes are CORL's: observations of 17, actions of 6,
+batch 256, two critics, hidden layers 256x2, for AWAC too (CORL's third is taken out).
+rmc: DIR is sspg_dmc of markov-chain-reasoning; an update of encoder, critics, actor and temperature from
+pixels at the paper's sizes, batch 32, chains of 4 steps.
+fb: DIR is a checkout of metamotivo; 20 updates of FB with a z for each of 128 transitions, sizes of walker's,
+z of 50, hidden layers of 256.
 hyperbolic_rl: layer (A) for 2048 points of 32 dimensions and 16 outputs, forward and backward, and the demo's
 PPO update, beside a layer that makes each z of eq. (3) as the public code does.
-diffusion_lm: a token of 15 evaluations, beside what the public code computes in each, written from the formulas.
-t2l: DIR is src of text-to-lora; a frozen model forward and backward with an adapter for each of 8 samples of 128
-tokens.
+t2l: DIR is src of text-to-lora; a frozen model forward and backward with an adapter for each of 8 samples of
+128 tokens.
+diffusion_lm: a token of 15 evaluations, beside what the public code computes in each, written from formulas.
 
-Medians of seven intervals, in turn, so that slow minutes hit all alike.
+Medians of seven intervals (fb: five), in turn, so that slow minutes hit all alike.
 """
 
 import contextlib
@@ -21,7 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -34,6 +36,7 @@ from gymnasium.spaces import Box
 
 import common
 import diffusion_lm
+import fb
 import hyperbolic_rl
 import mood
 import rmc
@@ -202,6 +205,38 @@ def bench_hyperbolic_rl(folder: Path, run: common.Run):
 
         updates[name] = update
     report(f"PPO update of {size} steps", median_rates(updates, run.device))
+
+
+def bench_fb(folder: Path, run: common.Run, obs=24, actions=6, dim=50, width=256, batch=128, count=20):
+    """fb.learn beside FBAgent.update, both drawing their transitions from memory on the device."""
+    sys.path.insert(0, str(folder))
+    with contextlib.redirect_stdout(None):
+        from metamotivo.fb import FBAgent, FBAgentConfig
+
+        theirs = FBAgentConfig()
+        theirs.model.obs_dim, theirs.model.action_dim, theirs.model.norm_obs = obs, actions, False
+        theirs.model.device, theirs.model.archi.z_dim = str(run.device), dim
+        for part in (theirs.model.archi.f, theirs.model.archi.b, theirs.model.archi.actor):
+            part.hidden_dim = width
+        theirs.train.batch_size, theirs.train.discount = batch, 0.98
+        reference = FBAgent(**asdict(theirs))
+    s, a, next_s = (torch.randn(ROWS, n, device=run.device) for n in (obs, actions, obs))
+    data = fb.Data(s, a.tanh(), next_s, torch.ones(ROWS, device=run.device), next_s, {})
+
+    def sample(n):
+        i = torch.randint(ROWS, (n,), device=run.device)
+        following = {"observation": next_s[i], "terminated": torch.zeros(n, 1, dtype=bool, device=run.device)}
+        return {"observation": s[i], "action": data.a[i], "next": following}
+
+    sizes = dict(dim=dim, width=width, width_b=width, batch=batch, codes=batch, updates=count, block=count)
+    cfg = replace(fb.Config(), others=0, **sizes)
+    agent = fb.Agent(cfg, obs, actions).to(run.device)
+    loop = SimpleNamespace(device=run.device, steps=lambda n, **_: range(n), log=lambda *_, **__: None)
+    loop.speed = {"steps_per_s": 0}
+    buffer = {"train": SimpleNamespace(sample=sample)}
+    steps = {"ours": lambda: fb.learn(agent, data, cfg, loop)}
+    steps["theirs"] = lambda: [reference.update(buffer, 0) for _ in range(count)]
+    report("fb", median_rates(steps, run.device, rounds=5))
 
 
 def bench_mood(folder: Path, run: common.Run):

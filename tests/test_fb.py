@@ -1,0 +1,312 @@
+"""fb.py: losses against loops and exact MDPs, blocks, codes, weights, tasks, data and command line."""
+
+import itertools
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import common
+import fb
+from common import UserError
+
+SMOKE = fb.CONFIGS["smoke"]
+CLOSE = torch.testing.assert_close
+
+
+def agent_and_batch(cfg, n=400):
+    """An agent, its slow copy apart from it, and a batch of random transitions, of which some end."""
+    s, next_s = torch.randn(2, n, 4)
+    data = fb.Data(s, torch.rand(n, 3), next_s, (torch.rand(n) > 0.3).float(), next_s[:, :2], {})
+    index = torch.stack(
+        [torch.randperm(n)[: 1 + cfg.batch // cfg.codes + cfg.others] for _ in range(cfg.codes)]
+    )
+    agent = fb.Agent(cfg, 4, 3)
+    for p in agent.slow_forward.parameters():
+        p += 0.1 * torch.randn_like(p)
+    return agent, fb.gather(data, index, cfg)
+
+
+# --- the loss
+
+
+@pytest.mark.parametrize("others, groups", [(0, 1), (5, 1), (0, 2), (5, 2)])
+def test_loss_is_a_loop_over_codes_transitions_and_next_states_in_both_layouts(others, groups):
+    cfg = replace(SMOKE, groups=groups, codes=4, batch=12, others=others, ortho=0.7)
+    agent, batch = agent_and_batch(cfg)
+    z, next_a = fb.sample_z(agent.backward_map, batch.goal, cfg), torch.rand(4, 3, 3)
+    f = agent.features(agent.forward_map, batch.s, batch.a, z)
+    slow = agent.features(agent.slow_forward, batch.next_s, next_a, z).mean(0)
+    squares, diagonal, products, norms = [], [], [], []
+    for c, g in itertools.product(range(4), range(3)):
+        met = batch.met[c % len(batch.met)]
+        b, slow_b = (net(met[None], z[[c]])[0] for net in (agent.backward_map, agent.slow_backward))
+        own = g if others else c * 3 + g
+        assert torch.equal(met[own], batch.next_s[c, g, :2])
+        diagonal.append((f[:, c, g] @ b[own]).sum())
+        for j in range(len(met)):
+            error = f[:, c, g] @ b[j] - cfg.discount * batch.live[c, g] * slow[c, g] @ slow_b[j]
+            squares += [error.square().sum()] * (j != own)
+            products += [(b[i] @ b[j]) ** 2 for i in range(j)]
+            norms.append(b[j] @ b[j])
+    mean = [torch.stack(x).mean() for x in (squares, diagonal, products, norms)]
+    found = fb.representation_loss(agent, batch, next_a, z, cfg)
+    CLOSE(found, mean[0] / 2 - mean[1] + 0.7 * (mean[2] / 2 - mean[3]))
+
+
+def random_mdp():
+    """Four equally likely next states of 8 states and 2 actions, their probabilities, their law rho."""
+    following = torch.randint(8, (8, 2, 4))
+    following[:, 0, 0] = torch.arange(8)  # all are reached
+    rho = torch.bincount(following.flatten()).double() / following.numel()
+    return following, torch.eye(8, dtype=torch.double)[following].mean(2), rho
+
+
+def population(following, f, slow_f, b, policy, discount):
+    """Eq. (1) over all transitions and all next states, without sampling noise: tables f (Z, 8, 2, d)."""
+    s, a, next_s = (
+        torch.arange(8).repeat_interleave(8),
+        torch.arange(2).repeat_interleave(4).repeat(8),
+        following.flatten(),
+    )
+    met = torch.cat([next_s[:, None], next_s.expand(64, -1)], 1)  # a row's own, then all
+    own = torch.zeros(64, 1, 65, dtype=torch.bool)
+    own[..., 0] = True
+    total = 0
+    for mine, slow, greedy in zip(f, slow_f, policy, strict=True):
+        target = torch.einsum("nd,njd->nj", slow[next_s, greedy[next_s]], b.detach()[met])
+        m = torch.einsum("nd,njd->nj", mine[s, a], b[met])
+        total += fb.fb_loss(
+            m[None, :, None], target[:, None], torch.full((64, 1), discount, dtype=torch.double), own
+        )
+    return total
+
+
+@pytest.mark.parametrize("discount", [0.8, 0.0])
+def test_gradient_is_zero_at_the_exact_measure_and_at_its_indicator_where_all_ends(discount):
+    following, step, rho = random_mdp()
+    policy = torch.randint(2, (1, 8))
+    chain = step[torch.arange(8), policy[0]]
+    f = (step @ torch.linalg.inv(torch.eye(8) - discount * chain) / rho.sqrt())[None].requires_grad_()
+    b = torch.diag(rho**-0.5).requires_grad_()
+    loss = population(following, f, f.detach(), b, policy, discount)
+    assert all(g.abs().max() < 1e-12 for g in torch.autograd.grad(loss, (f, b)))
+
+
+def test_training_on_a_random_mdp_finds_value_iteration_s_values_and_policies():
+    following, step, rho = random_mdp()
+    reward = torch.randn(2, 8, dtype=torch.double)
+    b, z = torch.diag(rho**-0.5), reward * rho.sqrt()  # z = E[r B]
+    f = torch.zeros(2, 8, 2, 8, dtype=torch.double, requires_grad=True)
+    slow, optimizer = f.detach().clone(), torch.optim.Adam([f], 0.1)
+    for i in range(900):
+        optimizer.param_groups[0]["lr"] = 0.1 * 0.99 ** max(i - 400, 0)
+        policy = torch.einsum("zsad,zd->zsa", slow, z).argmax(-1)
+        fb.descend(optimizer, population(following, f, slow, b, policy, 0.8))
+        slow.lerp_(f.detach(), 0.2)
+    q = torch.zeros(2, 8, 2, dtype=torch.double)
+    for _ in range(200):
+        q = torch.einsum("sat,zt->zsa", step, reward + 0.8 * q.amax(-1))
+    found = torch.einsum("zsad,zd->zsa", f.detach(), z)
+    assert (found - q).abs().max() < 1e-3 * q.abs().max() and torch.equal(found.argmax(-1), q.argmax(-1))
+
+
+# --- blocks and codes
+
+
+def backward_of(groups):
+    return fb.Backward(2, replace(SMOKE, groups=groups, dim=8, width_b=32)).double()
+
+
+def test_a_block_depends_on_directions_of_the_blocks_before_it_alone_and_has_its_own_norm():
+    backward, s, z = backward_of(4), torch.randn(1, 5, 2).double(), torch.randn(1, 8).double()
+    jacobian = torch.autograd.functional.jacobian(lambda z: backward(s, z).sum((0, 1)), z)[:, 0]
+    blocks = jacobian.view(4, 2, 4, 2).abs().amax((1, 3))
+    assert (blocks.triu() == 0).all() and (blocks > 1e-6).sum() == 6
+    CLOSE(backward(s, z).view(5, 4, 2).norm(dim=-1), torch.full((5, 4), 2**0.5).double())
+    CLOSE(backward(s, 7 * z), backward(s, z))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_code_is_the_fixed_point_of_its_encoding_scales_and_comes_back_from_its_reward(groups):
+    backward, s, r = backward_of(groups), torch.randn(1, 40, 2).double(), torch.randn(3, 40).double()
+    z = fb.encode(backward, s, r)
+    CLOSE(z, torch.einsum("cj,cjd->cd", r, backward(s, z).expand(3, -1, -1)) / 40)
+    CLOSE(fb.encode(backward, s, 5 * r), 5 * z)
+    goal = torch.randn(3, 1, 2).double()
+    code = fb.encode(backward, goal, torch.ones(3, 1).double())
+    CLOSE(code, backward(goal, code)[:, 0])
+    b = backward(s, z)[-1]
+    reward = fb.decode(b, fb.covariance(b) @ torch.linalg.solve(b.mT @ b / 40, z[-1]))  # without its ridge
+    CLOSE(fb.encode(backward, s, reward[None]), z[-1:])
+
+
+# --- actors
+
+
+def test_pessimism_is_the_minimum_of_two_and_harmless_for_one():
+    q = torch.randn(2, 7)
+    CLOSE(fb.pessimistic(q, 0.5), q.amin(0))
+    CLOSE(fb.pessimistic(q[:1], 0.5), q[0])
+
+
+def test_improved_weights_are_p_over_1_minus_p_and_each_code_counts_alike():
+    p = torch.tensor([[0.7, 0.3], [0.5, 0.5]])
+    weights = fb.advantage_weights(2 * p.log(), replace(SMOKE, beta=2.0))
+    CLOSE(weights, torch.tensor([[0.49, 0.09], [0.29, 0.29]]) / 0.58 / 2)
+    one_hot = torch.tensor([[0.0, 1.0, 0.0]])
+    CLOSE(fb.advantage_weights(900 * one_hot, SMOKE), one_hot, atol=1e-5, rtol=0)
+
+
+def test_improved_weights_halve_the_bias_of_self_normalised_importance_sampling():
+    x = torch.randn(100_000, 4)  # E[x e^x] / E[e^x] = 1
+    for flag, wanted in ((False, 0.607), (True, 0.748)):
+        weights = fb.advantage_weights(x, replace(SMOKE, improved=flag, beta=1.0))
+        assert (weights * x).sum().item() == pytest.approx(wanted, abs=0.01)
+
+
+@pytest.mark.parametrize("method", ["fb", "single"])
+@pytest.mark.parametrize("actor", ["td3", "aw"])
+def test_an_actor_s_step_moves_the_actor_alone_and_a_hot_one_clones(method, actor):
+    cfg = replace(SMOKE, method=method, codes=4, batch=16, beta=1e9)
+    agent, batch = agent_and_batch(cfg)
+    z, before = torch.randn(4, cfg.dim), {name: p.clone() for name, p in agent.named_parameters()}
+    clone = (batch.a - agent.mean(batch.s, z)).square().mean() / (2 * cfg.std**2)
+    loss = fb.ACTOR_LOSS[actor](agent, batch, z, cfg)
+    fb.descend(torch.optim.Adam(agent.actor.parameters()), loss)
+    moved = {name.split(".")[0] for name, p in agent.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"actor"}
+    if actor == "aw":
+        CLOSE(loss, clone)
+
+
+def test_agents_of_a_single_task_share_nothing_and_learn_td3_s_targets():
+    cfg = replace(SMOKE, **fb.SINGLE | dict(batch=20))
+    agent, batch = agent_and_batch(cfg)
+    z, reward, next_a = torch.ones(4, 1), torch.randn(4, 5), torch.rand(4, 5, 3)
+    future = agent.features(agent.slow_forward, batch.next_s, next_a, z)[..., 0].amin(0)
+    q = agent.q(batch.s, batch.a[None], z)[:, 0]
+    error = q - reward - cfg.discount * batch.live * future
+    CLOSE(fb.critic_loss(agent, batch, next_a, z, reward, cfg), 0.5 * error.square().sum() / 5)
+    (gradient,) = torch.autograd.grad(q[1, 2].sum(), agent.forward_map.head[0].weight)
+    assert gradient.abs().sum((1, 2)).count_nonzero() == 1
+
+
+def test_evaluation_sampling_plays_the_best_sample():
+    best = torch.tensor([0.3, -0.2])
+    agent = SimpleNamespace(
+        mean=lambda s, z: s[..., :2], q=lambda s, a, z: -(a - best).square().sum(-1)[None]
+    )
+    obs, z = np.zeros((6, 4), np.float32), torch.zeros(2, 3)
+    assert np.abs(fb.act(agent, z, replace(SMOKE, best_of=4000), obs) - best.numpy()).max() < 0.05
+
+
+# --- the grid
+
+
+def test_grid_measures_are_those_of_shortest_paths_and_no_features_without_z_beat_the_linear_bound():
+    following, m = fb.grid_world(4, 0.9)
+    CLOSE(m.sum(-1) / 16, torch.full((16, 80), 10.0))
+    CLOSE(m[0].view(16, 5, 16)[15].amax(0)[0].item(), 160 * 0.9**5, atol=1e-3, rtol=0)  # six steps to go
+    assert fb.reached(m[torch.arange(16), :, torch.arange(16)], following) == 1
+    bound = fb.linear_bound(m, 5)
+    assert all(fb.grid_error(fb.best_forward(b, m), b, m) > bound for b in torch.randn(9, 1, 16, 5))
+
+
+# --- tasks
+
+
+def test_the_point_mass_moves_as_in_dm_control():
+    ours, physics = fb.PointMass(3, seed=0), common.DmControl("point_mass", "easy").env.physics
+    ours.reset(1, None)
+    with physics.reset_context():
+        physics.set_state(ours.state[0, 1:])
+    for force in np.random.default_rng(0).uniform(-1, 1, (20, 2)):
+        ours.step(np.repeat(force[None] @ ours.thrusters, 3, 0))
+        physics.set_control(force)
+        physics.step(5)
+    np.testing.assert_allclose(ours.state[0, 1:], physics.get_state(), atol=1e-10)
+
+
+@pytest.mark.parametrize("domain", fb.DOMAINS)
+def test_rewards_are_those_of_the_environment_computed_from_physics(domain):
+    cfg = replace(SMOKE, env=domain)
+    for k, task in enumerate(fb.task_names(cfg)):
+        env = fb.DmTask(domain, task)
+        env.reset(seed=0)
+        actions = np.random.default_rng(0).uniform(-1, 1, (4, *env.action_space.shape)).astype(np.float32)
+        steps = [env.step(a) for a in actions]
+        physics = torch.tensor(np.stack([step[4]["physics"] for step in steps]))
+        found = fb.label({"physics": physics, "action": torch.from_numpy(actions)}, torch.arange(4), cfg)
+        np.testing.assert_allclose(found[k], [step[1] for step in steps], atol=1e-5)
+
+
+# --- the script
+
+
+def table(folder):
+    return json.loads((folder / "results.json").read_text())["table"]
+
+
+def test_smoke_resumes_bitwise_answers_prompts_and_is_the_same_on_two_ranks(run_main, run_script, tmp_path):
+    line, folder = ["--config", "smoke"], tmp_path / "out" / "fb-smoke-s0"
+    run_main(fb, *line)
+    before = table(folder)
+    assert set(before) == set(fb.ROWS) and (folder / "fb.png").exists()
+    for row in ("FB-AWARE", "TD3"):
+        (folder / f"{row}-s0" / "result.json").unlink()
+        shutil.rmtree(max((folder / f"{row}-s0").glob("step*")))
+    run_main(fb, *line, "--resume")
+    assert table(folder) == before
+    episode = next((folder / "data_point_mass-s0").glob("*.npz"))
+    for task in ("goal:0.5,-0.5", f"demo:{episode}", "goal 2"):
+        code, out, _ = run_main(fb, *line, "--task", task)
+        assert code == 0 and "ends at" in out
+    for task, words in {"goal:1": "2 numbers", "goal:a,b": "could not", "fly": "goal 3"}.items():
+        code, _, err = run_main(fb, *line, "--task", task)
+        assert code == 2 and words in err and err.count("\n") == 1
+    run_script(ROOT / "fb.py", *line, "--rows", "FB", "FB-ARE", "--out", "two", ranks=2)
+    assert table(tmp_path / "two" / "fb-smoke-s0") == {row: before[row] for row in ("FB", "FB-ARE")}
+
+
+def test_a_domain_of_dm_control_is_collected_coded_and_acted_on(run_main, tmp_path):
+    size = "--seeds 1 --ranks 1 --collect 2 --updates 50 --width 16 --batch 16 --prompt 50 --episodes 1"
+    run_main(fb, "--config", "walker", *size.split(), "--rows", "FB-AWARE", "random actions")
+    found = table(tmp_path / "out" / "fb-walker-s0")
+    assert all(0 < cells[0][task] < 1000 for cells in found.values() for task in ("stand", "walk", "run"))
+
+
+def test_a_d4rl_file_is_learned_from_and_acted_on_in_gymnasium(run_main, tmp_path):
+    rng, end = np.random.default_rng(0), np.arange(200) % 50 == 49
+    fields = dict(observations=rng.uniform(size=(200, 11)), actions=rng.uniform(-1, 1, (200, 3)))
+    fields |= dict(rewards=rng.uniform(size=200), terminals=end & False, timeouts=end)
+    with h5py.File(tmp_path / "hopper.hdf5", "w") as file:
+        for key, value in fields.items():
+            file[key] = value
+    line = ["--config", "smoke", "--env", "Hopper-v4", "--data", "hopper.hdf5", "--seen", "0"]
+    run_main(fb, *line, "--rows", "FB-AW", "TD3")
+    found = table(tmp_path / "out" / "fb-smoke-s0-hopper.hdf5")
+    assert all(cells[0]["reward"] > 0 for cells in found.values())
+
+
+def test_what_makes_no_sense_or_is_missing_is_one_line_before_anything_is_computed(run_main):
+    wrong = {"multiple": dict(groups=3)}
+    wrong |= {"nowhere.*not there": dict(data="nowhere.hdf5"), "ExORL": dict(env="Hopper-v4")}
+    for words, settings in wrong.items():
+        with pytest.raises(UserError, match=words):
+            replace(SMOKE, **settings).check()
+    assert "folder of walker" in run_main(fb, "--config", "full")[2]
+    assert "hours" in run_main(fb, "--config", "full", "--dry_run")[1]
+    with pytest.raises(UserError, match="no physics"):
+        fb.label({}, torch.arange(2), replace(SMOKE, env="walker"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_cuda_graph_replays_an_update(run_main):
+    assert run_main(fb, "--config", "smoke", "--rows", "FB-AWARE", "TD3-AW")[0] == 0
