@@ -22,7 +22,7 @@ How to run
   python diffusion_lm.py                                        the effect in miniature, on two CPU cores
   python diffusion_lm.py --config text --model M --data F       a real model: hub id, folder, .gguf; F: .jsonl
   torchrun --nproc_per_node=8 diffusion_lm.py --config full     Llama-3.2-1B-Instruct on SmolTalk, the paper's
-  ... --config full --model Qwen/Qwen2.5-7B-Instruct --rank 0   full copies instead of LoRA: FSDP2
+  ... --config full --model Qwen/Qwen2.5-7B-Instruct --rank 0 --micro 1   full copies, not LoRA: FSDP2
 
 Departures from the paper and its code
 - w is a vector and sits before the LM's last norm; rank 32 (its parameter counts need both); eq. (7) has the
@@ -33,7 +33,8 @@ Departures from the paper and its code
 - Diffusion tokens stand at label positions only; examples are drawn with replacement; the loss is divided
   once; all weights decay. Masks come from lengths, never from a pad id. One chat template everywhere.
 - t = 0 is the LM's own logits, so it costs nothing; it counts as an evaluation. T: evaluations a token.
-- lm-eval's prompts and graders; classes for guidance by benchmark (all of MMLU is "general").
+- Answers beyond --context are cut, not dropped. lm-eval's prompts and graders;
+  classes for guidance by benchmark (all of MMLU is "general").
 - The demo's task is ours: the LM can tell how often a given word occurs, but not find the one that occurs
   twice. sigma / sqrt(d_f) is 1 there, 4 in the paper; LoRA takes all layers. Tuned on seeds from 100 on.
 
@@ -442,7 +443,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, rope: tuple, visible: Tensor
     q = q.unflatten(-1, (-1, keys.shape[3]))  # (B, K, heads, d_head)
     a, b = q.chunk(2, -1)
     q = (q * cos + torch.cat([-b, a], -1) * sin).transpose(1, 2)
-    out = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, visible[:, None])
+    out = F.scaled_dot_product_attention(q, keys, values, visible[:, None])
     return out.transpose(1, 2).flatten(2)
 
 
@@ -501,7 +502,7 @@ class DiffusionPath(nn.Module):
         hidden, d = context.hidden, context.hidden.shape[-1]
         scale, weight, modulations = condition.tensor_split([1, 1 + d], -1)
         rope = self.lm[0].base_model.rotary_emb(hidden, context.position)
-        h = self.reader(torch.randn_like(x) if self.cfg.blind else x / scale)
+        h = self.reader(torch.normal(0 * x) if self.cfg.blind else x / scale)
         for block, modulation, kv in zip(self.blocks, modulations.split(6 * d, -1), context.kv, strict=True):
             h = block(h, modulation, kv, rope, context.visible)
         return (hidden + weight * h).to(hidden.dtype)
@@ -587,7 +588,7 @@ def draw_token(logits: Tensor, temperature: float) -> Tensor:
 def to_embedding(logits: Tensor, table: Tensor, kind: str, temperature: float) -> Tensor:
     """x_hat (..., d_f) of logits (..., |V|) and the diffusion vocabulary (|V|, d_f)."""
     if kind == "average":
-        return logits.softmax(-1) @ table
+        return (logits.softmax(-1) @ table).float()
     return table[draw_token(logits, 0.0 if kind == "argmax" else temperature)]
 
 
@@ -748,15 +749,17 @@ def train(cfg: Config, run: Run) -> dict:
     base = cfg.model
     if base == "tiny":
         base = str(run.once("language model", make_base) / "model")
-    lm, tokenizer, model = load(base, cfg, run)
-    if cfg.method != "base":
-        learned = run.once(f"{cfg.method} blind={cfg.blind} classes={cfg.conditional}", partial(learn, base))
+    learned = cfg.method != "base" and run.once(
+        f"{cfg.method} blind={cfg.blind} classes={cfg.conditional}", partial(learn, base)
+    )
+    lm, tokenizer, model = load(base, cfg, run)  # only now: training holds a copy of its own
+    if learned:
         dcp.load({"model": model}, checkpoint_id=max(learned.glob("step*")), no_dist=run.world_size == 1)
     decoder = Decoder(lm, model, cfg)
     tests = open_data(cfg, tokenizer, run)[1]
     with run.autocast():
         if cfg.max_new:
-            prompt = tests[0].ids[0, : tests[0].places[0, 0] + 1].tolist()
+            prompt = tests[0].ids[0, : 1 + sum(tests[0].places[0, :1])].tolist()
             answer = generate(decoder, [prompt], cfg.max_new, common.end_ids(lm, tokenizer), 0, 0.0)[0]
             run.print(f"{run.folder.name}: {tokenizer.decode(answer)!r}")
         return evaluate(decoder, tests, cfg, run) | benchmarks(decoder, tokenizer, cfg, run)
