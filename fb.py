@@ -117,8 +117,6 @@ class Config(common.Config):
         super().check()
         if self.dim % self.groups or self.batch % self.codes:
             raise UserError("--dim must be a multiple of --groups, --batch of --codes")
-        if self.missing() and not self.dry_run:
-            raise UserError(self.missing())
 
     def missing(self) -> str:
         """What there is to learn from and is not there, if anything."""
@@ -834,6 +832,8 @@ def main():
     with Run(cfg, cfg.data) as run:
         if cfg.dry_run:
             return dry_run(cfg, run)
+        if cfg.missing():
+            raise UserError(cfg.missing())
         if cfg.task:
             return answer(cfg, run)
         table = run.grid(ROWS, train)
