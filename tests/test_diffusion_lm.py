@@ -198,7 +198,7 @@ def test_adaptive_counts_are_calls_and_rows_do_not_depend_on_their_batch():
 
 
 def test_x_hat_is_sampled_from_p_or_its_mode_or_its_mean():
-    z, table = torch.randn(5, dtype=torch.double), torch.randn(5, 3, dtype=torch.double)
+    z, table = torch.randn(5).double(), torch.randn(5, 3).double()
     counts = dlm.draw_token(z.expand(20_000, 5), 1.0).bincount(minlength=5)
     assert stats.chisquare(counts, 20_000 * z.softmax(0)).pvalue > 1e-3
     mean = (z.softmax(0) @ table).float()
