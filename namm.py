@@ -54,12 +54,11 @@ import itertools
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -97,17 +96,12 @@ class Config(common.Config):
     # tasks
     tasks: tuple[str, ...] = ("dense", "sparse")  # of evolution: these, lm-eval tasks, or .jsonl files
     tests: tuple[str, ...] = ()  # of the table; none: those of evolution
-    pool: int = 24  # prompts of a built-in task for evolution
-    test: int = 10  # ... and for the test
+    test: int = 10  # prompts of a built-in task in the test
     sequences: int = 6  # ledgers in a prompt of a built-in task
-    length: int = 256  # their tokens, and those of the prompt that speed is measured on
+    length: int = 256  # their tokens
     sweep: tuple[int, ...] = ()  # other caps, for the figure
-    # built-in models
-    width: int = 64  # of the language model; the other one is half as wide again and a layer deeper
-    layers: int = 2  # of the language model
-    keys: int = 8  # in its ledger
-    steps: int = 500  # optimizer steps
-    lr: float = 3e-3  # peak, AdamW
+    steps: int = 500  # optimizer steps that train a built-in model
+    lr: float = 3e-3  # peak of AdamW
     # a model of your own
     model: str = ""  # hub id, folder or .gguf
     data: str = ""  # local copy of the lm-eval tasks' data set
@@ -117,17 +111,16 @@ class Config(common.Config):
 
     def check(self):
         super().check()
-        if self.update % HOP:
-            raise UserError(f"--update {self.update} must be a multiple of the spectrogram's hop, {HOP}")
-        if min(self.cap or 2, *self.sweep, 2) < 2 or self.population < 4:
-            raise UserError("--cap and --sweep must be 2 or more, --population 4 or more")
+        if self.update % HOP or self.population < 4 or self.cap == 1:
+            raise UserError(f"--update is a multiple of {HOP}, --population 4 or more, --cap 0 or 2 or more")
         if not 0 < len(self.stages) <= len(self.tasks) or min(self.stages) < 1:
             raise UserError(f"--stages {self.stages}: 1 or more generations each, and a task for each")
-        if self.stretch < 1 or bool(self.model) == bool({*BUILT_IN} & {*self.tasks, *self.tests}):
-            raise UserError("--model has lm-eval tasks or .jsonl files, and --stretch 1 or more")
+        if bool(self.model) == bool(TASKS.keys() & {*self.tasks, *self.tests}):
+            raise UserError(
+                f"--tasks of a --model are lm-eval's or .jsonl files, without one {', '.join(TASKS)}"
+            )
 
 
-BUILT_IN = ("dense", "sparse", "other LM", "corridor")  # tasks
 # a row of the table is the settings that it changes
 ROWS = {
     "NAMM": {},
@@ -140,11 +133,9 @@ ROWS = {
     "recency": dict(policy="recency"),
     "random": dict(policy="random"),
 }
-DEMO = Config(seeds=3, ranks=2, tests=BUILT_IN, sweep=(16, 32, 96), log_every=1, save_every=1000)
-TEXT = replace(
-    DEMO,
-    ranks=1,
-    seeds=1,
+DEMO = Config(seeds=3, ranks=2, sweep=(16, 32, 96), log_every=1, save_every=1000)
+DEMO = replace(DEMO, tests=("dense", "sparse", "other LM", "corridor"))
+TEXT = Config(
     share="run",
     rows=("NAMM", "full cache", "H2O", "SnapKV", "L2", "recency"),
     update=512,
@@ -154,9 +145,7 @@ TEXT = replace(
     validate_every=1,
     members=1,
     tasks=(),
-    tests=(),
-    sweep=(),
-    length=3072,
+    log_every=1,
     save_every=1,
 )
 FULL_TASKS = ("longbench_passage_retrieval_en", "longbench_dureader", "longbench_narrativeqa")
@@ -165,19 +154,14 @@ CONFIGS = {
         DEMO,
         seeds=1,
         ranks=1,
-        hidden=8,
         cap=20,
         population=4,
         stages=(2, 1),
         validation=1,
         members=2,
-        pool=2,
         test=1,
         sequences=2,
         length=96,
-        sweep=(32,),
-        width=32,
-        keys=4,
         steps=5,
         save_every=1,
     ),
@@ -189,20 +173,14 @@ CONFIGS = {
         cap=512,
         population=32,
         stages=(40, 60),
-        members=8,
-        sequences=8,
         length=4096,
         sweep=(256, 1024),
-        width=512,
-        layers=8,
-        keys=32,
         steps=1500,
         lr=1e-3,
     ),
     "text": TEXT,
     "full": replace(
         TEXT,
-        rows=("NAMM", "full cache", "H2O", "L2"),
         model="meta-llama/Meta-Llama-3-8B",
         stretch=4.0,
         tasks=FULL_TASKS,
@@ -258,22 +236,15 @@ def normalise(omega: Tensor, moments: Tensor) -> Tensor:
     return (omega - mean) / var.sqrt().clamp(min=1e-7)
 
 
-def moments_of(sums: Tensor) -> Tensor:
-    """Mean and biased variance (2, F) from count, sum and sum of squares (3, F)."""
-    count, total, squares = sums
-    mean = total / count
-    return torch.stack([mean, squares / count - mean.square()])
-
-
 # --- scorers: eq. (4) ---
 
 
-def shapes(scorer: str, hidden: int) -> list[tuple[int, ...]]:
-    """Shapes of the scorer's parameters, in the order of theta."""
+def shapes(scorer: str, hidden: int) -> list[tuple[int, int]]:
+    """Shapes of the scorer's parameters, in the order of theta: weights (in, out) and biases (1, out)."""
     inputs = AGES + BINS
     if scorer == "mlp":
-        return [(inputs, hidden), (hidden,), (hidden, 1), (1,)]
-    return [(inputs, 3 * hidden), (3 * hidden,), (hidden, 2 * inputs), (2 * inputs,), (inputs, 1), (1,)]
+        return [(inputs, hidden), (1, hidden), (hidden, 1), (1, 1)]
+    return [(inputs, 3 * hidden), (1, 3 * hidden), (hidden, 2 * inputs), (1, 2 * inputs), (inputs, 1), (1, 1)]
 
 
 def parameters(scorer: str, hidden: int) -> int:
@@ -285,10 +256,7 @@ def score_tokens(theta: Tensor, u: Tensor, scorer: str, hidden: int) -> Tensor:
     """Eq. (4): theta (P, parameters), features u (P, M, n, 25), oldest first -> (P, M, n)."""
     sizes = shapes(scorer, hidden)
     parts = theta.split([math.prod(size) for size in sizes], 1)
-    W1, b1, W2, b2, *last = (
-        part.view(len(theta), 1, *([1] * (len(size) == 1)), *size)
-        for part, size in zip(parts, sizes, strict=True)
-    )
+    W1, b1, W2, b2, *last = (x.view(-1, 1, *size) for x, size in zip(parts, sizes, strict=True))
     if scorer == "mlp":  # each token alone
         return ((u @ W1 + b1).relu() @ W2 + b2)[..., 0]
     W3, b3 = last
@@ -406,7 +374,6 @@ class LayerMemory(DynamicLayer):
         self.cap = (policy.caps[index] if policy.caps else policy.cap) or sys.maxsize
         self.statistics = STATISTICS.get(policy.kind, {})
         self.held: list[Tensor] = []  # mean tokens a head held after each eviction
-        self.failed: Tensor | bool = False  # (N,): a score was not finite
 
     def lazy_initialization(self, k: Tensor, v: Tensor):
         """Hold nothing yet. Rows of attention before the sequence are 0."""
@@ -482,16 +449,13 @@ class LayerMemory(DynamicLayer):
 
     def forget(self):
         """Score every token, choose and keep, eqs. (3) to (5): everything held moves by one index."""
-        score = SCORES[self.policy.kind](self)
-        self.failed = self.failed | ~score.isfinite().flatten(1).all(1) & (self.policy.kind == "namm")
-        place, valid = select(score.nan_to_num(), self.store["valid"], self.cap)
-
-        def take(x):
-            index = place.view(*place.shape, *[1] * (x.dim() - 3))
-            return x.gather(2, index.expand(*place.shape, *x.shape[3:]))
+        score = SCORES[self.policy.kind](self).nan_to_num(nan=-math.inf)  # such a member fails by itself
+        place, valid = select(score, self.store["valid"], self.cap)
 
         if place.shape[2] < score.shape[2]:
-            self.store = {name: take(x) for name, x in self.store.items()} | {"valid": valid}
+            n, heads = (torch.arange(size, device=place.device) for size in place.shape[:2])
+            at = n[:, None, None], heads[:, None], place
+            self.store = {name: x[at] for name, x in self.store.items()} | {"valid": valid}
             self.held.append(valid.sum(-1).float().mean())
         self.padded = not bool(valid.all())
 
@@ -504,21 +468,14 @@ class Memory(Cache):
         super().__init__(layers=[LayerMemory(policy, i) for i in range(layers)])
 
     def sizes(self) -> Tensor:
-        """For each layer the mean number of tokens that a head held after evictions; all seen, without any."""
-        held = [layer.held or [torch.tensor(float(layer.seen))] for layer in self.layers]
-        return torch.stack([torch.stack(sizes).mean().cpu() for sizes in held])
-
-    def nbytes(self, names: Sequence[str] = ("k", "v")) -> int:
-        """Bytes that all layers hold."""
-        return sum(x.store[name].nbytes for x in self.layers for name in names)
+        """Mean number of tokens that a head of each layer held after evictions; all seen, without any."""
+        held = [sum(x.held) / len(x.held) if x.held else x.seen for x in self.layers]
+        return torch.tensor([float(size) for size in held])
 
 
 def namm_attention(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
     """transformers' attention interface: (N, heads, c, d) -> (N, c, heads, d), None."""
-    unknown = [
-        k for k in ("softcap", "sliding_window", "s_aux", "position_bias") if kwargs.get(k) is not None
-    ]
-    if attention_mask is not None or unknown or not hasattr(key, "memory"):
+    if attention_mask is not None or kwargs.get("sliding_window") or not hasattr(key, "memory"):
         raise UserError(
             f"{type(module).__name__}: a memory needs plain causal attention and cache=Memory(...)"
         )
@@ -538,13 +495,9 @@ AttentionMaskInterface.register("namm", namm_mask)
 
 def attach(model):
     """Let a transformers model attend through its `Memory`; UserError where a layer has other attention."""
-    config = model.config.get_text_config()
-    kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
-    kinds |= {name for name in ("use_sliding_window", "kv_lora_rank") if getattr(config, name, None)}
+    kinds = {*(getattr(model.config.get_text_config(), "layer_types", None) or ())} - {"full_attention"}
     if kinds:
-        raise UserError(
-            f"{type(model).__name__} has {', '.join(sorted(kinds))}: a memory needs full attention"
-        )
+        raise UserError(f"{type(model).__name__} has layers of {kinds}: a memory needs full attention")
     model.set_attn_implementation("namm")
     return model
 
@@ -555,14 +508,13 @@ def attach(model):
 class CMAES:
     """CMA-ES with active covariance update (Hansen 2016, arXiv 1604.00772), maximising; `mean` is the answer.
 
-    C is I at first. Its eigenvectors B and their lengths D are renewed every 1 / (10 n (c1 + cmu)) generations;
-    what C gets until then waits in `pending`, so that nothing n x n is made before.
+    C's eigenvectors B and their lengths D are renewed every 1 / (10 n (c1 + cmu)) generations; at first C is I.
     """
 
     def __init__(self, n: int, population: int, sigma: float):
         raw = math.log((population + 1) / 2) - torch.arange(1, population + 1).double().log()  # w'
-        better, worse = raw[: population // 2], raw[population // 2 :]
-        mu_eff, mu_eff_minus = (float(w.sum() ** 2 / w.square().sum()) for w in (better, worse))
+        halves = raw.tensor_split([population // 2])
+        mu_eff, mu_eff_minus = (float(w.sum() ** 2 / w.square().sum()) for w in halves)
         c1 = 2 / ((n + 1.3) ** 2 + mu_eff)
         cmu = min(1 - c1, 2 * (mu_eff - 2 + 1 / mu_eff) / ((n + 2) ** 2 + mu_eff))
         alpha = min(1 + c1 / cmu, 1 + 2 * mu_eff_minus / (mu_eff + 2), (1 - c1 - cmu) / (n * cmu))
@@ -573,119 +525,86 @@ class CMAES:
         self.cc = (4 + mu_eff / n) / (n + 4 + 2 * mu_eff / n)
         self.chi_n = math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n**2))  # E ||N(0, I)||
         self.n, self.sigma, self.generation = n, sigma, 0
+        self.interval = max(1, int(1 / (10 * n * (c1 + cmu))))
         self.mean, self.path_sigma, self.path_c = torch.zeros(3, n).double()
-        self.C = self.B = self.D = None  # I
-        self.pending, self.interval = [], max(1, int(1 / (10 * n * (c1 + cmu))))
+        self.C, self.eigen = torch.eye(n).double(), None
 
     def ask(self, generator: torch.Generator) -> Tensor:
         """Sample a generation (lambda, n): mean + sigma B D z."""
-        if len(self.pending) >= self.interval:
-            self.decompose()
+        if self.generation and self.generation % self.interval == 0:
+            D2, B = torch.linalg.eigh(self.C)
+            self.eigen = B, D2.clamp(min=1e-20).sqrt()
         y = torch.randn(len(self.weights), self.n, generator=generator, dtype=torch.float64)
-        if self.C is not None:
-            y = y * self.D @ self.B.mT
+        if self.eigen:
+            B, D = self.eigen
+            y = y * D @ B.mT
         return self.mean + self.sigma * y
-
-    def decompose(self):
-        """Give C what waits, and renew its eigenvectors."""
-        C = torch.eye(self.n).double() if self.C is None else self.C
-        for decay, weights, steps in self.pending:
-            C = torch.addmm(C, steps.mT * weights, steps, beta=decay)
-        values, self.B = torch.linalg.eigh(C)
-        self.C, self.D, self.pending = C, values.clamp(min=1e-20).sqrt(), []
 
     def tell(self, x: Tensor, fitness: Tensor):
         """Move towards the better half of x (lambda, n); NaN ranks last."""
         order = fitness.nan_to_num(nan=-math.inf).argsort(descending=True, stable=True)
-        y = (x[order] - self.mean) / self.sigma
-        white = y if self.C is None else (y @ self.B / self.D) @ self.B.mT  # C^(-1/2) y
+        y = white = (x[order] - self.mean) / self.sigma
+        if self.eigen:
+            B, D = self.eigen
+            white = (y @ B / D) @ B.mT  # C^(-1/2) y
         self.generation += 1
         # selection and recombination
         positive = self.weights.clamp(min=0)
         step = positive @ y
         self.mean = self.mean + self.sigma * step
         # step-size control
-        c, mu_eff = self.c_sigma, self.mu_eff
+        c, cc, mu_eff = self.c_sigma, self.cc, self.mu_eff
         self.path_sigma = (1 - c) * self.path_sigma + math.sqrt(c * (2 - c) * mu_eff) * (positive @ white)
         length = float(self.path_sigma.norm()) / self.chi_n
         self.sigma *= math.exp(c / self.d_sigma * (length - 1))
         # covariance matrix adaptation
         h = length / math.sqrt(1 - (1 - c) ** (2 * self.generation)) < 1.4 + 2 / (self.n + 1)
-        self.path_c = (1 - self.cc) * self.path_c + h * math.sqrt(self.cc * (2 - self.cc) * mu_eff) * step
+        self.path_c = (1 - cc) * self.path_c + h * math.sqrt(cc * (2 - cc) * mu_eff) * step
         w = torch.where(self.weights < 0, self.weights * self.n / white.square().sum(1), self.weights)
-        decay = (
-            1 + self.c1 * (1 - h) * self.cc * (2 - self.cc) - self.c1 - self.cmu * float(self.weights.sum())
-        )
+        decay = 1 + self.c1 * (1 - h) * cc * (2 - cc) - self.c1 - self.cmu * float(self.weights.sum())
         rates = torch.cat([self.cmu * w, w.new_tensor([self.c1])])
-        self.pending.append((decay, rates, torch.cat([y, self.path_c[None]])))
+        steps = torch.cat([y, self.path_c[None]])
+        self.C.addmm_(steps.mT * rates, steps, beta=decay)
 
 
 # --- built-in tasks and models: ledgers read by language models, a corridor by a decision transformer ---
 
-KINDS = {
-    "dense": (0.12, 0.15),
-    "sparse": (0.03, 0.08),
-    "corridor": (0.2, 0.3),
-}  # how often one sets, and asks
-LEVELS = 10  # of the return-to-go
+LEVELS, FILLERS, VOCABULARY = 4, 16, 128  # highest return-to-go; tokens that mean nothing; all tokens
 
 
-@dataclass
-class Task:
+class Task(NamedTuple):
     """Prompts, and what scores a memory on one: attempt(policy, place) -> scores (P,), memory."""
 
     prompts: int
     attempt: Callable[[Policy, int], tuple[Tensor, Memory]]
-    known: dict[int, float] = field(default_factory=dict)  # scores of the full cache
 
 
 @dataclass
 class World:
-    """A built-in language: sizes of its model, of its ledger, and the kinds that the model is trained on."""
+    """A built-in model: its sizes, those of its ledgers, and the kinds that it is trained on."""
 
+    name: str
     width: int
     layers: int
     keys: int
     values: int  # the first logits answer
-    fillers: int
     kinds: tuple[str, ...] = ("dense", "sparse")
 
-    def vocabulary(self) -> int:
-        return 1 + self.keys * self.values + self.keys + self.fillers + self.values + 1 + LEVELS + 1
 
-    def model(self):
-        more = dict(intermediate_size=2 * self.width, initializer_range=self.width**-0.5)
-        lm = common.tiny_lm(self.vocabulary(), self.width, self.layers, self.width // 16, 8192, **more)
-        nn.init.normal_(lm.model.embed_tokens.weight, std=0.5)
-        return lm
-
-
-def worlds(cfg: Config) -> dict[str, World]:
-    w, n, keys = cfg.width, cfg.layers, cfg.keys
-    other = World(3 * w // 2 // 16 * 16, n + 1, 3 * keys // 2, 6, 24)
-    return {
-        "LM": World(w, n, keys, 8, 16),
-        "other LM": other,
-        "corridor": World(w, n, 6, 2, 1, ("corridor",)),
-    }
-
-
-def ledgers(count: int, length: int, kind: str, world: World, chance: torch.Generator):
+def ledgers(sets: float, asks: float, count: int, length: int, world: World, chance: torch.Generator):
     """Ledgers: ids (count, length), and the latest value of the key where it is asked, else -1.
 
     After the first token every key is set once, in random order; then each token sets a key to a value, asks
     for a key, or is a filler.
     """
-    keys, values = world.keys, world.values
-    sets, asks = KINDS[kind]
-    u = torch.rand(count, length, generator=chance)
-    key, value, filler = (torch.randint(n, u.shape, generator=chance) for n in (keys, values, world.fillers))
+    keys, values, shape = world.keys, world.values, (count, length)
+    u = torch.rand(shape, generator=chance)
+    key, value, filler = (torch.randint(n, shape, generator=chance) for n in (keys, values, FILLERS))
     u[:, 0], u[:, 1 : keys + 1] = 1.0, 0.0
     key[:, 1 : keys + 1] = torch.rand(count, keys, generator=chance).argsort(1)
     is_set, is_ask = u < sets, (u >= sets) & (u < sets + asks)
-    ids = torch.where(is_ask, key, keys + filler)
-    ids = 1 + torch.where(is_set, keys + world.fillers + key * values + value, ids)
-    ids[:, 0] = 0
+    ids = torch.where(is_ask, FILLERS + key, filler)
+    ids = torch.where(is_set, FILLERS + keys + key * values + value, ids)
     written = is_set[..., None] & (key[..., None] == torch.arange(keys))  # (count, length, keys)
     when = torch.where(written, torch.arange(length)[:, None], 0).cummax(1).values
     latest = value.gather(1, when.gather(2, key[..., None])[..., 0])
@@ -696,24 +615,34 @@ def corridors(count: int, length: int, world: World, chance: torch.Generator):
     """Episodes as a decision transformer reads them, (return-to-go, state, action) a step: like `ledgers`.
 
     A state is a token of a ledger: a signal says which way the junctions of its id turn from now on, and a
-    turn the right way earns 1. The expert errs at a rate of its own an episode; elsewhere it does nothing.
+    turn the right way earns 1. The expert errs in .15 of them; elsewhere it does nothing.
     """
-    state, right = ledgers(count, length // 3, "corridor", world, chance)
-    junction, none = right >= 0, world.vocabulary() - LEVELS - 2
-    wrong = torch.rand(right.shape, generator=chance) < 0.3 * torch.rand(count, 1, generator=chance)
-    earned = (junction & ~wrong).flip(1).cumsum(1).flip(1)
-    level = (LEVELS * earned / junction.sum(1, keepdim=True).clamp(min=1)).round().long()
-    action = torch.where(junction, none - world.values + (right ^ wrong.long()), none)
-    nothing = torch.full_like(right, -1)
-    ids = torch.stack([none + 1 + level, state, action], 2).flatten(1)
-    return ids, torch.stack([nothing, right, nothing], 2).flatten(1)
+    state, right = ledgers(0.2, 0.3, count, length // 3, world, chance)
+    junction, nothing = right >= 0, torch.full_like(right, -1)
+    wrong = torch.rand(right.shape, generator=chance) < 0.15
+    action = torch.where(junction, right ^ wrong.long(), 2)
+    to_go = (junction & ~wrong).flip(1).cumsum(1).flip(1).clamp(max=LEVELS)
+    ids = torch.stack([VOCABULARY - 1 - to_go, state, VOCABULARY - 10 + action], 2)
+    return ids.flatten(1), torch.stack([nothing, right, nothing], 2).flatten(1)
 
 
-def sequences(count: int, length: int, kind: str, world: World, chance: torch.Generator):
-    """Ids and targets (count, length) of a kind."""
-    if kind == "corridor":
-        return corridors(count, length, world, chance)
-    return ledgers(count, length, kind, world, chance)
+KINDS = {"dense": partial(ledgers, 0.12, 0.15), "sparse": partial(ledgers, 0.03, 0.08), "corridor": corridors}
+LM, OTHER = World("LM", 64, 2, 8, 8), World("other LM", 48, 3, 10, 5)
+DT = World("decision transformer", 48, 2, 6, 2, ("corridor",))
+TASKS = {
+    "dense": (LM, "dense"),
+    "sparse": (LM, "sparse"),
+    "other LM": (OTHER, "dense"),
+    "corridor": (DT, "corridor"),
+}
+
+
+def new_lm(world: World):
+    """A small Llama."""
+    more = dict(intermediate_size=2 * world.width, initializer_range=world.width**-0.5)
+    lm = common.tiny_lm(VOCABULARY, world.width, world.layers, world.width // 16, 8192, **more)
+    nn.init.normal_(lm.model.embed_tokens.weight, std=0.5)
+    return lm
 
 
 def train_lm(world: World, run: Run):
@@ -721,15 +650,15 @@ def train_lm(world: World, run: Run):
 
     Positions have random gaps whose mean is up to 4, so that those of the test are familiar.
     """
-    cfg, batch = run.cfg, 32 // len(world.kinds)
-    model = world.model().to(run.device)
+    cfg, batch = run.cfg, 24 // len(world.kinds)
+    model = new_lm(world).to(run.device)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, cfg.lr, total_steps=cfg.steps + 1, pct_start=0.1
     )
     for step in run.steps(cfg.steps, model=model, optimizer=optimizer, schedule=schedule):
         chance = torch.default_generator  # seeded by the step
-        parts = [sequences(batch, cfg.length // 4, kind, world, chance) for kind in world.kinds]
+        parts = [KINDS[kind](batch, cfg.length // 4, world, chance) for kind in world.kinds]
         ids, target = (torch.cat(x).to(run.device) for x in zip(*parts, strict=True))
         gaps = 1 + (6 * torch.rand(len(ids), 1) * torch.rand(ids.shape)).round().long()
         # without a mask, transformers takes a gap for the start of another sequence
@@ -738,7 +667,6 @@ def train_lm(world: World, run: Run):
             hidden = model.model(ids, use_cache=False, **more).last_hidden_state[target >= 0]
             loss = F.cross_entropy(model.lm_head(hidden)[:, : world.values].float(), target[target >= 0])
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -751,25 +679,23 @@ def built_in_task(name: str, part: str, cfg: Config, run: Run) -> Task:
 
     A prompt is a few sequences, which run in one batch.
     """
-    key, kind = ("LM", name) if name in ("dense", "sparse") else (name, worlds(cfg)[name].kinds[0])
-    world, prompts = worlds(cfg)[key], cfg.pool if part == "evolve" else cfg.test
-    model = world.model()
-    model.load_state_dict(torch.load(run.once(f"model {key}", partial(train_lm, world)) / "model.pt"))
-    model = attach(model.to(run.device).eval())
-    chance, shape = run.generator(f"{part} {name}"), (prompts, cfg.sequences, -1)
-    data = sequences(prompts * cfg.sequences, cfg.length, kind, world, chance)
-    ids, target = (x.view(shape).to(run.device) for x in data)
-    target[..., : cfg.length // 4] = -1
+    world, kind = TASKS[name]
+    model, folder = new_lm(world), run.once(f"model {world.name}", partial(train_lm, world))
+    model.load_state_dict(torch.load(folder / "model.pt"))
+    attach(model.to(run.device).eval())
 
     @torch.inference_mode()
     def attempt(policy, place):
-        memory, rows = Memory(policy, model), ids[place].repeat(policy.members, 1)
-        hidden = model.model(rows, cache=memory, use_cache=True).last_hidden_state
-        answer = model.lm_head(hidden)[..., : world.values].argmax(-1).view(-1, *ids[place].shape)
-        right = (answer == target[place]).sum((1, 2))
-        return right / (target[place] >= 0).sum(), memory
+        chance = run.generator(f"{part} {name} {place}")
+        ids, target = (x.to(run.device) for x in KINDS[kind](cfg.sequences, cfg.length, world, chance))
+        target[:, : cfg.length // 4] = -1
+        memory = Memory(policy, model)
+        hidden = model.model(ids.repeat(policy.members, 1), cache=memory, use_cache=True).last_hidden_state
+        answer = F.linear(hidden, model.lm_head.weight[: world.values]).argmax(-1)
+        right = answer.view(-1, *ids.shape) == target
+        return right.sum((1, 2)) / (target >= 0).sum(), memory
 
-    return Task(prompts, attempt)
+    return Task(cfg.test if part == "test" else 1000, attempt)
 
 
 # --- tasks for a language model of your own: lm-eval's, or lines of a .jsonl ---
@@ -780,11 +706,10 @@ def open_lm(name: str, stretch: float, device: torch.device, dtype: torch.dtype)
     """(model, tokenizer), its context `stretch` times as long by NTK scaling of the rotary base."""
     model, tokenizer = common.load_lm(name, dtype)
     if stretch > 1:
-        config, width = model.config, model.model.rotary_emb.inv_freq.numel() * 2
-        if config.rope_parameters["rope_type"] != "default":
-            raise UserError(f"--stretch: {name} has scaled rotary embeddings already")
-        config.rope_parameters["rope_theta"] *= (2 * stretch - 1) ** (width / (width - 2))
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        rotary, rope = model.model.rotary_emb, model.config.rope_parameters
+        width = 2 * len(rotary.inv_freq)
+        rope["rope_theta"] *= (2 * stretch - 1) ** (width / (width - 2))
+        model.model.rotary_emb = type(rotary)(model.config)
     return attach(model).to(device), tokenizer
 
 
@@ -799,9 +724,8 @@ class Questions:
 
 
 def share_right(answer: str, said: str) -> float:
-    """Share of the answer's characters before the first mistake."""
-    pairs = zip(answer.strip(), said.strip(), strict=False)
-    return len([*itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]) / len(answer.strip())
+    """Share of the answer's characters that stand at their place."""
+    return np.mean([a == b for a, b in zip(answer, said.strip().ljust(len(answer)), strict=False)])
 
 
 def read_questions(name: str, cfg: Config) -> Questions:
@@ -829,16 +753,6 @@ def read_questions(name: str, cfg: Config) -> Questions:
     return Questions(texts, judges, settings["max_gen_toks"], settings["until"])
 
 
-def encode(text: str, room: int, tokenizer) -> list[int]:
-    """Ids of a prompt; one of more than `room` tokens loses its middle, as in LongBench."""
-    ids = tokenizer(text)["input_ids"]
-    if len(ids) > room:
-        ends = ids[: room // 2], ids[-(room // 2) :]
-        text = "".join(tokenizer.decode(part, skip_special_tokens=True) for part in ends)
-        ids = tokenizer(text)["input_ids"][:room]
-    return ids
-
-
 def text_task(name: str, cfg: Config, run: Run) -> Task:
     """Greedy answers of --model to a task's prompts."""
     from transformers import GenerationConfig
@@ -847,7 +761,10 @@ def text_task(name: str, cfg: Config, run: Run) -> Task:
         cfg.model, cfg.stretch, run.device, torch.bfloat16 if run.amp else torch.float32
     )
     questions, ends = read_questions(name, cfg), common.end_ids(model, tokenizer)
-    prompts = [encode(text, cfg.context - questions.max_new, tokenizer) for text in questions.texts]
+    half = (cfg.context - questions.max_new) // 2
+    prompts = [
+        x if len(x) <= 2 * half else x[:half] + x[-half:] for x in tokenizer(questions.texts)["input_ids"]
+    ]
     config = GenerationConfig(max_new_tokens=questions.max_new, prefill_chunk_size=cfg.update)
     config.update(eos_token_id=ends, pad_token_id=ends[0])
 
@@ -873,19 +790,14 @@ def open_task(name: str, part: str, cfg: Config, run: Run) -> Task:
 
 
 def collect(task: Task, places: Sequence[int], policies: list[Policy], run: Run) -> tuple[Tensor, Tensor]:
-    """Scores (P, prompts) of the members of all policies, NaN for one whose scores of tokens are not finite;
-    and the mean size of each layer. Ranks share the work.
-    """
-    units, mine = list(itertools.product(places, range(len(policies)))), {}
-    for place, i in units[run.rank :: run.world_size]:
+    """Scores (P, prompts) of the members of all policies, and the mean size of each layer; ranks share the work."""
+    units, mine = list(itertools.product(range(len(policies)), places)), {}
+    for i, place in units[run.rank :: run.world_size]:
         scores, memory = task.attempt(policies[i], place)
-        for layer in memory.layers:
-            failed = torch.as_tensor(layer.failed).view(policies[i].members, -1).any(1)
-            scores = scores.float().masked_fill(failed, math.nan)
-        mine[place, i] = scores.cpu(), memory.sizes()
+        mine[i, place] = scores.float().cpu(), memory.sizes()
     done = functools.reduce(dict.__or__, run.gather(mine))
-    columns = [torch.cat([done[place, i][0] for i in range(len(policies))]) for place in places]
-    return torch.stack(columns, 1), torch.stack([sizes for _, sizes in done.values()]).mean(0)
+    groups = [torch.stack([done[i, place][0] for place in places], 1) for i in range(len(policies))]
+    return torch.cat(groups), torch.stack([sizes for _, sizes in done.values()]).mean(0)
 
 
 def fitness_of(
@@ -893,18 +805,15 @@ def fitness_of(
 ) -> Tensor:
     """The fitness of eq. (6): theta (P, parameters) -> (P,), float64.
 
-    A task that the full cache scores 0 on is left out; NaN without any, and for members that failed.
+    A task that the full cache scores 0 on is left out; NaN without any.
     """
-    cfg, ratios = run.cfg, []
-    policies = [namm_policy(cfg, part, moments) for part in theta.float().split(cfg.members)]
+    groups, ratios = theta.float().split(run.cfg.members), []
+    policies = [Policy(), *(namm_policy(run.cfg, group, moments) for group in groups)]
     for task, places in zip(tasks, draws, strict=True):
-        if missing := [place for place in places if place not in task.known]:
-            scores, _ = collect(task, missing, [Policy()], run)
-            task.known |= dict(zip(missing, scores[0].tolist(), strict=True))
-        full = np.mean([task.known[place] for place in places])
+        full, *scores = collect(task, places, policies, run)[0].double().mean(1)
         if full > 0:
-            ratios.append(collect(task, places, policies, run)[0].double().mean(1) / full)
-    return torch.stack(ratios or [torch.full((len(theta),), math.nan).double()]).mean(0)
+            ratios.append(torch.stack(scores) / full)
+    return torch.stack(ratios).mean(0) if ratios else torch.full((len(theta),), math.nan)
 
 
 def namm_policy(cfg: Config, theta: Tensor, moments: Tensor) -> Policy:
@@ -919,10 +828,11 @@ def learn_moments(task: Task, run: Run) -> Tensor:
     zeros = torch.zeros(1, parameters(cfg.scorer, cfg.hidden))
     policy = replace(namm_policy(cfg, zeros, torch.ones(2, BINS)), cap=0, sums=sums)
     collect(task, range(cfg.validation or task.prompts), [policy], run)
-    sums = sum(run.gather(sums))
-    if not sums.any():
+    count, total, squares = sum(run.gather(sums))
+    if not count[0]:
         raise UserError(f"no prompt reaches --update {cfg.update} tokens: there is nothing to forget")
-    return moments_of(sums)
+    mean = total / count
+    return torch.stack([mean, squares / count - mean.square()])
 
 
 def replay(record: dict, run: Run) -> CMAES:
@@ -968,8 +878,7 @@ def evolve(run: Run):
             if score > record["best"]:
                 record |= {"best": score, "best_at": g + 1}
                 save_memory(run.folder / "namm.pt", es.mean, record["moments"], run)
-        failed = fitness.isnan().sum()
-        run.log(g, fitness=fitness.nanmean(), failed=failed, sigma=es.sigma, validation=score)
+        run.log(g, fitness=fitness.mean(), sigma=es.sigma, validation=score)
 
 
 # --- files of evolved memories: the layout of the reference's checkpoints ---
@@ -984,35 +893,27 @@ def save_memory(file: Path, theta: Tensor, moments: Tensor, run: Run):
 
 
 def load_memory(file: str | Path, cfg: Config) -> tuple[Tensor, Tensor]:
-    """theta (1, parameters), mean and variance (2, F); UserError for what is no evolved memory."""
-    scalar = np.float64(0).__reduce__()[0]  # the reference keeps its best validation as one
-    names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    """theta (1, parameters), mean and variance (2, F); UserError for what is no such memory."""
+    scalar, n = np.float64(0).__reduce__()[0], parameters(cfg.scorer, cfg.hidden)
+    known = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # of the reference
     try:
-        with torch.serialization.safe_globals([*names, np.dtype, type(np.dtype("f8"))]):
+        with torch.serialization.safe_globals([*known, np.dtype, type(np.dtype("f8"))]):
             state = torch.load(file, map_location="cpu", weights_only=True)["evolution_state"]
-        theta, moments = (
-            state["mean"][None].float(),
-            torch.stack([state[k].view(BINS) for k in MOMENTS]).double(),
-        )
+        theta, moments = state["mean"].view(1, n), torch.stack([state[key].view(BINS) for key in MOMENTS])
+        if not (theta.isfinite().all() and moments[1].min() > 0):
+            raise ValueError("a number is not finite, or a frequency has no variance")
     except Exception as e:  # files from outside raise a dozen kinds
-        raise UserError(f"{file}: no evolved memory ({type(e).__name__}: {str(e)[:90]})") from None
-    expected = parameters(cfg.scorer, cfg.hidden)
-    if theta.shape[1] != expected:
-        raise UserError(
-            f"{file}: {cfg.scorer} of {cfg.hidden} has {expected} parameters, not {theta.shape[1]}"
-        )
-    if not (theta.isfinite().all() and moments.isfinite().all() and (moments[1] > 0).all()):
-        raise UserError(f"{file}: a number is not finite, or a frequency has no variance")
-    return theta, moments
+        raise UserError(f"{file}: no memory of {n} parameters ({cfg.scorer}): {str(e)[:99]}") from None
+    return theta.float(), moments
 
 
 # --- a cell of the table ---
 
 
-def test(cfg: Config, sizes: dict[str, list[float]], run: Run):
-    """tests.json: {test: {"score", "sizes" (of each layer), "curve": [[size, score] for other caps]}}.
+def test(cfg: Config, sizes: dict[str, list[float]], run: Run) -> dict[str, list]:
+    """{test: [(mean size of each layer, score), ... at other caps]}, which is also tests.json.
 
-    A baseline gets the mean size of each layer that NAMM had: `sizes`.
+    A baseline gets `sizes`, those that NAMM had.
     """
     policy, found = Policy(cfg.policy, cfg.update), {}
     if cfg.policy == "namm":
@@ -1020,66 +921,40 @@ def test(cfg: Config, sizes: dict[str, list[float]], run: Run):
         policy = namm_policy(cfg, *load_memory(file, cfg))
         policy.cap *= cfg.capped
     for name in cfg.tests or cfg.tasks:
-        task = open_task(name, "test", cfg, run)
-        mine = replace(policy, caps=tuple(round(size) for size in sizes.get(name, ())))
-        scores, held = collect(task, range(task.prompts), [mine], run)
-        found[name] = {"score": scores.mean().item(), "sizes": held.tolist(), "curve": []}
-        for cap in cfg.sweep if name in ("dense", "sparse") else ():
-            others, size = collect(task, range(task.prompts), [replace(policy, cap=cap)], run)
-            found[name]["curve"].append([size.mean().item(), others.mean().item()])
+        task, found[name] = open_task(name, "test", cfg, run), []
+        caps = tuple(round(size) for size in sizes.get(name, ()))
+        for chosen in (replace(policy, caps=caps), *(replace(policy, cap=cap) for cap in cfg.sweep)):
+            scores, held = collect(task, range(task.prompts), [chosen], run)
+            found[name].append((held.tolist(), scores.mean().item()))
     if run.rank == 0:
         common.write_atomic(run.folder / "tests.json", json.dumps(found))
-
-
-def tests_name(cfg: Config) -> str:
-    return f"tests {cfg.policy} {cfg.scorer} cap={cfg.cap if cfg.capped else 0}"
-
-
-def read_tests(cfg: Config, sizes: dict, run: Run) -> dict:
-    """What `test` found for these settings, made by who needs it first."""
-    name = tests_name(cfg)
-    return json.loads((run.once(name, partial(test, cfg, sizes)) / "tests.json").read_text())
+    return found
 
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
     """One cell of the table: evolve a memory if nobody has yet, then test it or its rival."""
     namm = replace(cfg, policy="namm", scorer="bam", capped=True)
-    found = read_tests(namm, {}, run)
+    found = json.loads((run.once("NAMM's tests", partial(test, namm, {})) / "tests.json").read_text())
     if cfg != namm:
-        sizes = {name: x["sizes"] for name, x in found.items()}
-        found = read_tests(cfg, {} if cfg.policy in ("namm", "full") else sizes, run)
-    metrics = {name: x["score"] for name, x in found.items()}
-    return metrics | {"held": np.mean(found[(cfg.tests or cfg.tasks)[0]]["sizes"])}
-
-
-@torch.inference_mode()
-def measure_speed(model, policy: Policy, length: int) -> dict[str, float]:
-    """Tokens a second of reading `length` tokens and of writing 32 more, and bytes of keys and values then."""
-    ids, seconds = torch.randint(model.config.vocab_size, (1, length), device=model.device), []
-    for new in (1, 1, 33):  # the first warms up
-        memory, begin = Memory(policy, model), time.perf_counter()
-        more = dict(max_new_tokens=new, min_new_tokens=new, prefill_chunk_size=512, do_sample=False)
-        model.generate(ids, attention_mask=torch.ones_like(ids), cache=memory, **more)
-        seconds.append(time.perf_counter() - begin)
-    decode = 32 / (seconds[2] - seconds[1])
-    bytes_held = sum(layer.store[name].nbytes for layer in memory.layers for name in ("k", "v"))
-    return {"prefill_per_s": length / seconds[1], "decode_per_s": decode, "kv_bytes": bytes_held}
+        sizes = {name: curve[0][0] for name, curve in found.items()}
+        found = test(cfg, {} if cfg.policy in ("namm", "full") else sizes, run)
+    held, _ = next(iter(found.values()))[0]
+    return {name: curve[0][1] for name, curve in found.items()} | {"held": np.mean(held)}
 
 
 # --- figure, main ---
 
 
 def draw(figure, table: dict, run: Run):
-    """Score against cache size on the ledgers, a line a seed."""
-    for axes, name in zip(figure.subplots(1, 2, sharey=True), ("dense", "sparse"), strict=True):
-        for color, row in enumerate(table):
-            cfg = replace(run.cfg, **ROWS[row])
-            for file in run.root.glob(common.slug(f"{tests_name(cfg)}-s*") + "/tests.json"):
-                found = json.loads(file.read_text())[name]
-                points = sorted([[np.mean(found["sizes"]), found["score"]], *found["curve"]])
-                label = row if file.parent.name.endswith(f"-s{run.cfg.seed}") else None
-                axes.plot(*zip(*points, strict=True), f"C{color}o-", markersize=3, label=label)
-        axes.set(title=f"{name} ledgers", xlabel="tokens that a head holds", ylabel="share of right answers")
+    """Score against cache size in each test, mean over the seeds."""
+    for axes, name in zip(figure.subplots(1, len(run.cfg.tests)), run.cfg.tests, strict=True):
+        for row in table:
+            folder, curves = common.slug("NAMM's tests" if row == "NAMM" else row), []
+            for file in run.root.glob(f"{folder}-s*/tests.json"):
+                curve = json.loads(file.read_text())[name]
+                curves.append(sorted((np.mean(sizes), score) for sizes, score in curve))
+            axes.plot(*np.mean(curves, 0).T, "o-", markersize=3, label=row)
+        axes.set(title=name, xlabel="tokens that a head holds", ylabel="share of right answers", xscale="log")
     axes.legend(fontsize=7)
 
 
@@ -1089,32 +964,32 @@ def missing(cfg: Config):
 
     if cfg.memory:
         load_memory(cfg.memory, cfg)
-    if not cfg.model:
-        return
-    for name in dict.fromkeys((*cfg.tasks, *cfg.tests)):
+    for name in {*cfg.tasks, *cfg.tests} if cfg.model else ():
         read_questions(name, cfg)
-    if not Path(cfg.model).is_file():
-        try:
+    try:
+        if cfg.model and not Path(cfg.model).is_file():
             AutoConfig.from_pretrained(cfg.model)
-        except (OSError, ValueError):
-            raise UserError(f"--model {cfg.model}: neither here nor on the hub (id, folder, .gguf)") from None
+    except (OSError, ValueError):
+        raise UserError(f"--model {cfg.model}: neither here nor on the hub (id, folder, .gguf)") from None
 
 
 def main():
     cfg = common.parse_config(CONFIGS)
     with Run(cfg, cfg.model) as run:
-        n = parameters(cfg.scorer, cfg.hidden)
-        if cfg.dry_run:
-            tokens = cfg.population * cfg.prompts * (10_000 if cfg.model else cfg.sequences * cfg.length)
-            run.print(f"{n:,} parameters; CMA-ES holds {24 * n * n / 1e9:.2f} GB once C has eigenvectors")
-            run.print(f"{sum(cfg.stages)} generations; of each task {tokens:,} tokens in each")
         missing(cfg)
         if cfg.dry_run:
+            n, tokens = (
+                parameters(cfg.scorer, cfg.hidden),
+                10_000 if cfg.model else cfg.length * cfg.sequences,
+            )
+            run.print(f"{n:,} parameters evolve; CMA-ES holds {24 * n * n / 1e9:.2f} GB")
+            each = cfg.population * cfg.prompts * tokens
+            run.print(f"{sum(cfg.stages)} generations, each of about {each:,} tokens a task")
             return
         table = run.grid(ROWS, train)
         run.check(CLAIMS, table)
-        if "dense" in cfg.tests:
-            run.figure(draw, table, run)
+        if cfg.tests:
+            run.figure(draw, table, run, size=(15, 4))
 
 
 if __name__ == "__main__":
