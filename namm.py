@@ -296,7 +296,6 @@ class Policy:
     kind: str = "full"
     update: int = 512  # tokens between two evictions (U)
     cap: int = 0  # most tokens that a head keeps; 0: any number
-    caps: tuple[int, ...] = ()  # ... instead, for each layer
     theta: Tensor | None = None  # (P, parameters)
     moments: Tensor | None = None  # mean and variance of each frequency (2, F)
     sums: Tensor | None = None  # (3, F), where they are still being learnt
@@ -319,40 +318,29 @@ def namm_score(layer: LayerMemory) -> Tensor:
     return score_tokens(policy.theta.to(u), grouped, policy.scorer, policy.hidden).view(u.shape[:3])
 
 
+def keep_newest(score: Tensor, layer: LayerMemory, count: int) -> Tensor:
+    return score.masked_fill(layer.store["pos"] >= layer.seen - count, math.inf)
+
+
 def h2o_score(layer: LayerMemory) -> Tensor:
     """Attention received so far; half the cap belongs to the newest tokens (Zhang et al. 2023)."""
-    newest = layer.store["pos"] >= layer.seen - layer.cap // 2
-    return layer.store["mass"][..., 0].masked_fill(newest, math.inf)
+    return keep_newest(layer.store["mass"][..., 0], layer, layer.cap // 2)
 
 
 def snapkv_score(layer: LayerMemory) -> Tensor:
     """Attention of the last queries, which stay, averaged over 5 neighbours (Li et al. 2024)."""
     observed = min(HOP, layer.cap // 2)
     mass = layer.store["tail"][..., -observed:].sum(-1)
-    pooled = F.avg_pool1d(mass, 5, stride=1, padding=2)
-    return pooled.masked_fill(layer.store["pos"] >= layer.seen - observed, math.inf)
-
-
-def l2_score(layer: LayerMemory) -> Tensor:
-    """Keys of small norm stay (Devoto et al. 2024)."""
-    return 1 / layer.store["k"].float().norm(dim=-1)
-
-
-def recency_score(layer: LayerMemory) -> Tensor:
-    return layer.store["pos"].float()
-
-
-def random_score(layer: LayerMemory) -> Tensor:
-    return torch.rand(layer.store["pos"].shape, device=layer.store["pos"].device)
+    return keep_newest(F.avg_pool1d(mass, 5, stride=1, padding=2), layer, observed)
 
 
 SCORES = {
     "namm": namm_score,
     "h2o": h2o_score,
     "snapkv": snapkv_score,
-    "l2": l2_score,
-    "recency": recency_score,
-    "random": random_score,
+    "l2": lambda layer: 1 / layer.store["k"].float().norm(dim=-1),  # small keys stay (Devoto et al. 2024)
+    "recency": lambda layer: layer.store["pos"].float(),
+    "random": lambda layer: torch.rand_like(layer.store["pos"], dtype=torch.float32),
 }
 # what a policy has to know of the attention, numbers a token
 STATISTICS = {"namm": {"tail": HOP, "omega": BINS}, "h2o": {"mass": 1}, "snapkv": {"tail": HOP}}
@@ -368,20 +356,13 @@ class LayerMemory(DynamicLayer):
     Rows are members times prompts, members first. After an eviction rows may differ in size.
     """
 
-    def __init__(self, policy: Policy, index: int):
+    def __init__(self, policy: Policy):
         super().__init__()
-        self.policy, self.seen, self.padded = policy, 0, False
-        self.cap = (policy.caps[index] if policy.caps else policy.cap) or sys.maxsize
-        self.statistics = STATISTICS.get(policy.kind, {})
-        self.held: list[Tensor] = []  # mean tokens a head held after each eviction
-
-    def lazy_initialization(self, k: Tensor, v: Tensor):
-        """Hold nothing yet. Rows of attention before the sequence are 0."""
-        self.is_initialized, none = True, k[:, :, :0]
-        pos = none[..., 0].long()
-        self.store = {"k": none, "v": v[:, :, :0], "pos": pos, "valid": pos.bool()}
-        for name, width in self.statistics.items():
-            self.store[name] = k.new_zeros(*pos.shape, width, dtype=torch.float32)
+        self.policy, self.cap = policy, policy.cap or sys.maxsize
+        self.is_initialized, self.seen, self.padded = True, 0, False
+        self.statistics = dict(STATISTICS.get(policy.kind, {}))
+        self.store: dict[str, Tensor] = {}
+        self.held: list[float] = []  # mean tokens a head held after each eviction
 
     def update(self, k: Tensor, v: Tensor, *args, **kwargs):
         """Mark the new keys, by which `namm_attention` finds this layer."""
@@ -408,15 +389,15 @@ class LayerMemory(DynamicLayer):
         return torch.cat(out, 2)
 
     def append(self, k: Tensor, v: Tensor):
-        """Hold new tokens, which have no statistics yet."""
-        if not self.is_initialized:
-            self.lazy_initialization(k, v)
-        c = k.shape[2]
-        pos = torch.arange(self.seen, self.seen + c, device=k.device).expand(k.shape[:3])
+        """Hold new tokens, which have no statistics yet; attention before the sequence counts as 0."""
+        shape = k.shape[:3]
+        pos = torch.arange(self.seen, self.seen + shape[2], device=k.device).expand(shape)
         new = {"k": k, "v": v, "pos": pos, "valid": torch.ones_like(pos, dtype=torch.bool)}
-        grown = {name: torch.cat([self.store[name], x], 2) for name, x in new.items()}
-        self.store = grown | {name: F.pad(self.store[name], (0, 0, 0, c)) for name in self.statistics}
-        self.seen += c
+        for name, width in self.statistics.items():
+            new[name] = k.new_zeros(*shape, width, dtype=torch.float32)
+        if self.store:
+            new = {name: torch.cat([self.store[name], x], 2) for name, x in new.items()}
+        self.store, self.seen = new, self.seen + shape[2]
 
     def attention(self, q: Tensor, scale: float) -> Tensor:
         """Softmax attention of the newest c tokens (N, heads, c, d) over all that is held; feeds `learn`."""
@@ -446,17 +427,17 @@ class LayerMemory(DynamicLayer):
             frames = spectral_frame(columns.unfold(-1, 2 * HOP, HOP))
             self.store["omega"] = moving_average(self.store["omega"], frames)
         self.store["tail"] = columns[..., complete * HOP :].clone()
+        self.statistics["tail"] = self.store["tail"].shape[-1]
 
     def forget(self):
         """Score every token, choose and keep, eqs. (3) to (5): everything held moves by one index."""
         score = SCORES[self.policy.kind](self).nan_to_num(nan=-math.inf)  # such a member fails by itself
         place, valid = select(score, self.store["valid"], self.cap)
-
         if place.shape[2] < score.shape[2]:
             n, heads = (torch.arange(size, device=place.device) for size in place.shape[:2])
             at = n[:, None, None], heads[:, None], place
             self.store = {name: x[at] for name, x in self.store.items()} | {"valid": valid}
-            self.held.append(valid.sum(-1).float().mean())
+            self.held.append(valid.sum(-1).float().mean().item())
         self.padded = not bool(valid.all())
 
 
@@ -465,12 +446,11 @@ class Memory(Cache):
 
     def __init__(self, policy: Policy, model):
         layers = model.config.get_text_config().num_hidden_layers
-        super().__init__(layers=[LayerMemory(policy, i) for i in range(layers)])
+        super().__init__(layers=[LayerMemory(policy) for _ in range(layers)])
 
-    def sizes(self) -> Tensor:
-        """Mean number of tokens that a head of each layer held after evictions; all seen, without any."""
-        held = [sum(x.held) / len(x.held) if x.held else x.seen for x in self.layers]
-        return torch.tensor([float(size) for size in held])
+    def size(self) -> float:
+        """Mean number of tokens that a head held after evictions, over the layers; all seen, without any."""
+        return np.mean([np.mean(layer.held or [layer.seen]) for layer in self.layers])
 
 
 def namm_attention(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
@@ -479,7 +459,7 @@ def namm_attention(module, query, key, value, attention_mask=None, scaling=None,
         raise UserError(
             f"{type(module).__name__}: a memory needs plain causal attention and cache=Memory(...)"
         )
-    out = key.memory.attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    out = key.memory.attend(query, key, value, scaling or query.shape[-1] ** -0.5)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -789,15 +769,15 @@ def open_task(name: str, part: str, cfg: Config, run: Run) -> Task:
 # --- evolution ---
 
 
-def collect(task: Task, places: Sequence[int], policies: list[Policy], run: Run) -> tuple[Tensor, Tensor]:
-    """Scores (P, prompts) of the members of all policies, and the mean size of each layer; ranks share the work."""
-    units, mine = list(itertools.product(range(len(policies)), places)), {}
-    for i, place in units[run.rank :: run.world_size]:
-        scores, memory = task.attempt(policies[i], place)
-        mine[i, place] = scores.float().cpu(), memory.sizes()
+def collect(task: Task, places: Sequence[int], policies: list[Policy], run: Run) -> tuple[Tensor, float]:
+    """Scores (P, prompts) of the members of all policies, and the mean size; ranks share the prompts."""
+    mine = {}
+    for place in places[run.rank :: run.world_size]:
+        scores, memories = zip(*(task.attempt(policy, place) for policy in policies), strict=True)
+        mine[place] = torch.cat(scores).double().cpu(), memories[-1].size()
     done = functools.reduce(dict.__or__, run.gather(mine))
-    groups = [torch.stack([done[i, place][0] for place in places], 1) for i in range(len(policies))]
-    return torch.cat(groups), torch.stack([sizes for _, sizes in done.values()]).mean(0)
+    scores, sizes = zip(*(done[place] for place in places), strict=True)
+    return torch.stack(scores, 1), np.mean(sizes)
 
 
 def fitness_of(
@@ -810,7 +790,7 @@ def fitness_of(
     groups, ratios = theta.float().split(run.cfg.members), []
     policies = [Policy(), *(namm_policy(run.cfg, group, moments) for group in groups)]
     for task, places in zip(tasks, draws, strict=True):
-        full, *scores = collect(task, places, policies, run)[0].double().mean(1)
+        full, *scores = collect(task, places, policies, run)[0].mean(1)
         if full > 0:
             ratios.append(torch.stack(scores) / full)
     return torch.stack(ratios).mean(0) if ratios else torch.full((len(theta),), math.nan)
@@ -835,12 +815,13 @@ def learn_moments(task: Task, run: Run) -> Tensor:
     return torch.stack([mean, squares / count - mean.square()])
 
 
-def replay(record: dict, run: Run) -> CMAES:
-    """The search as it was: the generations that it kept, with the fitness that their members had."""
+def replay(record: Tensor, run: Run) -> CMAES:
+    """The search as it was, from the fitness of its generations (G, lambda); NaN: one that is not its past."""
     cfg = run.cfg
     es = CMAES(parameters(cfg.scorer, cfg.hidden), cfg.population, cfg.sigma)
-    for g in record["kept"].nonzero()[:, 0].tolist():
-        es.tell(es.ask(run.generator(f"generation {g}")), record["fitness"][g])
+    for g, fitness in enumerate(record):
+        if not fitness.isnan().any():
+            es.tell(es.ask(run.generator(f"generation {g}")), fitness)
     return es
 
 
@@ -850,34 +831,32 @@ def evolve(run: Run):
     A stage begins with the whole state of the search that had the best validation in the stage before. All
     ranks make the same steps; they share the evaluations.
     """
-    cfg, ends = run.cfg, list(itertools.accumulate(run.cfg.stages))
+    cfg, ends, es = run.cfg, list(itertools.accumulate(run.cfg.stages)), None
     tasks = [open_task(name, "evolve", cfg, run) for name in cfg.tasks[: len(ends)]]
-    fitness, kept = torch.full((ends[-1], cfg.population), math.nan).double(), torch.zeros(ends[-1]).bool()
-    record = {"fitness": fitness, "kept": kept, "best": -math.inf, "best_at": 0}
-    record["moments"], es = torch.zeros(2, BINS).double(), replay(record, run)
-    for g in run.steps(ends[-1], record=record):
+    past = torch.full((ends[-1], cfg.population), math.nan).double()
+    state = {"past": past, "moments": torch.zeros(2, BINS).double(), "best": -math.inf, "best_at": 0}
+    for g in run.steps(ends[-1], state=state):
         now = tasks[: bisect.bisect(ends, g) + 1]
         if not g:
-            record["moments"] = learn_moments(tasks[0], run)
+            state["moments"] = learn_moments(tasks[0], run)
         if g in ends:  # a new stage
-            record["kept"][record["best_at"] :], record["best"] = False, -math.inf
-        if es.generation != record["kept"].sum():  # resumed, or gone back
-            es = replay(record, run)
+            state["past"][state["best_at"] :], state["best"], es = math.nan, -math.inf, None
+        es = es or replay(state["past"], run)
 
         theta = es.ask(run.generator(f"generation {g}"))
         draws = [torch.randperm(task.prompts)[: cfg.prompts].tolist() for task in now]
-        fitness = fitness_of(theta, record["moments"], now, draws, run)
-        if not fitness.isnan().all():
-            record["fitness"][g], record["kept"][g] = fitness, True
+        fitness = fitness_of(theta, state["moments"], now, draws, run)
+        if not fitness.isnan().any():
+            state["past"][g] = fitness
             es.tell(theta, fitness)
 
         score = math.nan
         if (g + 1) % cfg.validate_every == 0 or g + 1 in ends:
             draws = [range(cfg.validation or task.prompts) for task in now]
-            score = fitness_of(es.mean[None], record["moments"], now, draws, run).item()
-            if score > record["best"]:
-                record |= {"best": score, "best_at": g + 1}
-                save_memory(run.folder / "namm.pt", es.mean, record["moments"], run)
+            score = fitness_of(es.mean[None], state["moments"], now, draws, run).item()
+            if score > state["best"]:
+                state |= {"best": score, "best_at": g + 1}
+                save_memory(run.folder / "namm.pt", es.mean, state["moments"], run)
         run.log(g, fitness=fitness.mean(), sigma=es.sigma, validation=score)
 
 
@@ -910,8 +889,8 @@ def load_memory(file: str | Path, cfg: Config) -> tuple[Tensor, Tensor]:
 # --- a cell of the table ---
 
 
-def test(cfg: Config, sizes: dict[str, list[float]], run: Run) -> dict[str, list]:
-    """{test: [(mean size of each layer, score), ... at other caps]}, which is also tests.json.
+def test(cfg: Config, sizes: dict[str, float], run: Run) -> dict[str, list]:
+    """{test: [(mean size, score), ... at other caps]}, which is also tests.json.
 
     A baseline gets `sizes`, those that NAMM had.
     """
@@ -922,10 +901,9 @@ def test(cfg: Config, sizes: dict[str, list[float]], run: Run) -> dict[str, list
         policy.cap *= cfg.capped
     for name in cfg.tests or cfg.tasks:
         task, found[name] = open_task(name, "test", cfg, run), []
-        caps = tuple(round(size) for size in sizes.get(name, ()))
-        for chosen in (replace(policy, caps=caps), *(replace(policy, cap=cap) for cap in cfg.sweep)):
-            scores, held = collect(task, range(task.prompts), [chosen], run)
-            found[name].append((held.tolist(), scores.mean().item()))
+        for cap in (round(sizes.get(name, policy.cap)), *cfg.sweep[: cfg.capped * 99]):
+            scores, size = collect(task, range(task.prompts), [replace(policy, cap=cap)], run)
+            found[name].append((size, scores.mean().item()))
     if run.rank == 0:
         common.write_atomic(run.folder / "tests.json", json.dumps(found))
     return found
@@ -936,10 +914,10 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     namm = replace(cfg, policy="namm", scorer="bam", capped=True)
     found = json.loads((run.once("NAMM's tests", partial(test, namm, {})) / "tests.json").read_text())
     if cfg != namm:
-        sizes = {name: curve[0][0] for name, curve in found.items()}
+        sizes = {name: points[0][0] for name, points in found.items()}
         found = test(cfg, {} if cfg.policy in ("namm", "full") else sizes, run)
     held, _ = next(iter(found.values()))[0]
-    return {name: curve[0][1] for name, curve in found.items()} | {"held": np.mean(held)}
+    return {name: points[0][1] for name, points in found.items()} | {"held": held}
 
 
 # --- figure, main ---
@@ -951,8 +929,7 @@ def draw(figure, table: dict, run: Run):
         for row in table:
             folder, curves = common.slug("NAMM's tests" if row == "NAMM" else row), []
             for file in run.root.glob(f"{folder}-s*/tests.json"):
-                curve = json.loads(file.read_text())[name]
-                curves.append(sorted((np.mean(sizes), score) for sizes, score in curve))
+                curves.append(sorted(json.loads(file.read_text())[name]))
             axes.plot(*np.mean(curves, 0).T, "o-", markersize=3, label=row)
         axes.set(title=name, xlabel="tokens that a head holds", ylabel="share of right answers", xscale="log")
     axes.legend(fontsize=7)
