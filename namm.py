@@ -49,6 +49,7 @@ Reading order: Config, ROWS, the equations (spectral_frame to select), LayerMemo
 from __future__ import annotations
 
 import bisect
+import difflib
 import functools
 import itertools
 import json
@@ -64,14 +65,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, GenerationConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 import common
 from common import Claim, Run, UserError
 
 HOP, DECAY = 16, 0.99  # s, queries between two frames, which are twice as long; gamma, a token
-AGES, BINS = 8, HOP + 1  # features of eq. (3)
+AGES, BINS, HIDDEN = 8, HOP + 1, 32  # features of eq. (3), width of the network
 BLOCK = 128  # queries whose attention is held at a time
 
 
@@ -80,7 +81,6 @@ class Config(common.Config):
     # the memory
     policy: Literal["namm", "full", "h2o", "snapkv", "l2", "recency", "random"] = "namm"  # decides what stays
     scorer: Literal["bam", "mlp"] = "bam"  # network that scores tokens
-    hidden: int = 32  # its width
     update: int = 32  # tokens between two evictions (U)
     cap: int = 48  # most tokens that a head keeps; 0: the scores alone decide
     capped: bool = True  # False: the test is without the cap of evolution
@@ -101,7 +101,6 @@ class Config(common.Config):
     length: int = 256  # their tokens
     sweep: tuple[int, ...] = ()  # other caps, for the figure
     steps: int = 500  # optimizer steps that train a built-in model
-    lr: float = 3e-3  # peak of AdamW
     # a model of your own
     model: str = ""  # hub id, folder or .gguf
     data: str = ""  # local copy of the lm-eval tasks' data set
@@ -111,10 +110,10 @@ class Config(common.Config):
 
     def check(self):
         super().check()
-        if self.update % HOP or self.population < 4 or self.cap == 1:
-            raise UserError(f"--update is a multiple of {HOP}, --population 4 or more, --cap 0 or 2 or more")
-        if not 0 < len(self.stages) <= len(self.tasks) or min(self.stages) < 1:
-            raise UserError(f"--stages {self.stages}: 1 or more generations each, and a task for each")
+        if self.update % HOP or self.population < 4 or not 0 < len(self.stages) <= len(self.tasks):
+            raise UserError(
+                f"--update is a multiple of {HOP}, --population 4 or more, each of --stages has a task"
+            )
         if bool(self.model) == bool(TASKS.keys() & {*self.tasks, *self.tests}):
             raise UserError(
                 f"--tasks of a --model are lm-eval's or .jsonl files, without one {', '.join(TASKS)}"
@@ -133,8 +132,9 @@ ROWS = {
     "recency": dict(policy="recency"),
     "random": dict(policy="random"),
 }
-DEMO = Config(seeds=3, ranks=2, sweep=(16, 32, 96), log_every=1, save_every=1000)
-DEMO = replace(DEMO, tests=("dense", "sparse", "other LM", "corridor"))
+DEMO = Config(
+    seeds=3, ranks=2, tests=("dense", "sparse", "other LM", "corridor"), sweep=(16, 32, 96), log_every=1
+)
 TEXT = Config(
     share="run",
     rows=("NAMM", "full cache", "H2O", "SnapKV", "L2", "recency"),
@@ -148,7 +148,6 @@ TEXT = Config(
     log_every=1,
     save_every=1,
 )
-FULL_TASKS = ("longbench_passage_retrieval_en", "longbench_dureader", "longbench_narrativeqa")
 CONFIGS = {
     "smoke": replace(
         DEMO,
@@ -176,14 +175,13 @@ CONFIGS = {
         length=4096,
         sweep=(256, 1024),
         steps=1500,
-        lr=1e-3,
     ),
     "text": TEXT,
     "full": replace(
         TEXT,
         model="meta-llama/Meta-Llama-3-8B",
         stretch=4.0,
-        tasks=FULL_TASKS,
+        tasks=("longbench_passage_retrieval_en", "longbench_dureader", "longbench_narrativeqa"),
         stages=(300, 150, 150),
         population=32,
         prompts=64,
@@ -239,24 +237,30 @@ def normalise(omega: Tensor, moments: Tensor) -> Tensor:
 # --- scorers: eq. (4) ---
 
 
-def shapes(scorer: str, hidden: int) -> list[tuple[int, int]]:
-    """Shapes of the scorer's parameters, in the order of theta: weights (in, out) and biases (1, out)."""
-    inputs = AGES + BINS
-    if scorer == "mlp":
-        return [(inputs, hidden), (1, hidden), (hidden, 1), (1, 1)]
-    return [(inputs, 3 * hidden), (1, 3 * hidden), (hidden, 2 * inputs), (1, 2 * inputs), (inputs, 1), (1, 1)]
+# shapes of the network's parameters, in the order of theta: weights (in, out), biases (1, out)
+INPUTS = AGES + BINS
+SHAPES = {
+    "bam": [
+        (INPUTS, 3 * HIDDEN),
+        (1, 3 * HIDDEN),
+        (HIDDEN, 2 * INPUTS),
+        (1, 2 * INPUTS),
+        (INPUTS, 1),
+        (1, 1),
+    ],
+    "mlp": [(INPUTS, HIDDEN), (1, HIDDEN), (HIDDEN, 1), (1, 1)],
+}
 
 
-def parameters(scorer: str, hidden: int) -> int:
+def parameters(scorer: str) -> int:
     """Numbers in theta: 4,172 for the paper's."""
-    return sum(map(math.prod, shapes(scorer, hidden)))
+    return sum(map(math.prod, SHAPES[scorer]))
 
 
-def score_tokens(theta: Tensor, u: Tensor, scorer: str, hidden: int) -> Tensor:
+def score_tokens(theta: Tensor, u: Tensor, scorer: str) -> Tensor:
     """Eq. (4): theta (P, parameters), features u (P, M, n, 25), oldest first -> (P, M, n)."""
-    sizes = shapes(scorer, hidden)
-    parts = theta.split([math.prod(size) for size in sizes], 1)
-    W1, b1, W2, b2, *last = (x.view(-1, 1, *size) for x, size in zip(parts, sizes, strict=True))
+    parts = zip(SHAPES[scorer], theta.split([*map(math.prod, SHAPES[scorer])], 1), strict=True)
+    W1, b1, W2, b2, *last = (x.view(-1, 1, *shape) for shape, x in parts)
     if scorer == "mlp":  # each token alone
         return ((u @ W1 + b1).relu() @ W2 + b2)[..., 0]
     W3, b3 = last
@@ -289,6 +293,9 @@ def select(score: Tensor, valid: Tensor, cap: int) -> tuple[Tensor, Tensor]:
 # --- policies: a rule for forgetting is one score; those that are never negative leave all to the cap ---
 
 
+NOBODY = torch.zeros(1, 0)
+
+
 @dataclass
 class Policy:
     """Who decides what a layer keeps: "namm", whose theta has a row a member, or a baseline."""
@@ -296,15 +303,10 @@ class Policy:
     kind: str = "full"
     update: int = 512  # tokens between two evictions (U)
     cap: int = 0  # most tokens that a head keeps; 0: any number
-    theta: Tensor | None = None  # (P, parameters)
-    moments: Tensor | None = None  # mean and variance of each frequency (2, F)
-    sums: Tensor | None = None  # (3, F), where they are still being learnt
     scorer: str = "bam"
-    hidden: int = 32
-
-    @property
-    def members(self) -> int:
-        return 1 if self.theta is None else len(self.theta)
+    theta: Tensor = NOBODY  # (P, parameters), a row a member
+    moments: Tensor | None = None  # mean and variance of each frequency (2, F)
+    sums: Tensor | None = None  # count, sum, sum of squares (3, F), where they are still being learnt
 
 
 def namm_score(layer: LayerMemory) -> Tensor:
@@ -312,26 +314,24 @@ def namm_score(layer: LayerMemory) -> Tensor:
     policy, omega = layer.policy, layer.store["omega"]
     if policy.sums is not None:
         x = omega.double().flatten(0, 2)
-        policy.sums += torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)]).cpu()
+        policy.sums += torch.stack([x**0, x, x**2]).sum(1).cpu()
     u = torch.cat([recency(layer.seen - 1 - layer.store["pos"]), normalise(omega, policy.moments)], -1)
-    grouped = u.view(policy.members, -1, *u.shape[2:])  # (P, prompts x heads, n, 25)
-    return score_tokens(policy.theta.to(u), grouped, policy.scorer, policy.hidden).view(u.shape[:3])
-
-
-def keep_newest(score: Tensor, layer: LayerMemory, count: int) -> Tensor:
-    return score.masked_fill(layer.store["pos"] >= layer.seen - count, math.inf)
+    grouped = u.view(len(policy.theta), -1, *u.shape[2:])  # (P, prompts x heads, n, 25)
+    return score_tokens(policy.theta.to(u), grouped, policy.scorer).view(u.shape[:3])
 
 
 def h2o_score(layer: LayerMemory) -> Tensor:
     """Attention received so far; half the cap belongs to the newest tokens (Zhang et al. 2023)."""
-    return keep_newest(layer.store["mass"][..., 0], layer, layer.cap // 2)
+    newest = layer.store["pos"] >= layer.seen - layer.cap // 2
+    return layer.store["mass"][..., 0].masked_fill(newest, math.inf)
 
 
 def snapkv_score(layer: LayerMemory) -> Tensor:
     """Attention of the last queries, which stay, averaged over 5 neighbours (Li et al. 2024)."""
     observed = min(HOP, layer.cap // 2)
     mass = layer.store["tail"][..., -observed:].sum(-1)
-    return keep_newest(F.avg_pool1d(mass, 5, stride=1, padding=2), layer, observed)
+    pooled = F.avg_pool1d(mass, 5, stride=1, padding=2)
+    return pooled.masked_fill(layer.store["pos"] >= layer.seen - observed, math.inf)
 
 
 SCORES = {
@@ -359,7 +359,7 @@ class LayerMemory(DynamicLayer):
     def __init__(self, policy: Policy):
         super().__init__()
         self.policy, self.cap = policy, policy.cap or sys.maxsize
-        self.is_initialized, self.seen, self.padded = True, 0, False
+        self.is_initialized, self.seen = True, 0
         self.statistics = dict(STATISTICS.get(policy.kind, {}))
         self.store: dict[str, Tensor] = {}
         self.held: list[float] = []  # mean tokens a head held after each eviction
@@ -404,12 +404,7 @@ class LayerMemory(DynamicLayer):
         k, v = self.store["k"], self.store["v"]
         (rows, heads, c, d), (kv, n) = q.shape, k.shape[1:3]
         place = torch.arange(n, device=q.device)
-        visible = place <= place[n - c :, None]  # (c, n)
-        if not self.statistics:
-            mask = visible if c > 1 else None
-            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=heads > kv)
-        if self.padded:
-            visible = visible & self.store["valid"][:, :, None, None]  # (N, H, 1, c, n)
+        visible = self.store["valid"][:, :, None, None] & (place <= place[n - c :, None])  # (N, H, 1, c, n)
         logits = (q.reshape(rows, kv, -1, d) @ k.mT).view(rows, kv, -1, c, n).float() * scale
         attention = logits.masked_fill(~visible, -math.inf).softmax(-1).to(q.dtype)
         self.learn(attention.float().mean(2))  # over the query heads of a key-value head
@@ -419,6 +414,7 @@ class LayerMemory(DynamicLayer):
         """Fold rows of attention (N, H, c, n) into the statistics, eqs. (1) and (2), and drop them."""
         if "mass" in self.statistics:
             self.store["mass"] += rows.sum(2)[..., None]
+        if "tail" not in self.statistics:
             return
         # the last complete hop, which the next frame begins with, the rows after it, the new rows
         columns = torch.cat([self.store["tail"], rows.mT], -1)
@@ -438,7 +434,6 @@ class LayerMemory(DynamicLayer):
             at = n[:, None, None], heads[:, None], place
             self.store = {name: x[at] for name, x in self.store.items()} | {"valid": valid}
             self.held.append(valid.sum(-1).float().mean().item())
-        self.padded = not bool(valid.all())
 
 
 class Memory(Cache):
@@ -495,11 +490,11 @@ class CMAES:
         raw = math.log((population + 1) / 2) - torch.arange(1, population + 1).double().log()  # w'
         halves = raw.tensor_split([population // 2])
         mu_eff, mu_eff_minus = (float(w.sum() ** 2 / w.square().sum()) for w in halves)
-        c1 = 2 / ((n + 1.3) ** 2 + mu_eff)
-        cmu = min(1 - c1, 2 * (mu_eff - 2 + 1 / mu_eff) / ((n + 2) ** 2 + mu_eff))
+        self.mu_eff = mu_eff
+        self.c1 = c1 = 2 / ((n + 1.3) ** 2 + mu_eff)
+        self.cmu = cmu = min(1 - c1, 2 * (mu_eff - 2 + 1 / mu_eff) / ((n + 2) ** 2 + mu_eff))
         alpha = min(1 + c1 / cmu, 1 + 2 * mu_eff_minus / (mu_eff + 2), (1 - c1 - cmu) / (n * cmu))
         self.weights = torch.where(raw > 0, raw / raw[raw > 0].sum(), alpha * raw / -raw[raw < 0].sum())
-        self.c1, self.cmu, self.mu_eff = c1, cmu, mu_eff
         self.c_sigma = (mu_eff + 2) / (n + mu_eff + 5)
         self.d_sigma = 1 + 2 * max(0.0, math.sqrt((mu_eff - 1) / (n + 1)) - 1) + self.c_sigma
         self.cc = (4 + mu_eff / n) / (n + 4 + 2 * mu_eff / n)
@@ -598,12 +593,12 @@ def corridors(count: int, length: int, world: World, chance: torch.Generator):
     turn the right way earns 1. The expert errs in .15 of them; elsewhere it does nothing.
     """
     state, right = ledgers(0.2, 0.3, count, length // 3, world, chance)
-    junction, nothing = right >= 0, torch.full_like(right, -1)
+    junction = right >= 0
     wrong = torch.rand(right.shape, generator=chance) < 0.15
     action = torch.where(junction, right ^ wrong.long(), 2)
     to_go = (junction & ~wrong).flip(1).cumsum(1).flip(1).clamp(max=LEVELS)
     ids = torch.stack([VOCABULARY - 1 - to_go, state, VOCABULARY - 10 + action], 2)
-    return ids.flatten(1), torch.stack([nothing, right, nothing], 2).flatten(1)
+    return ids.flatten(1), F.pad(right[..., None], (1, 1), value=-1).flatten(1)
 
 
 KINDS = {"dense": partial(ledgers, 0.12, 0.15), "sparse": partial(ledgers, 0.03, 0.08), "corridor": corridors}
@@ -632,10 +627,8 @@ def train_lm(world: World, run: Run):
     """
     cfg, batch = run.cfg, 24 // len(world.kinds)
     model = new_lm(world).to(run.device)
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, cfg.lr, total_steps=cfg.steps + 1, pct_start=0.1
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=cfg.steps + 1, pct_start=0.1)
     for step in run.steps(cfg.steps, model=model, optimizer=optimizer, schedule=schedule):
         chance = torch.default_generator  # seeded by the step
         parts = [KINDS[kind](batch, cfg.length // 4, world, chance) for kind in world.kinds]
@@ -654,12 +647,12 @@ def train_lm(world: World, run: Run):
     torch.save(model.state_dict(), run.folder / "model.pt")
 
 
-def built_in_task(name: str, part: str, cfg: Config, run: Run) -> Task:
+def built_in_task(name: str, part: str, run: Run) -> Task:
     """A built-in task: the score is the share of right answers after the first quarter.
 
-    A prompt is a few sequences, which run in one batch.
+    A prompt is a few sequences, which run in one batch; each `part`, evolve or test, has others.
     """
-    world, kind = TASKS[name]
+    cfg, (world, kind) = run.cfg, TASKS[name]
     model, folder = new_lm(world), run.once(f"model {world.name}", partial(train_lm, world))
     model.load_state_dict(torch.load(folder / "model.pt"))
     attach(model.to(run.device).eval())
@@ -670,8 +663,8 @@ def built_in_task(name: str, part: str, cfg: Config, run: Run) -> Task:
         ids, target = (x.to(run.device) for x in KINDS[kind](cfg.sequences, cfg.length, world, chance))
         target[:, : cfg.length // 4] = -1
         memory = Memory(policy, model)
-        hidden = model.model(ids.repeat(policy.members, 1), cache=memory, use_cache=True).last_hidden_state
-        answer = F.linear(hidden, model.lm_head.weight[: world.values]).argmax(-1)
+        hidden = model.model(ids.repeat(len(policy.theta), 1), cache=memory, use_cache=True).last_hidden_state
+        answer = model.lm_head(hidden)[..., : world.values].argmax(-1)
         right = answer.view(-1, *ids.shape) == target
         return right.sum((1, 2)) / (target >= 0).sum(), memory
 
@@ -682,9 +675,9 @@ def built_in_task(name: str, part: str, cfg: Config, run: Run) -> Task:
 
 
 @functools.cache
-def open_lm(name: str, stretch: float, device: torch.device, dtype: torch.dtype):
+def open_lm(name: str, stretch: float, device: torch.device):
     """(model, tokenizer), its context `stretch` times as long by NTK scaling of the rotary base."""
-    model, tokenizer = common.load_lm(name, dtype)
+    model, tokenizer = common.load_lm(name, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if stretch > 1:
         rotary, rope = model.model.rotary_emb, model.config.rope_parameters
         width = 2 * len(rotary.inv_freq)
@@ -693,31 +686,23 @@ def open_lm(name: str, stretch: float, device: torch.device, dtype: torch.dtype)
     return attach(model).to(device), tokenizer
 
 
-@dataclass
-class Questions:
-    """Texts, what judges an answer to each with a credit in [0, 1], most tokens of it, strings that end it."""
-
-    texts: list[str]
-    judges: list[Callable[[str], float]]
-    max_new: int
-    until: list[str]
-
-
 def share_right(answer: str, said: str) -> float:
-    """Share of the answer's characters that stand at their place."""
-    return np.mean([a == b for a, b in zip(answer, said.strip().ljust(len(answer)), strict=False)])
+    """Similarity of the answer and of as many characters that were said first."""
+    return difflib.SequenceMatcher(None, answer, said.strip()[: len(answer)]).ratio()
 
 
-def read_questions(name: str, cfg: Config) -> Questions:
-    """Those of a .jsonl with prompt and answer, or of an lm-eval task, as it words and judges them."""
+def read_questions(name: str, cfg: Config) -> tuple[list[str], list[Callable[[str], float]], dict]:
+    """Prompts, what judges an answer to each with a credit in [0, 1], and settings of generation.
+
+    Those of a .jsonl with prompt and answer, or of an lm-eval task, as it words and judges them.
+    """
     if name.endswith(".jsonl"):
         rows = common.load_rows(name, ["prompt", "answer"])
         judges = [partial(share_right, row["answer"]) for row in rows]
-        return Questions([row["prompt"] for row in rows], judges, cfg.max_new, [])
+        return [row["prompt"] for row in rows], judges, dict(max_new_tokens=cfg.max_new)
     manager = common.need("lm_eval.tasks", "lm").TaskManager()
     try:
-        local = {"dataset_path": cfg.data} if cfg.data else {}
-        task = manager.load([{"task": name} | local])["tasks"][name]
+        task = manager.load([{"task": name, "dataset_path": cfg.data} if cfg.data else name])["tasks"][name]
         docs = list(task.eval_docs)
     except Exception as e:  # lm-eval and datasets raise a dozen kinds
         why = f"{type(e).__name__}: {str(e).strip().split(chr(10))[0]}"
@@ -728,42 +713,30 @@ def read_questions(name: str, cfg: Config) -> Questions:
     def judge(doc, said):
         return float(next(iter(task.process_results(doc, [said]).values())))
 
-    texts, judges = [task.doc_to_text(doc) for doc in docs], [partial(judge, doc) for doc in docs]
     settings = task.config.generation_kwargs
-    return Questions(texts, judges, settings["max_gen_toks"], settings["until"])
+    settings = dict(max_new_tokens=settings["max_gen_toks"], stop_strings=settings["until"] or None)
+    return [task.doc_to_text(doc) for doc in docs], [partial(judge, doc) for doc in docs], settings
 
 
-def text_task(name: str, cfg: Config, run: Run) -> Task:
-    """Greedy answers of --model to a task's prompts."""
-    from transformers import GenerationConfig
-
-    model, tokenizer = open_lm(
-        cfg.model, cfg.stretch, run.device, torch.bfloat16 if run.amp else torch.float32
-    )
-    questions, ends = read_questions(name, cfg), common.end_ids(model, tokenizer)
-    half = (cfg.context - questions.max_new) // 2
-    prompts = [
-        x if len(x) <= 2 * half else x[:half] + x[-half:] for x in tokenizer(questions.texts)["input_ids"]
-    ]
-    config = GenerationConfig(max_new_tokens=questions.max_new, prefill_chunk_size=cfg.update)
-    config.update(eos_token_id=ends, pad_token_id=ends[0])
+def text_task(name: str, part: str, run: Run) -> Task:
+    """Greedy answers of --model to a task's prompts, the same for each `part`."""
+    cfg = run.cfg
+    model, tokenizer = open_lm(cfg.model, cfg.stretch, run.device)
+    texts, judges, settings = read_questions(name, cfg)
+    ends = common.end_ids(model, tokenizer)
+    settings |= dict(eos_token_id=ends, pad_token_id=ends[0], prefill_chunk_size=cfg.update)
+    half = (cfg.context - settings["max_new_tokens"]) // 2
+    prompts = [x if len(x) <= 2 * half else x[:half] + x[-half:] for x in tokenizer(texts)["input_ids"]]
 
     @torch.inference_mode()
     def attempt(policy, place):
-        ids = torch.tensor(prompts[place], device=run.device).repeat(policy.members, 1)
-        memory, whole = Memory(policy, model), torch.ones_like(ids)
-        tokens = model.generate(ids, attention_mask=whole, cache=memory, generation_config=config)
+        ids = torch.tensor(prompts[place], device=run.device).repeat(len(policy.theta), 1)
+        more = dict(attention_mask=torch.ones_like(ids), cache=Memory(policy, model), tokenizer=tokenizer)
+        tokens = model.generate(ids, generation_config=GenerationConfig(**settings), **more)
         said = tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
-        for end in questions.until:
-            said = [text.split(end)[0] for text in said]
-        return torch.tensor([questions.judges[place](text) for text in said]), memory
+        return torch.tensor([judges[place](text) for text in said]), more["cache"]
 
     return Task(len(prompts), attempt)
-
-
-def open_task(name: str, part: str, cfg: Config, run: Run) -> Task:
-    """The task of a name; a built-in one has other prompts for each `part`, evolve or test."""
-    return text_task(name, cfg, run) if cfg.model else built_in_task(name, part, cfg, run)
 
 
 # --- evolution ---
@@ -787,8 +760,12 @@ def fitness_of(
 
     A task that the full cache scores 0 on is left out; NaN without any.
     """
-    groups, ratios = theta.float().split(run.cfg.members), []
-    policies = [Policy(), *(namm_policy(run.cfg, group, moments) for group in groups)]
+    cfg, ratios = run.cfg, []
+    groups = theta.float().split(cfg.members)
+    policies = [
+        Policy(),
+        *(Policy("namm", cfg.update, cfg.cap, cfg.scorer, group, moments) for group in groups),
+    ]
     for task, places in zip(tasks, draws, strict=True):
         full, *scores = collect(task, places, policies, run)[0].mean(1)
         if full > 0:
@@ -796,17 +773,11 @@ def fitness_of(
     return torch.stack(ratios).mean(0) if ratios else torch.full((len(theta),), math.nan)
 
 
-def namm_policy(cfg: Config, theta: Tensor, moments: Tensor) -> Policy:
-    """The policy of some members (P, parameters) with the settings of `cfg`."""
-    more = dict(scorer=cfg.scorer, hidden=cfg.hidden, cap=cfg.cap)
-    return Policy("namm", cfg.update, theta=theta, moments=moments, **more)
-
-
 def learn_moments(task: Task, run: Run) -> Tensor:
     """The mean and variance of eq. (3), (2, F): with theta 0 all scores are 0, and nothing is forgotten."""
     cfg, sums = run.cfg, torch.zeros(3, BINS).double()
-    zeros = torch.zeros(1, parameters(cfg.scorer, cfg.hidden))
-    policy = replace(namm_policy(cfg, zeros, torch.ones(2, BINS)), cap=0, sums=sums)
+    zeros = torch.zeros(1, parameters(cfg.scorer))
+    policy = Policy("namm", cfg.update, 0, cfg.scorer, zeros, torch.ones(2, BINS), sums)
     collect(task, range(cfg.validation or task.prompts), [policy], run)
     count, total, squares = sum(run.gather(sums))
     if not count[0]:
@@ -818,21 +789,22 @@ def learn_moments(task: Task, run: Run) -> Tensor:
 def replay(record: Tensor, run: Run) -> CMAES:
     """The search as it was, from the fitness of its generations (G, lambda); NaN: one that is not its past."""
     cfg = run.cfg
-    es = CMAES(parameters(cfg.scorer, cfg.hidden), cfg.population, cfg.sigma)
+    es = CMAES(parameters(cfg.scorer), cfg.population, cfg.sigma)
     for g, fitness in enumerate(record):
         if not fitness.isnan().any():
             es.tell(es.ask(run.generator(f"generation {g}")), fitness)
     return es
 
 
-def evolve(run: Run):
+def evolve(cfg: Config, run: Run):
     """Evolve a memory in stages, and leave the mean of the best validated generation as namm.pt.
 
     A stage begins with the whole state of the search that had the best validation in the stage before. All
     ranks make the same steps; they share the evaluations.
     """
-    cfg, ends, es = run.cfg, list(itertools.accumulate(run.cfg.stages)), None
-    tasks = [open_task(name, "evolve", cfg, run) for name in cfg.tasks[: len(ends)]]
+    run.cfg, ends, es = cfg, list(itertools.accumulate(cfg.stages)), None
+    make = text_task if cfg.model else built_in_task
+    tasks = [make(name, "evolve", run) for name in cfg.tasks[: len(ends)]]
     past = torch.full((ends[-1], cfg.population), math.nan).double()
     state = {"past": past, "moments": torch.zeros(2, BINS).double(), "best": -math.inf, "best_at": 0}
     for g in run.steps(ends[-1], state=state):
@@ -873,7 +845,7 @@ def save_memory(file: Path, theta: Tensor, moments: Tensor, run: Run):
 
 def load_memory(file: str | Path, cfg: Config) -> tuple[Tensor, Tensor]:
     """theta (1, parameters), mean and variance (2, F); UserError for what is no such memory."""
-    scalar, n = np.float64(0).__reduce__()[0], parameters(cfg.scorer, cfg.hidden)
+    scalar, n = np.float64(0).__reduce__()[0], parameters(cfg.scorer)
     known = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # of the reference
     try:
         with torch.serialization.safe_globals([*known, np.dtype, type(np.dtype("f8"))]):
@@ -896,11 +868,10 @@ def test(cfg: Config, sizes: dict[str, float], run: Run) -> dict[str, list]:
     """
     policy, found = Policy(cfg.policy, cfg.update), {}
     if cfg.policy == "namm":
-        file = cfg.memory or run.once(f"evolve {cfg.scorer}", evolve) / "namm.pt"
-        policy = namm_policy(cfg, *load_memory(file, cfg))
-        policy.cap *= cfg.capped
+        file = cfg.memory or run.once(f"evolve {cfg.scorer}", partial(evolve, cfg)) / "namm.pt"
+        policy = Policy("namm", cfg.update, cfg.cap * cfg.capped, cfg.scorer, *load_memory(file, cfg))
     for name in cfg.tests or cfg.tasks:
-        task, found[name] = open_task(name, "test", cfg, run), []
+        task, found[name] = (text_task if cfg.model else built_in_task)(name, "test", run), []
         for cap in (round(sizes.get(name, policy.cap)), *cfg.sweep[: cfg.capped * 99]):
             scores, size = collect(task, range(task.prompts), [replace(policy, cap=cap)], run)
             found[name].append((size, scores.mean().item()))
@@ -915,7 +886,7 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     found = json.loads((run.once("NAMM's tests", partial(test, namm, {})) / "tests.json").read_text())
     if cfg != namm:
         sizes = {name: points[0][0] for name, points in found.items()}
-        found = test(cfg, {} if cfg.policy in ("namm", "full") else sizes, run)
+        found = test(cfg, {} if cfg.policy == "namm" else sizes, run)
     held, _ = next(iter(found.values()))[0]
     return {name: points[0][1] for name, points in found.items()} | {"held": held}
 
@@ -931,14 +902,12 @@ def draw(figure, table: dict, run: Run):
             for file in run.root.glob(f"{folder}-s*/tests.json"):
                 curves.append(sorted(json.loads(file.read_text())[name]))
             axes.plot(*np.mean(curves, 0).T, "o-", markersize=3, label=row)
-        axes.set(title=name, xlabel="tokens that a head holds", ylabel="share of right answers", xscale="log")
+        axes.set(title=name, xlabel="tokens that a head holds")
     axes.legend(fontsize=7)
 
 
 def missing(cfg: Config):
     """UserError for a model, task or memory that cannot be had."""
-    from transformers import AutoConfig
-
     if cfg.memory:
         load_memory(cfg.memory, cfg)
     for name in {*cfg.tasks, *cfg.tests} if cfg.model else ():
@@ -955,13 +924,11 @@ def main():
     with Run(cfg, cfg.model) as run:
         missing(cfg)
         if cfg.dry_run:
-            n, tokens = (
-                parameters(cfg.scorer, cfg.hidden),
-                10_000 if cfg.model else cfg.length * cfg.sequences,
+            n, passes = parameters(cfg.scorer), sum(itertools.accumulate(reversed(cfg.stages)))
+            passes *= cfg.population * cfg.prompts
+            run.print(
+                f"{n:,} parameters; CMA-ES holds {24e-9 * n * n:.2f} GB; {passes:,} prompts are answered"
             )
-            run.print(f"{n:,} parameters evolve; CMA-ES holds {24 * n * n / 1e9:.2f} GB")
-            each = cfg.population * cfg.prompts * tokens
-            run.print(f"{sum(cfg.stages)} generations, each of about {each:,} tokens a task")
             return
         table = run.grid(ROWS, train)
         run.check(CLAIMS, table)
