@@ -72,7 +72,8 @@ import common
 from common import Claim, Run, UserError
 
 HOP, DECAY = 16, 0.99  # s, queries between two frames, which are twice as long; gamma, a token
-AGES, BINS, HIDDEN = 8, HOP + 1, 32  # features of eq. (3), width of the network
+BINS, HIDDEN = HOP + 1, 32  # frequencies of a frame, width of the network
+INPUTS = 8 + BINS  # features of eq. (3)
 BLOCK = 128  # queries whose attention is held at a time
 
 
@@ -83,11 +84,9 @@ class Config(common.Config):
     scorer: Literal["bam", "mlp"] = "bam"  # network that scores tokens
     update: int = 32  # tokens between two evictions (U)
     cap: int = 48  # most tokens that a head keeps; 0: the scores alone decide
-    capped: bool = True  # False: the test is without the cap of evolution
     memory: str = ""  # namm.pt or a checkpoint of the reference, to test instead of evolving one
     # evolution
     population: int = 16  # members of a generation (lambda)
-    sigma: float = 0.065  # first step size of CMA-ES
     stages: tuple[int, ...] = (10, 14)  # generations of each stage; stage i has the first i tasks
     prompts: int = 1  # of each task in a generation, the same for all members
     validation: int = 4  # first prompts of each task, which choose the generation to keep; 0: all
@@ -99,7 +98,7 @@ class Config(common.Config):
     test: int = 10  # prompts of a built-in task in the test
     sequences: int = 6  # ledgers in a prompt of a built-in task
     length: int = 256  # their tokens
-    sweep: tuple[int, ...] = ()  # other caps, for the figure
+    sweep: tuple[int, ...] = ()  # other caps, for the figure; 0: none
     steps: int = 500  # optimizer steps that train a built-in model
     # a model of your own
     model: str = ""  # hub id, folder or .gguf
@@ -125,19 +124,16 @@ ROWS = {
     "NAMM": {},
     "full cache": dict(policy="full"),
     "MLP scorer": dict(scorer="mlp"),
-    "no cap": dict(capped=False),
     "H2O": dict(policy="h2o"),
     "SnapKV": dict(policy="snapkv"),
     "L2": dict(policy="l2"),
     "recency": dict(policy="recency"),
     "random": dict(policy="random"),
 }
-DEMO = Config(
-    seeds=3, ranks=2, tests=("dense", "sparse", "other LM", "corridor"), sweep=(16, 32, 96), log_every=1
-)
+DEMO = Config(seeds=3, ranks=2, tests=("dense", "sparse", "other LM", "corridor"), sweep=(24, 96, 0))
 TEXT = Config(
     share="run",
-    rows=("NAMM", "full cache", "H2O", "SnapKV", "L2", "recency"),
+    rows=("NAMM", "full cache", "H2O", "L2", "recency"),
     update=512,
     cap=0,
     population=4,
@@ -166,15 +162,7 @@ CONFIGS = {
     ),
     "demo": DEMO,
     "gpu": replace(
-        DEMO,
-        ranks=1,
-        update=512,
-        cap=512,
-        population=32,
-        stages=(40, 60),
-        length=4096,
-        sweep=(256, 1024),
-        steps=1500,
+        DEMO, ranks=1, update=512, cap=512, population=32, stages=(40, 60), length=4096, steps=1500
     ),
     "text": TEXT,
     "full": replace(
@@ -198,7 +186,6 @@ CLAIMS = [
     Claim("zero-shot on another language model: more than H2O", "other LM", "NAMM", "H2O"),
     Claim("zero-shot on a decision transformer: more than H2O", "corridor", "NAMM", "H2O"),
     Claim("backward attention scores more than each token alone", "dense", "NAMM", "MLP scorer"),
-    Claim("without its cap the memory forgets, too (tokens held)", "held", "no cap", "full cache", "lower"),
 ]
 
 
@@ -223,7 +210,7 @@ def moving_average(omega: Tensor, frames: Tensor) -> Tensor:
 
 def recency(age: Tensor) -> Tensor:
     """The ages of eq. (3), sin and cos of the age in tokens at 4 frequencies nu: (...) -> (..., 8)."""
-    nu = 50000.0 ** (-2 * torch.arange(AGES // 2, device=age.device, dtype=torch.float64) / AGES)
+    nu = 50000.0 ** (-torch.arange(4, device=age.device).double() / 4)
     angle = age.double()[..., None] * nu
     return torch.cat([angle.sin(), angle.cos()], -1).float()
 
@@ -238,7 +225,6 @@ def normalise(omega: Tensor, moments: Tensor) -> Tensor:
 
 
 # shapes of the network's parameters, in the order of theta: weights (in, out), biases (1, out)
-INPUTS = AGES + BINS
 SHAPES = {
     "bam": [
         (INPUTS, 3 * HIDDEN),
@@ -327,11 +313,9 @@ def h2o_score(layer: LayerMemory) -> Tensor:
 
 
 def snapkv_score(layer: LayerMemory) -> Tensor:
-    """Attention of the last queries, which stay, averaged over 5 neighbours (Li et al. 2024)."""
-    observed = min(HOP, layer.cap // 2)
-    mass = layer.store["tail"][..., -observed:].sum(-1)
-    pooled = F.avg_pool1d(mass, 5, stride=1, padding=2)
-    return pooled.masked_fill(layer.store["pos"] >= layer.seen - observed, math.inf)
+    """Attention of the last 8 queries, which stay, averaged over 5 neighbours (Li et al. 2024)."""
+    mass = F.avg_pool1d(layer.store["tail"][..., -8:].sum(-1), 5, stride=1, padding=2)
+    return mass.masked_fill(layer.store["pos"] >= layer.seen - 8, math.inf)
 
 
 SCORES = {
@@ -342,8 +326,7 @@ SCORES = {
     "recency": lambda layer: layer.store["pos"].float(),
     "random": lambda layer: torch.rand_like(layer.store["pos"], dtype=torch.float32),
 }
-# what a policy has to know of the attention, numbers a token
-STATISTICS = {"namm": {"tail": HOP, "omega": BINS}, "h2o": {"mass": 1}, "snapkv": {"tail": HOP}}
+STATISTICS = {"mass": 1, "tail": HOP, "omega": BINS}  # of the attention to a token: numbers, at first 0
 
 
 # --- the memory: a transformers cache that scores and forgets ---
@@ -359,10 +342,8 @@ class LayerMemory(DynamicLayer):
     def __init__(self, policy: Policy):
         super().__init__()
         self.policy, self.cap = policy, policy.cap or sys.maxsize
-        self.is_initialized, self.seen = True, 0
-        self.statistics = dict(STATISTICS.get(policy.kind, {}))
-        self.store: dict[str, Tensor] = {}
-        self.held: list[float] = []  # mean tokens a head held after each eviction
+        self.seen, self.widths = 0, dict(STATISTICS)
+        self.store, self.held = {}, []  # mean tokens a head held after each eviction
 
     def update(self, k: Tensor, v: Tensor, *args, **kwargs):
         """Mark the new keys, by which `namm_attention` finds this layer."""
@@ -393,7 +374,7 @@ class LayerMemory(DynamicLayer):
         shape = k.shape[:3]
         pos = torch.arange(self.seen, self.seen + shape[2], device=k.device).expand(shape)
         new = {"k": k, "v": v, "pos": pos, "valid": torch.ones_like(pos, dtype=torch.bool)}
-        for name, width in self.statistics.items():
+        for name, width in self.widths.items():
             new[name] = k.new_zeros(*shape, width, dtype=torch.float32)
         if self.store:
             new = {name: torch.cat([self.store[name], x], 2) for name, x in new.items()}
@@ -412,18 +393,15 @@ class LayerMemory(DynamicLayer):
 
     def learn(self, rows: Tensor):
         """Fold rows of attention (N, H, c, n) into the statistics, eqs. (1) and (2), and drop them."""
-        if "mass" in self.statistics:
-            self.store["mass"] += rows.sum(2)[..., None]
-        if "tail" not in self.statistics:
-            return
+        self.store["mass"] += rows.sum(2)[..., None]
         # the last complete hop, which the next frame begins with, the rows after it, the new rows
         columns = torch.cat([self.store["tail"], rows.mT], -1)
         complete = columns.shape[-1] // HOP - 1
-        if complete and "omega" in self.statistics:
+        if complete and self.policy.kind == "namm":
             frames = spectral_frame(columns.unfold(-1, 2 * HOP, HOP))
             self.store["omega"] = moving_average(self.store["omega"], frames)
         self.store["tail"] = columns[..., complete * HOP :].clone()
-        self.statistics["tail"] = self.store["tail"].shape[-1]
+        self.widths["tail"] = self.store["tail"].shape[-1]
 
     def forget(self):
         """Score every token, choose and keep, eqs. (3) to (5): everything held moves by one index."""
@@ -470,8 +448,8 @@ AttentionMaskInterface.register("namm", namm_mask)
 
 def attach(model):
     """Let a transformers model attend through its `Memory`; UserError where a layer has other attention."""
-    kinds = {*(getattr(model.config.get_text_config(), "layer_types", None) or ())} - {"full_attention"}
-    if kinds:
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if {*kinds} - {"full_attention"}:
         raise UserError(f"{type(model).__name__} has layers of {kinds}: a memory needs full attention")
     model.set_attn_implementation("namm")
     return model
@@ -486,7 +464,7 @@ class CMAES:
     C's eigenvectors B and their lengths D are renewed every 1 / (10 n (c1 + cmu)) generations; at first C is I.
     """
 
-    def __init__(self, n: int, population: int, sigma: float):
+    def __init__(self, n: int, population: int, sigma: float = 0.065):
         raw = math.log((population + 1) / 2) - torch.arange(1, population + 1).double().log()  # w'
         halves = raw.tensor_split([population // 2])
         mu_eff, mu_eff_minus = (float(w.sum() ** 2 / w.square().sum()) for w in halves)
@@ -544,14 +522,14 @@ class CMAES:
 
 # --- built-in tasks and models: ledgers read by language models, a corridor by a decision transformer ---
 
-LEVELS, FILLERS, VOCABULARY = 4, 16, 128  # highest return-to-go; tokens that mean nothing; all tokens
+FILLERS, VOCABULARY = 16, 128  # tokens that mean nothing, all tokens
 
 
 class Task(NamedTuple):
     """Prompts, and what scores a memory on one: attempt(policy, place) -> scores (P,), memory."""
 
     prompts: int
-    attempt: Callable[[Policy, int], tuple[Tensor, Memory]]
+    attempt: Callable
 
 
 @dataclass
@@ -593,10 +571,9 @@ def corridors(count: int, length: int, world: World, chance: torch.Generator):
     turn the right way earns 1. The expert errs in .15 of them; elsewhere it does nothing.
     """
     state, right = ledgers(0.2, 0.3, count, length // 3, world, chance)
-    junction = right >= 0
-    wrong = torch.rand(right.shape, generator=chance) < 0.15
-    action = torch.where(junction, right ^ wrong.long(), 2)
-    to_go = (junction & ~wrong).flip(1).cumsum(1).flip(1).clamp(max=LEVELS)
+    earned = (right >= 0) & (torch.rand(right.shape, generator=chance) > 0.15)
+    action = torch.where(right >= 0, right ^ (~earned).long(), 2)
+    to_go = earned.flip(1).cumsum(1).flip(1).clamp(max=4)
     ids = torch.stack([VOCABULARY - 1 - to_go, state, VOCABULARY - 10 + action], 2)
     return ids.flatten(1), F.pad(right[..., None], (1, 1), value=-1).flatten(1)
 
@@ -623,7 +600,7 @@ def new_lm(world: World):
 def train_lm(world: World, run: Run):
     """A model for sequences a quarter as long as those of the test; leaves model.pt.
 
-    Positions have random gaps whose mean is up to 4, so that those of the test are familiar.
+    Positions are stretched up to four times, so that those of the test are familiar.
     """
     cfg, batch = run.cfg, 24 // len(world.kinds)
     model = new_lm(world).to(run.device)
@@ -633,12 +610,11 @@ def train_lm(world: World, run: Run):
         chance = torch.default_generator  # seeded by the step
         parts = [KINDS[kind](batch, cfg.length // 4, world, chance) for kind in world.kinds]
         ids, target = (torch.cat(x).to(run.device) for x in zip(*parts, strict=True))
-        gaps = 1 + (6 * torch.rand(len(ids), 1) * torch.rand(ids.shape)).round().long()
+        place = torch.arange(ids.shape[1]) * torch.randint(1, 5, (len(ids), 1))
         # without a mask, transformers takes a gap for the start of another sequence
-        more = dict(attention_mask=torch.ones_like(ids), position_ids=gaps.cumsum(1).to(run.device))
-        with run.autocast():
-            hidden = model.model(ids, use_cache=False, **more).last_hidden_state[target >= 0]
-            loss = F.cross_entropy(model.lm_head(hidden)[:, : world.values].float(), target[target >= 0])
+        more = dict(attention_mask=torch.ones_like(ids), position_ids=place.to(run.device))
+        logits = model(ids, use_cache=False, **more).logits[..., : world.values]
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-1)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -647,12 +623,15 @@ def train_lm(world: World, run: Run):
     torch.save(model.state_dict(), run.folder / "model.pt")
 
 
-def built_in_task(name: str, part: str, run: Run) -> Task:
-    """A built-in task: the score is the share of right answers after the first quarter.
+def open_task(name: str, part: str, run: Run) -> Task:
+    """The task of a name. The score of a built-in one is the share of right answers after the first quarter.
 
-    A prompt is a few sequences, which run in one batch; each `part`, evolve or test, has others.
+    A prompt of it is a few sequences, which run in one batch; each `part`, evolve or test, has others.
     """
-    cfg, (world, kind) = run.cfg, TASKS[name]
+    cfg = run.cfg
+    if cfg.model:
+        return text_task(name, run)
+    world, kind = TASKS[name]
     model, folder = new_lm(world), run.once(f"model {world.name}", partial(train_lm, world))
     model.load_state_dict(torch.load(folder / "model.pt"))
     attach(model.to(run.device).eval())
@@ -663,8 +642,8 @@ def built_in_task(name: str, part: str, run: Run) -> Task:
         ids, target = (x.to(run.device) for x in KINDS[kind](cfg.sequences, cfg.length, world, chance))
         target[:, : cfg.length // 4] = -1
         memory = Memory(policy, model)
-        hidden = model.model(ids.repeat(len(policy.theta), 1), cache=memory, use_cache=True).last_hidden_state
-        answer = model.lm_head(hidden)[..., : world.values].argmax(-1)
+        logits = model(ids.repeat(len(policy.theta), 1), cache=memory).logits
+        answer = logits[..., : world.values].argmax(-1)
         right = answer.view(-1, *ids.shape) == target
         return right.sum((1, 2)) / (target >= 0).sum(), memory
 
@@ -691,7 +670,7 @@ def share_right(answer: str, said: str) -> float:
     return difflib.SequenceMatcher(None, answer, said.strip()[: len(answer)]).ratio()
 
 
-def read_questions(name: str, cfg: Config) -> tuple[list[str], list[Callable[[str], float]], dict]:
+def read_questions(name: str, cfg: Config) -> tuple[list, list, dict]:
     """Prompts, what judges an answer to each with a credit in [0, 1], and settings of generation.
 
     Those of a .jsonl with prompt and answer, or of an lm-eval task, as it words and judges them.
@@ -718,8 +697,8 @@ def read_questions(name: str, cfg: Config) -> tuple[list[str], list[Callable[[st
     return [task.doc_to_text(doc) for doc in docs], [partial(judge, doc) for doc in docs], settings
 
 
-def text_task(name: str, part: str, run: Run) -> Task:
-    """Greedy answers of --model to a task's prompts, the same for each `part`."""
+def text_task(name: str, run: Run) -> Task:
+    """Greedy answers of --model to a task's prompts."""
     cfg = run.cfg
     model, tokenizer = open_lm(cfg.model, cfg.stretch, run.device)
     texts, judges, settings = read_questions(name, cfg)
@@ -742,7 +721,7 @@ def text_task(name: str, part: str, run: Run) -> Task:
 # --- evolution ---
 
 
-def collect(task: Task, places: Sequence[int], policies: list[Policy], run: Run) -> tuple[Tensor, float]:
+def collect(task: Task, places: Sequence, policies: list[Policy], run: Run) -> tuple[Tensor, float]:
     """Scores (P, prompts) of the members of all policies, and the mean size; ranks share the prompts."""
     mine = {}
     for place in places[run.rank :: run.world_size]:
@@ -753,9 +732,7 @@ def collect(task: Task, places: Sequence[int], policies: list[Policy], run: Run)
     return torch.stack(scores, 1), np.mean(sizes)
 
 
-def fitness_of(
-    theta: Tensor, moments: Tensor, tasks: list[Task], draws: list[Sequence[int]], run: Run
-) -> Tensor:
+def fitness_of(theta: Tensor, moments: Tensor, tasks: list[Task], draws: list, run: Run) -> Tensor:
     """The fitness of eq. (6): theta (P, parameters) -> (P,), float64.
 
     A task that the full cache scores 0 on is left out; NaN without any.
@@ -768,9 +745,8 @@ def fitness_of(
     ]
     for task, places in zip(tasks, draws, strict=True):
         full, *scores = collect(task, places, policies, run)[0].mean(1)
-        if full > 0:
-            ratios.append(torch.stack(scores) / full)
-    return torch.stack(ratios).mean(0) if ratios else torch.full((len(theta),), math.nan)
+        ratios.append(torch.stack(scores) / full.where(full > 0, math.nan))
+    return torch.stack(ratios).nanmean(0)
 
 
 def learn_moments(task: Task, run: Run) -> Tensor:
@@ -788,8 +764,7 @@ def learn_moments(task: Task, run: Run) -> Tensor:
 
 def replay(record: Tensor, run: Run) -> CMAES:
     """The search as it was, from the fitness of its generations (G, lambda); NaN: one that is not its past."""
-    cfg = run.cfg
-    es = CMAES(parameters(cfg.scorer), cfg.population, cfg.sigma)
+    es = CMAES(parameters(run.cfg.scorer), run.cfg.population)
     for g, fitness in enumerate(record):
         if not fitness.isnan().any():
             es.tell(es.ask(run.generator(f"generation {g}")), fitness)
@@ -803,21 +778,18 @@ def evolve(cfg: Config, run: Run):
     ranks make the same steps; they share the evaluations.
     """
     run.cfg, ends, es = cfg, list(itertools.accumulate(cfg.stages)), None
-    make = text_task if cfg.model else built_in_task
-    tasks = [make(name, "evolve", run) for name in cfg.tasks[: len(ends)]]
+    tasks = [open_task(name, "evolve", run) for name in cfg.tasks[: len(ends)]]
     past = torch.full((ends[-1], cfg.population), math.nan).double()
-    state = {"past": past, "moments": torch.zeros(2, BINS).double(), "best": -math.inf, "best_at": 0}
+    state, moments = {"past": past, "best": -math.inf, "best_at": 0}, learn_moments(tasks[0], run)
     for g in run.steps(ends[-1], state=state):
         now = tasks[: bisect.bisect(ends, g) + 1]
-        if not g:
-            state["moments"] = learn_moments(tasks[0], run)
         if g in ends:  # a new stage
             state["past"][state["best_at"] :], state["best"], es = math.nan, -math.inf, None
         es = es or replay(state["past"], run)
 
         theta = es.ask(run.generator(f"generation {g}"))
         draws = [torch.randperm(task.prompts)[: cfg.prompts].tolist() for task in now]
-        fitness = fitness_of(theta, state["moments"], now, draws, run)
+        fitness = fitness_of(theta, moments, now, draws, run)
         if not fitness.isnan().any():
             state["past"][g] = fitness
             es.tell(theta, fitness)
@@ -825,11 +797,11 @@ def evolve(cfg: Config, run: Run):
         score = math.nan
         if (g + 1) % cfg.validate_every == 0 or g + 1 in ends:
             draws = [range(cfg.validation or task.prompts) for task in now]
-            score = fitness_of(es.mean[None], state["moments"], now, draws, run).item()
+            score = fitness_of(es.mean[None], moments, now, draws, run).item()
             if score > state["best"]:
                 state |= {"best": score, "best_at": g + 1}
-                save_memory(run.folder / "namm.pt", es.mean, state["moments"], run)
-        run.log(g, fitness=fitness.mean(), sigma=es.sigma, validation=score)
+                save_memory(run.folder / "namm.pt", es.mean, moments, run)
+        run.log(g, fitness=fitness.mean(), validation=score)
 
 
 # --- files of evolved memories: the layout of the reference's checkpoints ---
@@ -861,7 +833,7 @@ def load_memory(file: str | Path, cfg: Config) -> tuple[Tensor, Tensor]:
 # --- a cell of the table ---
 
 
-def test(cfg: Config, sizes: dict[str, float], run: Run) -> dict[str, list]:
+def test(cfg: Config, sizes: dict, run: Run) -> dict[str, list]:
     """{test: [(mean size, score), ... at other caps]}, which is also tests.json.
 
     A baseline gets `sizes`, those that NAMM had.
@@ -869,10 +841,10 @@ def test(cfg: Config, sizes: dict[str, float], run: Run) -> dict[str, list]:
     policy, found = Policy(cfg.policy, cfg.update), {}
     if cfg.policy == "namm":
         file = cfg.memory or run.once(f"evolve {cfg.scorer}", partial(evolve, cfg)) / "namm.pt"
-        policy = Policy("namm", cfg.update, cfg.cap * cfg.capped, cfg.scorer, *load_memory(file, cfg))
+        policy = Policy("namm", cfg.update, cfg.cap, cfg.scorer, *load_memory(file, cfg))
     for name in cfg.tests or cfg.tasks:
-        task, found[name] = (text_task if cfg.model else built_in_task)(name, "test", run), []
-        for cap in (round(sizes.get(name, policy.cap)), *cfg.sweep[: cfg.capped * 99]):
+        task, found[name] = open_task(name, "test", run), []
+        for cap in (round(sizes.get(name, policy.cap)), *cfg.sweep):
             scores, size = collect(task, range(task.prompts), [replace(policy, cap=cap)], run)
             found[name].append((size, scores.mean().item()))
     if run.rank == 0:
@@ -882,11 +854,13 @@ def test(cfg: Config, sizes: dict[str, float], run: Run) -> dict[str, list]:
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
     """One cell of the table: evolve a memory if nobody has yet, then test it or its rival."""
-    namm = replace(cfg, policy="namm", scorer="bam", capped=True)
+    namm = replace(cfg, policy="namm", scorer="bam")
     found = json.loads((run.once("NAMM's tests", partial(test, namm, {})) / "tests.json").read_text())
     if cfg != namm:
         sizes = {name: points[0][0] for name, points in found.items()}
         found = test(cfg, {} if cfg.policy == "namm" else sizes, run)
+    for file in run.root.glob(f"evolve_{cfg.scorer}-s{cfg.seed}/result.json"):
+        run.speed = json.loads(file.read_text())["speed"]  # generations a second
     held, _ = next(iter(found.values()))[0]
     return {name: points[0][1] for name, points in found.items()} | {"held": held}
 
@@ -898,9 +872,8 @@ def draw(figure, table: dict, run: Run):
     """Score against cache size in each test, mean over the seeds."""
     for axes, name in zip(figure.subplots(1, len(run.cfg.tests)), run.cfg.tests, strict=True):
         for row in table:
-            folder, curves = common.slug("NAMM's tests" if row == "NAMM" else row), []
-            for file in run.root.glob(f"{folder}-s*/tests.json"):
-                curves.append(sorted(json.loads(file.read_text())[name]))
+            files = run.root.glob(common.slug("NAMM's tests" if row == "NAMM" else row) + "-s*/tests.json")
+            curves = [sorted(json.loads(file.read_text())[name]) for file in files]
             axes.plot(*np.mean(curves, 0).T, "o-", markersize=3, label=row)
         axes.set(title=name, xlabel="tokens that a head holds")
     axes.legend(fontsize=7)
@@ -924,10 +897,8 @@ def main():
     with Run(cfg, cfg.model) as run:
         missing(cfg)
         if cfg.dry_run:
-            n, passes = parameters(cfg.scorer), sum(itertools.accumulate(reversed(cfg.stages)))
-            passes *= cfg.population * cfg.prompts
             run.print(
-                f"{n:,} parameters; CMA-ES holds {24e-9 * n * n:.2f} GB; {passes:,} prompts are answered"
+                f"{parameters(cfg.scorer):,} parameters; {sum(cfg.stages)} generations of {cfg.population}"
             )
             return
         table = run.grid(ROWS, train)
