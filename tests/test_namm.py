@@ -105,7 +105,12 @@ def test_the_papers_network_has_4172_parameters_and_its_score_is_the_formula_tok
     scores = namm.score_tokens(theta, u, "bam")
     for p, m, i in ((0, 0, 0), (1, 2, 4), (1, 1, 8)):
         W1, b1 = theta[p, :2400].view(25, 96), theta[p, 2400:2496]
-        W2, b2, w3, b3 = theta[p, 2496:4096].view(32, 50), theta[p, 4096:4146], theta[p, 4146:4171], theta[p, 4171]
+        W2, b2, w3, b3 = (
+            theta[p, 2496:4096].view(32, 50),
+            theta[p, 4096:4146],
+            theta[p, 4146:4171],
+            theta[p, 4171],
+        )
         q, k, v = (u[p, m] @ W1 + b1).split(32, 1)
         seen = (q[i] @ k[i:].T / 32**0.5).softmax(0) @ v[i:]
         r, mul = (seen @ W2 + b2).split(25)
@@ -191,21 +196,14 @@ def test_members_in_one_batch_are_the_members_alone():
         torch.testing.assert_close(found[i : i + 1], alone, atol=1e-4, rtol=1e-3)
 
 
-def test_positions_that_are_all_shifted_change_nothing():
-    lm, ids = llama(), tokens()
-    place = torch.arange(150).expand(2, -1)
-    found = [read(lm, ids, policy("l2"), position_ids=place + shift)[0] for shift in (0, 1000)]
-    torch.testing.assert_close(*found, atol=2e-3, rtol=1e-3)
-
-
 def test_h2o_sums_one_for_each_query_and_snapkv_pools_the_last_ones():
     lm, ids = llama(), tokens(2, 64)
     memory = read(lm, ids, policy("h2o", cap=99))[1]
     assert memory.layers[0].store["mass"].sum((2, 3)).allclose(torch.tensor(64.0))
     layer = read(lm, ids, policy("snapkv", cap=99))[1].layers[0]
-    mass, score = layer.store["tail"].sum(-1), namm.snapkv_score(layer)
+    mass, score = layer.store["tail"][..., 8:].sum(-1), namm.snapkv_score(layer)
     torch.testing.assert_close(score[..., 20], mass[..., 18:23].mean(-1))
-    assert score[..., -16:].isinf().all() and score[..., :-16].isfinite().all()
+    assert score[..., -8:].isinf().all() and score[..., :-8].isfinite().all()
 
 
 def test_generate_takes_the_memory_in_chunks_and_a_full_one_writes_what_the_model_writes():
@@ -220,8 +218,12 @@ def test_generate_takes_the_memory_in_chunks_and_a_full_one_writes_what_the_mode
 
 
 def test_what_a_memory_cannot_follow_is_one_line():
-    config = dict(vocab_size=9, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    sliding = namm.attach(MistralForCausalLM(MistralConfig(**config, num_key_value_heads=2, sliding_window=4)))
+    config = dict(
+        vocab_size=9, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    sliding = namm.attach(
+        MistralForCausalLM(MistralConfig(**config, num_key_value_heads=2, sliding_window=4))
+    )
     with pytest.raises(UserError, match="plain causal"):
         sliding(tokens() % 9, cache=namm.Memory(policy(), sliding))
     with pytest.raises(UserError, match="plain causal"):
@@ -238,43 +240,41 @@ def test_a_score_that_is_not_finite_evicts_and_stops_nothing():
     chosen = policy(members=2)
     chosen.theta[1] = math.nan
     logits, memory = read(llama(), tokens(2), chosen)
-    assert logits.isfinite().all() and memory.layers[0].store["valid"][1].sum() < memory.layers[0].store["valid"][0].sum()
+    assert (
+        logits.isfinite().all()
+        and memory.layers[0].store["valid"][1].sum() < memory.layers[0].store["valid"][0].sum()
+    )
 
 
 # --- the search
 
 
-def tutorial_step(es, x, fitness):
-    """Mean, sigma and C after a step, in numpy, from the lines of Hansen's tutorial (first generation)."""
-    n, lam = x.shape[1], len(x)
+def tutorial_step(x, fitness, sigma):
+    """Mean, sigma and C after the first step, in numpy, from the lines of Hansen's tutorial."""
+    lam, n = x.shape
     raw = np.log((lam + 1) / 2) - np.log(np.arange(1, lam + 1))
-    mu = raw[: lam // 2].sum() ** 2 / (raw[: lam // 2] ** 2).sum()
-    minus = raw[lam // 2 :].sum() ** 2 / (raw[lam // 2 :] ** 2).sum()
+    mu, minus = (w.sum() ** 2 / (w**2).sum() for w in (raw[: lam // 2], raw[lam // 2 :]))
     c1 = 2 / ((n + 1.3) ** 2 + mu)
-    cmu = min(1 - c1, 2 * (mu - 2 + 1 / mu) / ((n + 2) ** 2 + mu))
+    cmu = 2 * (mu - 2 + 1 / mu) / ((n + 2) ** 2 + mu)
     cs, cc = (mu + 2) / (n + mu + 5), (4 + mu / n) / (n + 4 + 2 * mu / n)
     alpha = min(1 + c1 / cmu, 1 + 2 * minus / (mu + 2), (1 - c1 - cmu) / n / cmu)
     w = np.where(raw > 0, raw / raw[raw > 0].sum(), alpha * raw / -raw[raw < 0].sum())
-    y = (x[np.argsort(-fitness)] - 0) / es.sigma
-    step = (np.maximum(w, 0)[:, None] * y).sum(0)
-    path = np.sqrt(cs * (2 - cs) * mu) * step
+    y = x[np.argsort(-fitness)] / sigma
+    step = np.maximum(w, 0) @ y
+    length = np.sqrt(cs * (2 - cs) * mu) * np.linalg.norm(step)
     chi = np.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n * n))
-    damp = 1 + 2 * max(0, np.sqrt((mu - 1) / (n + 1)) - 1) + cs
-    h = np.linalg.norm(path) / np.sqrt(1 - (1 - cs) ** 2) / chi < 1.4 + 2 / (n + 1)
-    pc = h * np.sqrt(cc * (2 - cc) * mu) * step
+    assert length / np.sqrt(1 - (1 - cs) ** 2) / chi < 1.4 + 2 / (n + 1)  # h = 1
+    pc = np.sqrt(cc * (2 - cc) * mu) * step
     w0 = np.where(w < 0, w * n / (y**2).sum(1), w)
-    C = (1 + c1 * (1 - h) * cc * (2 - cc) - c1 - cmu * w.sum()) * np.eye(n)
-    C += c1 * np.outer(pc, pc) + cmu * sum(a * np.outer(b, b) for a, b in zip(w0, y, strict=True))
-    return es.sigma * step, es.sigma * np.exp(cs / damp * (np.linalg.norm(path) / chi - 1)), C
+    C = (1 - c1 - cmu * w.sum()) * np.eye(n) + c1 * np.outer(pc, pc) + cmu * y.T @ np.diag(w0) @ y
+    return sigma * step, sigma * np.exp(cs / (1 + cs) * (length / chi - 1)), C
 
 
 def test_a_generation_is_that_of_the_tutorial_and_nan_ranks_last():
     es, other = namm.CMAES(6, 9, 0.5), namm.CMAES(6, 9, 0.5)
-    x = es.ask(rng())
-    fitness = torch.rand(9, generator=rng(1)).double()
-    mean, sigma, C = tutorial_step(es, x.numpy(), fitness.numpy())
-    worst = fitness.argmin()
-    es.tell(x, fitness.exp().index_fill(0, worst, math.nan))  # only the order matters
+    x, fitness = es.ask(rng()), torch.rand(9, generator=rng(1)).double()
+    mean, sigma, C = tutorial_step(x.numpy(), fitness.numpy(), 0.5)
+    es.tell(x, fitness.exp().index_fill(0, fitness.argmin(), math.nan))  # only the order matters
     other.tell(x.flip(0), fitness.flip(0))
     for a, b in ((es.mean, mean), (es.C, C), (es.sigma, sigma), (es.mean, other.mean)):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
@@ -299,18 +299,16 @@ def test_the_search_solves_an_ellipsoid_with_its_eigenvectors():
 # --- tasks
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse"])
-def test_ledgers_ask_for_the_latest_value(kind):
-    world = namm.LM
-    ids, target = namm.KINDS[kind](3, 120, world, rng())
-    for row, wanted in zip(ids.tolist(), target.tolist(), strict=True):
+def test_ledgers_ask_for_the_latest_value():
+    ids, target = namm.KINDS["dense"](3, 120, namm.LM, rng())
+    for row, answers in zip(ids.tolist(), target.tolist(), strict=True):
         latest = {}
-        for token, answer in zip(row, wanted, strict=True):
-            key, value = divmod(token - namm.FILLERS - world.keys, world.values)
-            if token >= namm.FILLERS + world.keys:
-                latest[key] = value
-            assert answer == (latest[token - namm.FILLERS] if namm.FILLERS <= token < namm.FILLERS + world.keys else -1)
-    assert (target >= 0).sum() > 9
+        for token, answer in zip(row, answers, strict=True):
+            if token >= namm.FILLERS + 8:
+                key, latest[key] = divmod(token - namm.FILLERS - 8, 8)[0], (token - namm.FILLERS) % 8
+            assert answer == (
+                latest[token - namm.FILLERS] if namm.FILLERS <= token < namm.FILLERS + 8 else -1
+            )
 
 
 def test_corridors_earn_for_turns_as_the_latest_signal_says():
@@ -329,7 +327,9 @@ def a_run(tmp_path, **more):
 def test_fitness_is_the_mean_ratio_to_the_full_cache_and_leaves_out_tasks_it_fails(tmp_path, monkeypatch):
     def task(full, members):
         scores = {True: [full], False: members}
-        return namm.Task(3, lambda p, place: (torch.tensor(scores[p.kind == "full"]), mock.Mock(size=lambda: 1.0)))
+        return namm.Task(
+            3, lambda p, place: (torch.tensor(scores[p.kind == "full"]), mock.Mock(size=lambda: 1.0))
+        )
 
     tasks = [task(0.5, [0.25, 0.5]), task(0.2, [0.2, 0.3]), task(0.0, [0.1, 0.0])]
     run, theta = a_run(tmp_path), torch.zeros(2, 4172)
@@ -341,10 +341,120 @@ def test_fitness_is_the_mean_ratio_to_the_full_cache_and_leaves_out_tasks_it_fai
 def test_moments_are_those_of_all_features_at_once(tmp_path, monkeypatch):
     seen, run, lm = [], a_run(tmp_path), llama()
     plain = namm.normalise
-    monkeypatch.setattr(namm, "normalise", lambda omega, m: (seen.append(omega.flatten(0, 2)), plain(omega, m))[1])
+    monkeypatch.setattr(
+        namm, "normalise", lambda omega, m: (seen.append(omega.flatten(0, 2)), plain(omega, m))[1]
+    )
     task = namm.Task(3, lambda p, place: (torch.ones(1), read(lm, tokens(1, 70 + place), p)[1]))
     run.cfg.validation = 0
     found, x = namm.learn_moments(task, run), torch.cat(seen).double()
     torch.testing.assert_close(found, torch.stack([x.mean(0), x.var(0, correction=0)]), rtol=1e-6, atol=1e-9)
     with pytest.raises(UserError, match="nothing to forget"):
         namm.learn_moments(namm.Task(1, lambda p, place: (torch.ones(1), read(lm, tokens(1, 9), p)[1])), run)
+
+
+# --- files, language models, the script
+
+
+def checkpoint(tmp_path, n=4172, **moments):
+    """A file as the reference leaves it; its buffers of the last pass end alike."""
+    state = {"mean": torch.rand(n), "sigma": torch.tensor(0.1)}
+    for name in ("mean", "var"):
+        plain = "token_embedding_0_output_" + name
+        state["stored_buffers_to_save." + plain] = moments.get(name, torch.ones(1, 1, 1, 17))
+        state["stored_buffers_to_save." + plain.replace("output", "online_new_output")] = torch.zeros(
+            1, 1, 1, 17
+        )
+    data = {"evolution_state": state, "iter_num": 7, "best_val_loss": np.float64(0.5)}
+    torch.save(data, tmp_path / "ckpt.pt")
+    return tmp_path / "ckpt.pt", state
+
+
+def test_the_reference_s_checkpoints_load_by_their_exact_keys_and_ours_are_alike(tmp_path):
+    file, state = checkpoint(tmp_path)
+    theta, moments = namm.load_memory(file, SMOKE)
+    assert torch.equal(theta[0], state["mean"]) and torch.equal(moments, torch.ones(2, 17))
+    namm.save_memory(file, theta[0], moments, a_run(tmp_path))
+    assert torch.equal(namm.load_memory(file, SMOKE)[0], theta)
+
+
+@pytest.mark.parametrize("change", [dict(n=756), dict(var=torch.zeros(17)), dict(mean=torch.ones(9))])
+def test_other_sizes_or_no_variance_are_refused(change, tmp_path):
+    with pytest.raises(UserError, match="no memory of 4172 parameters"):
+        namm.load_memory(checkpoint(tmp_path, **change)[0], SMOKE)
+
+
+def test_ntk_scaling_gives_the_papers_base(monkeypatch):
+    lm = common.tiny_lm(9, 256, 1, 2, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    monkeypatch.setattr(common, "load_lm", lambda *args: (lm, None))
+    namm.open_lm("any", 4.0, torch.device("cpu"))
+    wanted = 3.6098e6 ** -(torch.arange(0, 128, 2) / 128)
+    torch.testing.assert_close(lm.model.rotary_emb.inv_freq, wanted, rtol=1e-4, atol=0)
+
+
+def test_lm_eval_s_prompts_are_not_corrected_and_its_metric_judges(tmp_path, monkeypatch):
+    for name in ("jieba", "fuzzywuzzy", "rouge"):
+        monkeypatch.setitem(sys.modules, name, mock.MagicMock())
+    row = dict(context="A\u2028story.", question="Who?", answers=["a cat"], all_classes=None)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    head = "configs:\n- config_name: narrativeqa\n  data_files:\n  - split: test\n    path: rows.jsonl\n"
+    (tmp_path / "README.md").write_text(f"---\n{head}---\n")
+    texts, judges, settings = namm.read_questions("longbench_narrativeqa", replace(SMOKE, data=str(tmp_path)))
+    assert "Answer the question asconcisely" in texts[0] and "A\u2028story." in texts[0]
+    assert judges[0]("The cat!") == 1 and settings["max_new_tokens"] == 128
+
+
+@pytest.fixture
+def text_words(text_files, tmp_path):
+    """Arguments for the text config in miniature, with a line separator inside a prompt."""
+    rows = [
+        {"prompt": "We add the\u2028numbers: " * 8 + f"{i} plus 30 is", "answer": "We add"} for i in range(4)
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    words = (
+        "--config text --model lm --tasks q.jsonl --stages 2 --update 32 --cap 40 --context 120 --max_new 4"
+    )
+    return words.split()
+
+
+def test_a_language_model_from_a_folder_evolves_a_memory_on_two_ranks_as_on_one(
+    text_words, run_script, tmp_path
+):
+    common_words = [*text_words, "--rows", "NAMM", "H2O", "--prompts", "2"]
+    run_script(ROOT / "namm.py", *common_words, "--out", "one")
+    run_script(ROOT / "namm.py", *common_words, "--out", "two", ranks=2)
+    first, second = ((tmp_path / out / "namm-text-s0-lm") for out in ("one", "two"))
+    tables = [json.loads((folder / "results.json").read_text())["table"] for folder in (first, second)]
+    assert tables[0] == tables[1] and tables[0]["NAMM"][0]["held"] <= 40
+    a, b = (namm.load_memory(f / "evolve_bam-s0" / "namm.pt", SMOKE)[0] for f in (first, second))
+    assert torch.equal(a, b) and a.any()
+
+
+def test_smoke_runs_and_a_killed_evolution_ends_alike_from_a_small_file(run_script, tmp_path):
+    words = ["--config", "smoke", "--rows", "NAMM", "full cache"]
+    run_script(ROOT / "namm.py", *words)
+    folder = tmp_path / "out" / "namm-smoke-s0"
+    first = json.loads((folder / "results.json").read_text())
+    memory = (folder / "evolve_bam-s0" / "namm.pt").read_bytes()
+    (folder / "evolve_bam-s0" / "step00000003" / ".metadata").unlink()
+    for made in ("evolve_bam-s0", "NAMM_s_tests-s0", "NAMM-s0"):
+        (folder / made / "result.json").unlink()
+    run_script(ROOT / "namm.py", *words, "--resume")
+    assert json.loads((folder / "results.json").read_text())["table"] == first["table"]
+    assert (folder / "evolve_bam-s0" / "namm.pt").read_bytes() == memory
+    assert sum(f.stat().st_size for f in (folder / "evolve_bam-s0" / "step00000002").iterdir()) < 20_000
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--update 40", "multiple of 16"),
+        ("--stages 1 1 1", "has a task"),
+        ("--tasks longbench_qasper dense", "with it lm-eval"),
+        ("--memory no.pt", "no memory of 4172"),
+        ("--config text --model lm --tasks no.jsonl", "no.jsonl"),
+        ("--config text --model no --tasks q.jsonl", "neither here nor on the hub"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, text_words, run_main, tmp_path):
+    code, out, err = run_main(namm, "--ranks", 1, *words.split())
+    assert code == 2 and message in err and "Traceback" not in err and not (tmp_path / "out").exists()
