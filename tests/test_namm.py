@@ -430,7 +430,7 @@ def test_a_language_model_from_a_folder_evolves_a_memory_on_two_ranks_as_on_one(
 
 
 def test_smoke_runs_and_a_killed_evolution_ends_alike_from_a_small_file(run_script, tmp_path):
-    words = ["--config", "smoke", "--rows", "NAMM", "full cache"]
+    words = ["--config", "smoke", "--rows", "NAMM", "full cache", "--save_every", "1"]
     run_script(ROOT / "namm.py", *words)
     folder = tmp_path / "out" / "namm-smoke-s0"
     first = json.loads((folder / "results.json").read_text())
