@@ -592,7 +592,7 @@ def train_lm(world: World, run: Run):
 
     Positions are stretched up to four times, so that those of the test are familiar.
     """
-    cfg, batch = run.cfg, 24 // len(world.kinds)
+    cfg, batch = run.cfg, 32 // len(world.kinds)
     model = new_lm(world).to(run.device)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=cfg.steps + 1, pct_start=0.1)
