@@ -4,7 +4,8 @@ NAME mood: DIR is algorithms/offline of a checkout of CORL. Sizes are CORL's: ob
 6, batch 256, two critics, hidden layers 256x2, for AWAC too (CORL's third is taken out). NAME rmc: DIR is
 sspg_dmc of markov-chain-reasoning; an update of encoder, critics, actor and temperature from pixels at the
 paper's sizes, batch 32, chains of 4 steps. Medians of seven intervals, in turn, so that slow minutes hit all
-alike.
+alike. NAME namm: DIR is a language model (hub id, folder, .gguf); reading 3,072 tokens and writing 32 with
+transformers' own cache, NAMM, our H2O, and H2O written as kvpress writes its presses (hooks on an eager model).
 """
 
 import contextlib
@@ -24,9 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from gymnasium.spaces import Box
+from transformers import DynamicCache
 
 import common
 import mood
+import namm
 import rmc
 
 OBS, ACTIONS, ROWS = 17, 6, 100_000
@@ -166,13 +169,58 @@ def bench_mood(folder: Path, run: common.Run):
         report(name, median_rates(steps, run.device))
 
 
+def press(lm, cache: DynamicCache, budget: int):
+    """A forward hook a layer that keeps the tokens of most attention, after a prompt read in one pass."""
+
+    def hook(module, args, kwargs, output):
+        rows, layer = output[1], cache.layers[module.layer_idx]  # (N, heads, q, k)
+        if rows.shape[2] > 1:
+            heads = layer.keys.shape[1]
+            score = rows.sum(2).unflatten(1, (heads, -1)).mean(2)
+            keep = score.topk(budget, -1).indices.sort(-1).values[..., None].expand(-1, -1, -1, rows.shape[3])
+            keep = keep[..., : layer.keys.shape[3]]
+            layer.keys, layer.values = layer.keys.gather(2, keep), layer.values.gather(2, keep)
+
+    return [x.self_attn.register_forward_hook(hook, with_kwargs=True) for x in lm.model.layers]
+
+
+@torch.inference_mode()
+def bench_namm(model: Path, run: common.Run, length=3072, new=32, cap=512):
+    """Tokens a second and megabytes of keys and values with four caches of one model."""
+    lm = common.load_lm(str(model))[0].to(run.device)
+    ids = torch.randint(lm.config.vocab_size, (1, length), device=run.device)
+    memory = namm.Policy("namm", 512, cap, "bam", torch.zeros(1, 4172), torch.ones(2, namm.BINS))
+    ours = {"NAMM": memory, "H2O": namm.Policy("h2o", 512, cap)}
+    for name in ("full cache", "NAMM", "H2O", "H2O as a press"):
+        lm.set_attn_implementation("namm" if name in ours else "eager" if "press" in name else "sdpa")
+        cache = namm.Memory(ours[name], lm) if name in ours else DynamicCache()
+        hooks, seconds = press(lm, cache, cap) if "press" in name else [], []
+        parts = ids.split(512 if name in ours else length, 1)
+        for tokens in (parts, ids[:, :new].split(1, 1)):
+            begin, at = time.perf_counter(), 0 if tokens is parts else length
+            for part in tokens:
+                place = torch.arange(at, at + part.shape[1], device=run.device)[None]
+                lm(part, cache=cache, position_ids=place, logits_to_keep=1)
+                at += part.shape[1]
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        for hook in hooks:
+            hook.remove()
+        held = [layer.store if name in ours else vars(layer) for layer in cache.layers]
+        size = sum(x.nbytes for h in held for k, x in h.items() if k in ("k", "v", "keys", "values")) / 1e6
+        print(
+            f"{name}: reads {length / seconds[0]:.0f}, writes {new / seconds[1]:.1f} a second, {size:.1f} MB"
+        )
+
+
 def report(name: str, rates: dict[str, float]):
     ours, theirs = rates["ours"], rates["theirs"]
     print(f"{name}: {ours:.2f} updates a second, theirs {theirs:.2f}: {ours / theirs:.2f} x")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in ("mood", "rmc"):
-        sys.exit("python tests/bench.py mood|rmc DIR")
+    if len(sys.argv) != 3 or sys.argv[1] not in ("mood", "namm", "rmc"):
+        sys.exit("python tests/bench.py mood|namm|rmc DIR")
     here = common.Run(common.Config())  # for its device, its precision and oneDNN's products
-    {"mood": bench_mood, "rmc": bench_rmc}[sys.argv[1]](Path(sys.argv[2]), here)
+    {"mood": bench_mood, "namm": bench_namm, "rmc": bench_rmc}[sys.argv[1]](Path(sys.argv[2]), here)
