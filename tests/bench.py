@@ -5,7 +5,7 @@ NAME mood: DIR is algorithms/offline of a checkout of CORL. Sizes are CORL's: ob
 sspg_dmc of markov-chain-reasoning; an update of encoder, critics, actor and temperature from pixels at the
 paper's sizes, batch 32, chains of 4 steps. Medians of seven intervals, in turn, so that slow minutes hit all
 alike. NAME namm: DIR is a language model (hub id, folder, .gguf); reading 3,072 tokens and writing 32 with
-transformers' own cache, NAMM, our H2O, and H2O written as kvpress writes its presses (hooks on an eager model).
+transformers' own cache, NAMM, our H2O, and H2O as kvpress writes its presses (hooks on an eager model).
 """
 
 import contextlib
@@ -177,8 +177,9 @@ def press(lm, cache: DynamicCache, budget: int):
         if rows.shape[2] > 1:
             heads = layer.keys.shape[1]
             score = rows.sum(2).unflatten(1, (heads, -1)).mean(2)
-            keep = score.topk(budget, -1).indices.sort(-1).values[..., None].expand(-1, -1, -1, rows.shape[3])
-            keep = keep[..., : layer.keys.shape[3]]
+            keep = (
+                score.topk(budget, -1).indices.sort(-1).values[..., None].expand_as(layer.keys[:, :, :budget])
+            )
             layer.keys, layer.values = layer.keys.gather(2, keep), layer.values.gather(2, keep)
 
     return [x.self_attn.register_forward_hook(hook, with_kwargs=True) for x in lm.model.layers]

@@ -19,7 +19,6 @@ import namm
 from common import UserError
 
 SMOKE = namm.CONFIGS["smoke"]
-POLICIES = ("namm", "h2o", "snapkv", "l2", "recency", "random")
 
 
 def rng(seed=0):
@@ -67,16 +66,14 @@ def stock(lm, function):
 def test_omega_is_the_discounted_sum_of_the_stft_of_whole_columns_however_tokens_come():
     lm, ids = llama(), tokens()
     whole = stock(lm, lambda: lm(ids, output_attentions=True).attentions)
+    weights = (1 - 0.99**16) * 0.99 ** (16 * torch.arange(8, -1, -1))
+    more = dict(window=torch.hann_window(32), center=False, return_complex=True)
     for cut in (1, 7, 16, 150):
         memory = read(lm, ids, policy(cap=0, scale=0.0), cut)[1]
         assert memory.size() == 150  # scores of 0 evict nothing
         for layer, attention in zip(memory.layers, whole, strict=True):
-            columns = F.pad(attention.view(2, 2, 2, 150, 150).mean(2).mT, (16, 0))[..., : 16 + 144]
-            window = torch.hann_window(32)
-            frames = torch.stft(
-                columns.flatten(0, 2), 32, 16, window=window, center=False, return_complex=True
-            ).abs()
-            weights = (1 - 0.99**16) * 0.99 ** (16 * torch.arange(8, -1, -1))
+            columns = F.pad(attention.unflatten(1, (2, 2)).mean(2).mT, (16, -6))
+            frames = torch.stft(columns.flatten(0, 2), 32, 16, **more).abs()
             wanted = (frames * weights).sum(-1).view(2, 2, 150, 17)
             torch.testing.assert_close(layer.store["omega"], wanted, atol=2e-6, rtol=1e-4)
 
@@ -88,12 +85,6 @@ def test_a_constant_has_a_dc_and_one_sideband_and_an_impulse_is_flat():
     torch.testing.assert_close(both.sum(0), torch.ones(17))
 
 
-def test_ages_are_sines_and_cosines_also_beyond_the_reference_s_table():
-    angle = 40_000 * 50_000**-0.25
-    found = namm.recency(torch.tensor(40_000))
-    assert found[[1, 5]].tolist() == pytest.approx([math.sin(angle), math.cos(angle)], abs=1e-5)
-
-
 # --- scores
 
 
@@ -101,7 +92,7 @@ def test_the_papers_network_has_4172_parameters_and_scores_by_the_formula_token_
     theta, u = policy(members=2).theta, torch.randn(2, 3, 9, 25, generator=rng(3))
     scores, sizes = namm.score_tokens(theta, u, "bam"), [2400, 96, 1600, 50, 25, 1]
     assert theta.shape[1] == 4172
-    for p, m, i in ((0, 0, 0), (1, 2, 4), (1, 1, 8)):
+    for p, m, i in ((0, 0, 0), (1, 2, 4)):
         W1, b1, W2, b2, w3, b3 = theta[p].split(sizes)
         q, k, v = (u[p, m] @ W1.view(25, 96) + b1).split(32, 1)
         seen = (q[i] @ k[i:].T / 32**0.5).softmax(0) @ v[i:]  # itself and newer tokens
@@ -131,12 +122,13 @@ def visible_of(log, length):
     pos = log[0][1]
     seen = torch.ones(length, length).tril().bool().expand(*pos.shape[:2], -1, -1).clone()
     for at, pos, valid in log:
-        held = torch.zeros(*pos.shape[:2], length).bool().scatter_(2, pos, valid)
+        held = torch.zeros(*pos.shape[:2], length + 1).bool()
+        held.scatter_(2, pos.masked_fill(~valid, length), True)
         seen[..., at:, :at] &= held[..., None, :at]
     return seen
 
 
-@pytest.mark.parametrize("kind", POLICIES)
+@pytest.mark.parametrize("kind", namm.SCORES)
 def test_a_pruned_run_is_a_dense_one_that_masks_what_was_evicted(kind, monkeypatch):
     lm, logs, forget = llama(), {}, namm.LayerMemory.forget
 
@@ -172,18 +164,17 @@ def test_h2o_sums_one_for_each_query_and_snapkv_pools_the_last_ones():
     assert h2o.store["mass"].sum((2, 3)).allclose(torch.tensor(64.0))
     mass, score = snap.store["tail"][..., 8:].sum(-1), namm.snapkv_score(snap)
     torch.testing.assert_close(score[..., 20], mass[..., 18:23].mean(-1))
-    assert score.isinf().nonzero()[:, 2].unique().tolist() == list(range(56, 64))
 
 
 def test_generate_takes_the_memory_in_chunks_and_a_full_one_writes_what_the_model_writes():
     lm, ids = llama(), tokens(1, 100)
-    more = dict(max_new_tokens=40, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(ids))
+    more = dict(max_new_tokens=40, do_sample=False, attention_mask=torch.ones_like(ids))
     wanted = stock(lm, lambda: lm.generate(ids, **more))
-    found = lm.generate(ids, cache=namm.Memory(namm.Policy(), lm), prefill_chunk_size=32, **more)
-    assert torch.equal(found, wanted)
-    memory = namm.Memory(policy(), lm)
-    lm.generate(ids, cache=memory, prefill_chunk_size=32, **more)
-    assert memory.get_seq_length() == 139 and memory.layers[0].store["k"].shape[2] <= 24 + 139 - 128
+    for chosen in (namm.Policy(), policy()):
+        memory = namm.Memory(chosen, lm)
+        found = lm.generate(ids, cache=memory, prefill_chunk_size=32, **more)
+        assert torch.equal(found, wanted) == (chosen.kind == "full") and memory.get_seq_length() == 139
+    assert memory.layers[0].store["k"].shape[2] <= 24 + 139 - 128
 
 
 def test_what_a_memory_cannot_follow_is_one_line():
@@ -196,38 +187,25 @@ def test_what_a_memory_cannot_follow_is_one_line():
         read(llama(), tokens(), policy(), attention_mask=torch.arange(150).expand(2, -1) > 3)
 
 
-def test_a_score_that_is_not_finite_evicts_and_stops_nothing():
-    chosen = policy(members=2)
-    chosen.theta[1] = math.nan
-    logits, memory = read(llama(), tokens(), chosen)
-    good, bad = memory.layers[0].store["valid"].sum((1, 2))
-    assert logits.isfinite().all() and bad < good
-
-
 # --- the search
 
 
 def test_constants_of_the_papers_size():
     es = namm.CMAES(4172, 32)
-    found = es.mu_eff, es.c1, es.cmu, es.c_sigma, es.weights.clamp(min=0).sum(), es.sigma
-    assert found == pytest.approx((9.179, 1.148e-7, 8.37e-7, 2.67e-3, 1, 0.065), rel=2e-3)
-    negative = -min(1 + es.c1 / es.cmu, (1 - es.c1 - es.cmu) / 4172 / es.cmu)
-    assert es.weights.clamp(max=0).sum() == pytest.approx(negative) and es.interval == 25
+    found = es.mu_eff, es.c1, es.cmu, es.c_sigma, es.weights.clamp(min=0).sum()
+    assert found == pytest.approx((9.179, 1.148e-7, 8.37e-7, 2.67e-3, 1), rel=2e-3) and es.interval == 25
 
 
 def test_a_generation_is_that_of_the_tutorial_and_nan_ranks_last():
-    es, other = namm.CMAES(6, 9, 0.5), namm.CMAES(6, 9, 0.5)
+    es = namm.CMAES(6, 9, 0.5)
     x, fitness = es.ask(rng()), torch.rand(9, generator=rng(1)).double()
     es.tell(x, fitness.exp().index_fill(0, fitness.argmin(), math.nan))  # only the order matters
-    other.tell(x.flip(0), fitness.flip(0))
     y, w = x[fitness.argsort(descending=True)] / 0.5, es.weights
     step, scaled = w.clamp(min=0) @ y, torch.where(w < 0, w * 6 / y.square().sum(1), w)
     path = math.sqrt(es.cc * (2 - es.cc) * es.mu_eff) * step
     C = (1 - es.c1 - es.cmu * w.sum()) * torch.eye(6) + es.c1 * path.outer(path) + es.cmu * y.T * scaled @ y
-    length = math.sqrt(es.c_sigma * (2 - es.c_sigma) * es.mu_eff) * step.norm() / es.chi_n
-    sigma = 0.5 * math.exp(es.c_sigma / es.d_sigma * (length - 1))
-    for a, b in ((es.mean, 0.5 * step), (es.C, C), (es.sigma, sigma), (es.mean, other.mean)):
-        np.testing.assert_allclose(a, b, rtol=1e-6)
+    torch.testing.assert_close(es.mean, 0.5 * step)
+    torch.testing.assert_close(es.C, C.double())
 
 
 def test_the_search_solves_an_ellipsoid_with_its_eigenvectors():
@@ -245,14 +223,11 @@ def test_the_search_solves_an_ellipsoid_with_its_eigenvectors():
 
 def test_ledgers_ask_for_the_latest_value():
     ids, target = namm.KINDS["dense"](3, 120, namm.LM, rng())
-    for row, answers in zip(ids.tolist(), target.tolist(), strict=True):
-        latest = {}
-        for token, answer in zip(row, answers, strict=True):
-            if token >= namm.FILLERS + 8:
-                key, latest[key] = divmod(token - namm.FILLERS - 8, 8)[0], (token - namm.FILLERS) % 8
-            assert answer == (
-                latest[token - namm.FILLERS] if namm.FILLERS <= token < namm.FILLERS + 8 else -1
-            )
+    for n, i in (target >= 0).nonzero().tolist():
+        said = ids[n, :i] - namm.FILLERS - 8  # values of the eight keys
+        values = said[(said >= 0) & (said // 8 == ids[n, i] - namm.FILLERS)]
+        assert target[n, i] == values[-1] % 8
+    assert (target >= 0).sum() > 30
 
 
 def a_run(tmp_path, **more):
@@ -282,16 +257,15 @@ def test_moments_are_those_of_all_features_at_once():
 # --- files, language models, the script
 
 
-@pytest.mark.parametrize("numbers, var, good", [(4172, 1.0, True), (756, 1.0, False), (4172, 0.0, False)])
-def test_the_reference_s_checkpoints_load_by_their_exact_keys_or_are_refused(numbers, var, good, tmp_path):
-    state = {"mean": torch.rand(numbers), "sigma": torch.tensor(0.1)}
+@pytest.mark.parametrize("numbers, var", [(4172, 1.0), (756, 1.0), (4172, 0.0)])
+def test_the_reference_s_checkpoints_load_by_their_exact_keys_or_are_refused(numbers, var, tmp_path):
+    state, file = {"mean": torch.rand(numbers)}, tmp_path / "ckpt.pt"
     for name, value in (("mean", 2.0), ("var", var)):
         key = "stored_buffers_to_save.token_embedding_0_output_" + name
         state[key] = torch.full((1, 1, 1, 17), value)
         state[key.replace("output", "online_new_output")] = torch.zeros(1, 1, 1, 17)  # ends alike
-    file = tmp_path / "ckpt.pt"
-    torch.save({"evolution_state": state, "iter_num": 7, "best_val_loss": np.float64(0.5)}, file)
-    if not good:
+    torch.save({"evolution_state": state, "best_val_loss": np.float64(0.5)}, file)
+    if numbers < 4172 or not var:
         with pytest.raises(UserError, match="no memory of 4172 parameters"):
             namm.load_memory(file, SMOKE)
         return
@@ -329,37 +303,37 @@ def text_words(text_files, tmp_path):
     ]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     words = (
-        "--config text --model lm --tasks q.jsonl --stages 2 --update 32 --cap 40 --context 120 --max_new 4"
+        "--config text --model lm --tasks q.jsonl --rows NAMM H2O --stages 2 --prompts 2 --update 32 --cap 40"
     )
-    return words.split()
+    return [*words.split(), "--context", "120", "--max_new", "4"]
 
 
 def test_a_language_model_from_a_folder_evolves_a_memory_on_two_ranks_as_on_one(
     text_words, run_script, tmp_path
 ):
-    common_words = [*text_words, "--rows", "NAMM", "H2O", "--prompts", "2"]
-    run_script(ROOT / "namm.py", *common_words, "--out", "one")
-    run_script(ROOT / "namm.py", *common_words, "--out", "two", ranks=2)
-    first, second = ((tmp_path / out / "namm-text-s0-lm") for out in ("one", "two"))
-    tables = [json.loads((folder / "results.json").read_text())["table"] for folder in (first, second)]
-    assert tables[0] == tables[1] and tables[0]["NAMM"][0]["held"] <= 40
-    a, b = (namm.load_memory(f / "evolve_bam-s0" / "namm.pt", SMOKE)[0] for f in (first, second))
-    assert torch.equal(a, b) and a.any()
+    tables, evolved = [], []
+    for ranks in (0, 2):
+        run_script(ROOT / "namm.py", *text_words, "--out", f"out{ranks}", ranks=ranks)
+        folder = tmp_path / f"out{ranks}" / "namm-text-s0-lm"
+        tables.append(json.loads((folder / "results.json").read_text())["table"])
+        evolved.append(namm.load_memory(folder / "evolve_bam-s0" / "namm.pt", SMOKE)[0])
+    assert tables[0] == tables[1]
+    assert torch.equal(*evolved) and evolved[0].any()
 
 
 def test_smoke_runs_and_a_killed_evolution_ends_alike_from_a_small_file(run_script, tmp_path):
     words = ["--config", "smoke", "--rows", "NAMM", "full cache", "--save_every", "1"]
     run_script(ROOT / "namm.py", *words)
     folder = tmp_path / "out" / "namm-smoke-s0"
-    first = json.loads((folder / "results.json").read_text())
-    memory = (folder / "evolve_bam-s0" / "namm.pt").read_bytes()
-    (folder / "evolve_bam-s0" / "step00000003" / ".metadata").unlink()
+    evolved = folder / "evolve_bam-s0"
+    first, memory = json.loads((folder / "results.json").read_text()), (evolved / "namm.pt").read_bytes()
+    (evolved / "step00000003" / ".metadata").unlink()
     for made in ("evolve_bam-s0", "NAMM_s_tests-s0", "NAMM-s0"):
         (folder / made / "result.json").unlink()
     run_script(ROOT / "namm.py", *words, "--resume")
     assert json.loads((folder / "results.json").read_text())["table"] == first["table"]
-    assert (folder / "evolve_bam-s0" / "namm.pt").read_bytes() == memory
-    assert sum(f.stat().st_size for f in (folder / "evolve_bam-s0" / "step00000002").iterdir()) < 20_000
+    assert (evolved / "namm.pt").read_bytes() == memory
+    assert sum(f.stat().st_size for f in (evolved / "step00000002").iterdir()) < 20_000
 
 
 @pytest.mark.parametrize(
@@ -370,7 +344,6 @@ def test_smoke_runs_and_a_killed_evolution_ends_alike_from_a_small_file(run_scri
         ("--tasks longbench_qasper dense", "with it lm-eval"),
         ("--memory no.pt", "no memory of 4172"),
         ("--config text --model lm --tasks no.jsonl", "no.jsonl"),
-        ("--config text --model no --tasks q.jsonl", "neither here nor on the hub"),
     ],
 )
 def test_bad_input_is_one_line(words, message, text_words, run_main, tmp_path):
