@@ -884,11 +884,9 @@ def missing(cfg: Config):
 def main():
     cfg = common.parse_config(CONFIGS)
     with Run(cfg, cfg.model) as run:
+        run.print(f"{parameters(cfg.scorer):,} parameters; {sum(cfg.stages)} generations of {cfg.population}")
         missing(cfg)
         if cfg.dry_run:
-            run.print(
-                f"{parameters(cfg.scorer):,} parameters; {sum(cfg.stages)} generations of {cfg.population}"
-            )
             return
         table = run.grid(ROWS, train)
         if not cfg.model:
