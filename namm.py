@@ -130,12 +130,7 @@ ROWS = {
     "random": dict(policy="random"),
 }
 DEMO = Config(
-    seeds=3,
-    ranks=2,
-    cap=48,
-    validation=4,
-    tests=("dense", "sparse", "other LM", "corridor"),
-    sweep=(24, 96, 0),
+    seeds=3, ranks=2, cap=48, validation=4, tests=("dense", "sparse", "other LM", "corridor"), sweep=(24, 0)
 )
 TEXT = Config(
     share="run",
@@ -723,7 +718,7 @@ def collect(task: Task, places, policies: list, run: Run) -> tuple[Tensor, float
 
 
 def fitness_of(theta: Tensor, moments: Tensor, tasks: list[Task], draws: list, run: Run) -> Tensor:
-    """The fitness of eq. (6): theta (P, parameters) -> (P,), float64.
+    """The fitness of eq. (6): theta (P, parameters) -> (P,).
 
     A task that the full cache scores 0 on is left out; NaN without any.
     """
