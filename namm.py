@@ -19,8 +19,8 @@ Positions stay, gaps stay. w = 32, s = 16, gamma = .99; mean and sd are taken on
 generation, and belong to the memory.
 
 How to run
-  python namm.py                                evolves on a small language model, tests it there, on another one
-                                                and on a decision transformer: two CPU cores
+  python namm.py                          two CPU cores: evolves on a small language model, tests it there, on
+                                          another one and on a decision transformer
   python namm.py --config text --model M --tasks F.jsonl     a real model; F: lines with prompt and answer
   python namm.py --config text --model M --tasks longbench_qasper --memory namm.pt      test without evolving
   torchrun --nproc_per_node=8 namm.py --config full     the paper's setting: Llama-3-8B on LongBench
