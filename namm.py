@@ -85,7 +85,7 @@ class Config(common.Config):
     memory: str = ""  # namm.pt or a checkpoint of the reference, to test instead of evolving one
     # evolution
     population: int = 16  # members of a generation (lambda)
-    stages: tuple[int, ...] = (10, 14)  # generations of each stage; stage i has the first i tasks
+    stages: tuple[int, ...] = (8, 12)  # generations of each stage; stage i has the first i tasks
     prompts: int = 1  # of each task in a generation, the same for all members
     validation: int = 0  # first prompts of each task, which choose the generation to keep; 0: all
     validate_every: int = 4  # generations between two validations of the mean
@@ -93,9 +93,9 @@ class Config(common.Config):
     # tasks
     tasks: tuple[str, ...] = ("dense", "sparse")  # of evolution: these, lm-eval tasks, or .jsonl files
     tests: tuple[str, ...] = ()  # of the table; none: those of evolution
-    test: int = 16  # prompts of a built-in task in the test
+    test: int = 12  # prompts of a built-in task in the test
     sequences: int = 4  # ledgers in a prompt of a built-in task
-    length: int = 192  # their tokens
+    length: int = 256  # their tokens
     sweep: tuple[int, ...] = ()  # other caps, for the figure; 0: none
     steps: int = 500  # optimizer steps that train a built-in model
     # a model of your own
@@ -587,7 +587,7 @@ def train_lm(world: World, run: Run):
 
     Positions are stretched up to four times, so that those of the test are familiar.
     """
-    cfg, batch = run.cfg, 32 // len(world.kinds)
+    cfg, batch = run.cfg, 24 // len(world.kinds)
     model = new_lm(world).to(run.device)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=cfg.steps + 1, pct_start=0.1)
