@@ -2,79 +2,47 @@
 
 Sun, Cetin, Tang, "Transformer-Squared: Self-adaptive LLMs", ICLR 2025, arXiv 2501.06252.
 
-The claim. Singular value fine-tuning (SVF) learns one multiplier for each singular value of a weight
-matrix and nothing else. Trained by REINFORCE on right and wrong answers it makes small experts that beat
-LoRA; since all experts live in the basis of the same matrices, they can be picked or mixed at inference: a
-first pass finds out what the prompt needs, a second one answers with adapted weights, also on tasks no
-expert was trained on.
+The claim. Singular value fine-tuning (SVF) learns one multiplier for each singular value of a weight matrix
+and nothing else. Trained by REINFORCE on right and wrong answers it makes small experts that beat LoRA. All
+experts share the basis of the same matrices, so at inference they can be picked or mixed: a first pass finds
+out what the prompt needs, a second one answers with adapted weights, also in tasks that no expert has seen.
 
-For a linear layer W = U diag(s) V^T (m x n, rank r at most) and learned p in R^r:
-  eq. (1)  J = E[R log pi_W'(y | x)] - lambda KL(pi_W' || pi_W),  R = +1 if the answer is right, else -1
-           log-probs and KL are sums over the answer's tokens (the paper's eq. 1; the rest is numbered here)
+For a linear layer W = U diag(s) V^T (m x n, r = min(m, n) singular values) and learned p in R^r:
+  eq. (1)  J = E[R log pi_W'(y | x)] - lambda KL(pi_W' || pi_W),  R = +1 if the answer is right, else -1;
+           log-probs and KL are summed over the answer's tokens (the paper's eq. 1; the rest is numbered here)
   eq. (2)  z = sigmoid(p)
   eq. (3)  W' = U diag(s g z) V^T,  g = sum(s) / sum(s z): the nuclear norm of W is kept, g has a gradient
-  eq. (4)  z = sum_k alpha_k z_k mixes experts, before the g of eq. (3); alpha is one number an expert, or one
-           an expert and matrix, found by the cross-entropy method on a few solved examples
-Three ways to adapt: (A) the base model names the task's category, (B) an expert trained to do that names
-it, (C) eq. (4). "Other" and whatever cannot be parsed get the base weights, bit for bit.
+  eq. (4)  z = sum_k alpha_k z_k mixes experts, before the g of eq. (3); alpha has a number an expert, or one
+           an expert and matrix, and is found by the cross-entropy method (CEM) on a few solved examples
+Three ways to adapt: (A) the base model names the prompt's category, (B) an expert trained to do that names
+it, (C) eq. (4). "Other", and whatever cannot be read, gets the base weights, bit for bit.
 
 How to run
-  python transformer2.py                               the effect in miniature, on two CPU cores
-  python transformer2.py --model M --tasks math=F,reasoning=F
-                                                       real models and tasks on a laptop; M: hub id, folder,
-                                                       .gguf; F: .jsonl of question and answer, or gym:NAME
-  torchrun --nproc_per_node=8 transformer2.py --config full
-                                                       Llama-3-8B-Instruct; GSM8K, MBPP, ARC-Easy; unseen
-                                                       MATH, HumanEval, ARC-Challenge
-  ... --config mistral, --config vlm                   Mistral-7B-v0.3; LLaVA-NeXT on TextVQA and OK-VQA
-  ... --experts FOLDER --cross_model                   experts made elsewhere, of another model, too
-  ... --config vlm --experts out/transformer2-full-s0/experts --cross_model --every 1 --stages eval,adapt
-                                                       OK-VQA with language-only experts, as in the paper:
-                                                       those of `full`, matrix by matrix
-Rungs: smoke, demo, gpu (ranks share a grid of runs); text, full, mistral, vlm (ranks share each run:
-prompts, populations and matrices are dealt out; the model is whole on each).
+  python transformer2.py                                   the claim in miniature, two CPU cores
+  python transformer2.py --config text --model M           a small real model: hub id, folder or .gguf
+  torchrun --nproc_per_node=8 transformer2.py --config full        Llama-3-8B on GSM8K, MBPP, ARC-Easy
+  ... --model mistralai/Mistral-7B-Instruct-v0.3, or llava-hf/llama3-llava-next-8b-hf (its language model)
 
-Where this file departs from the paper and its code
-- AdamW with cosine decay as in the paper (the code: Adam, constant rate). p starts at 0.1 +- 0.01 as in
-  the code (the paper: variance 1e-3). lambda is 0.1 by default (the code's default is 0, the authors
-  advise 0.1 to 0.3) and the direction that of the code, KL(pi_W || pi_W'); --kl_dir new_base is the
-  paper's.
-- p, s, z and their optimizer are float32 (the code: bfloat16, where small steps round to nothing).
-- Experts are mixed as z, eq. (4). The released configuration mixes p, which is another thing.
-- Prompts of category "other" run on the base weights (the code: on whatever ran last).
-- The category expert is trained on 400 questions of each training split (the code: test questions among
-  them).
-- The few shots are never in the reported test set, and choose alone (the code picks a generation by test
-  score).
-- Ties between members are broken by the mean log-likelihood of right answers, for elites as for the best
-  one.
-- Sampled ids are trained on as they are, end-of-turn token included, with one BOS. One prompt builder a
-  task.
-- Graders: GSM8K by the last number with sign and thousands (--grader reference drops both); an ARC answer
-  without a letter is wrong (the code guesses). VQA: R = +1 from a soft accuracy of 0.5, the paper is
-  silent.
-- The best-validation p is kept, as in the code; the last one is measured, too. The untouched base is not
-  among the candidates: an expert may validate worse than it.
-- The few-shot search of `full` takes 50 generations, as the released script (the paper: 100 at most).
-- MBPP has 200 training questions, so the category expert sees 200 of code and 400 of the others.
-- With --model there are no ablations, no sweep of learning rates and no SVF by next-token prediction.
-- A mixed batch runs W x + U diag(s (g z - 1)) V^T x row by row: nothing is merged, and base rows are
-  exact.
-- Models larger than a GPU (Llama-3-70B there) are refused: no sharding here.
-- The demo's task is ours. Its models learn right and careless answers from a synthetic corpus; RL elicits
-  the right ones. Learning rates are 25 times the paper's, for 40 steps; lambda = 0; sampling at
-  temperature 1. A base model that lacks a skill at the end (--gate) ends the run: RL cannot add it.
+Departures from the paper and its code
+- As in the code: p starts at 0.1 with std 0.01, KL(base || new), a gradient norm of 1e-3 before Adam, the best
+  p on validation is kept. As in the paper: AdamW with a cosine, lambda > 0. p, z and s are float32.
+- The code's released mixture mixes p, not z; its prompts of category "other" run on whatever ran last; its
+  category expert sees test questions; its few shots are tested on. All four are mended, none is an option.
+- Ids are trained on as they were sampled, end of turn included; all prompts go through the chat template.
+- Graders: math-verify on the last number (GSM8K) or box (MATH); the code's three patterns for ARC, where no
+  letter is wrong (the code guesses); MBPP's own asserts. MBPP now has 378 rows (399 then): 78 are the test.
+- LoRA has no dropout. Pictures are not fed: of LLaVA the language model is adapted, to language.
+- Ties of CEM are broken by the log-likelihood of right answers, for elites as for the best member.
+- The demo's task is ours: its model learns right and careless answers from a corpus, RL elicits the right ones.
+  Rates are tuned on seeds from 100 on; a base model that lacks a skill (--gate) ends the run: RL cannot add it.
 
-Reading order: Config, SVFLinear, Adapter, the loss, train, dispatch and two_pass, cem, then the tasks.
+Reading order: Config, ROWS, SVFLinear, Adapter, reinforce_loss, train_expert, two_pass, cem, train, the tasks.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
-import hashlib
-import io
 import json
 import math
 import os
@@ -82,136 +50,111 @@ import random
 import re
 import secrets
 import signal
-import string
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
+from tabulate import tabulate
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import before as common
-from before import Run, UserError
+import common
+from common import Claim, Run, UserError
 
-STAGES = ("experts", "cls", "lora", "eval", "adapt")
-FAMILIES = ("math", "code", "reasoning")  # categories with an expert; "other" has none
+CATEGORIES = ("math", "code", "reasoning", "other")  # what dispatch tells apart; "other" has no expert
 MODULES = {"mlp": r"\.mlp\.", "qv": r"\.[qv]_proj$"}  # names of linear layers, as patterns
 
 
 @dataclass
 class Config(common.Config):
-    # models and data; without a model, the built-in task
-    model: str | None = None  # hub id, folder or .gguf; vision-language models, too
-    tasks: tuple[str, ...] = ()  # one expert each: names of TASKS, family=F.jsonl or family=gym:NAME
-    unseen: tuple[str, ...] = ()  # tasks to adapt to
-    data: str = ""  # folder with TASK-SPLIT.jsonl or .parquet files; empty: the hub
-    stages: tuple[str, ...] = ("experts", "cls", "eval", "adapt")  # real models: parts to run; lora, too
-    experts: str = ""  # folder of experts to use instead of training
-    cross_model: bool = False  # let --experts come from other weights
+    # model and tasks
+    model: str = "tiny"  # hub id, folder or .gguf; tiny: trained here on documents about digits
+    tasks: tuple[str, ...] = (
+        "math=toy:add",
+        "code=toy:rev",
+        "reasoning=toy:max",
+    )  # CATEGORY=SOURCE, an expert
+    unseen: tuple[str, ...] = ("math=toy:sub", "code=toy:rvd", "reasoning=toy:min", "other=toy:read")
+    data: str = ""  # folder with SOURCE-SPLIT.jsonl files; empty: the hub
+    bench: tuple[str, ...] = ()  # lm-eval tasks to evaluate the base and each expert on, too
+    experts: str = ""  # folder of experts (.safetensors) to use instead of training
+    cross_model: bool = False  # let them come from other weights
     # what is adapted
+    adapter: Literal["none", "svf", "lora"] = "svf"  # SVF, or a baseline
     modules: tuple[str, ...] = ("mlp", "qv")  # mlp, qv, or patterns of layer names
-    every: int = 1  # adapt one layer in so many (2: the paper's choice for its largest models)
-    svd: str = "out/svd"  # folder of decomposed matrices, found by a hash of the weights
-    renormalise: bool = True  # keep the nuclear norm, g of eq. (3)
     init: float = 0.1  # mean of p at the start
     init_std: float = 0.01  # its standard deviation
+    lora_rank: int = 16  # of the baseline
+    lora_scale: float = 2.0  # alpha / rank
     # training of one expert
     steps: int = 40  # updates
     batch: int = 96  # prompts an update, one answer each
-    lr: float = 0.05  # of p; AdamW, cosine to 0
-    clip: float = 1e-3  # norm of the gradient over all of p
+    lr: float = 0.2  # of p; AdamW, cosine to 0
+    lora_lr: float = 5e-3  # the same for LoRA
+    rate: float = 1.0  # multiple of either
+    clip: float = 1e-3  # norm of the gradient
     lam: float = 0.0  # weight of the KL (lambda)
-    kl_dir: Literal["base_new", "new_base"] = "base_new"  # KL(pi_W || pi_W') or, as in the paper, the reverse
-    rollout_temp: float = 1.0  # of sampled answers in training; 0: greedy, as the paper's code
-    validate_every: int = 10  # updates between two evaluations on the validation split
-    valid_problems: int = 256  # problems of one validation, at most
-    warn_after: int = 5  # batches in a row, all of whose answers are right or all wrong, before a warning
-    # LoRA baselines, on query and value projections
-    lora_rank: int = 16  # rank
-    lora_scale: float = 2.0  # alpha / rank
-    lora_dropout: float = 0.05  # on the input of A
-    lora_lr: float = 5e-3  # by policy gradient
-    ntp_lr: float = 5e-3  # by next-token prediction on solutions
-    lora_clip: float = 1.0  # norm of the gradient
+    kl: Literal["base_new", "new_base"] = (
+        "base_new"  # KL(pi_W || pi_W') as in the code, or the paper's reverse
+    )
+    temperature: float = 1.0  # of sampled answers; 0: greedy, as in the paper's code
+    imitate: bool = False  # next-token prediction on given solutions in place of sampled answers
+    valid_every: int = 10  # updates between two validations
+    valid: int = 200  # problems of one validation, at most
     # adaptation
-    shots: int = 10  # solved examples of an unseen task (F)
-    population: int = 32  # members a generation (P)
-    elite: float = 0.2  # share of them that moves the distribution
-    generations: int = 15  # generations
-    deploy: Literal["best", "mean"] = "best"  # what is used then: the best member or the elites' mean
-    mixed: bool = True  # run the second pass in batches that mix experts; else one merged expert at a time
-    cls_questions: int = 400  # questions of each task that the category expert learns from
-    cls_new: int = 1  # tokens of a category, at most
-    # evaluation
-    grader: Literal["exact", "reference"] = "exact"  # reference: GSM8K numbers as the paper's code reads them
-    eval_problems: int = 500  # test problems of a task, at most; 0: all, 2000 of the built-in task
-    max_new: int = 0  # tokens of an answer, at most; 0: as each task says
+    adapt: Literal["own", "prompt", "category", "few_shot"] = "own"  # the task's own expert; or A, B, C
+    per_matrix: bool = False  # C: alpha has a number for each expert and matrix
+    shots: int = 10  # C: solved examples (F)
+    population: int = 32  # C: members of a generation (P)
+    elite: float = 0.2  # C: share of them that moves the distribution
+    generations: int = 15  # C: generations
+    questions: int = 400  # B: questions of each task that the category expert learns from
+    # answers
+    max_new: int = 6  # tokens of an answer, at most
+    label_new: int = 2  # tokens of a category
+    test: int = 500  # test problems of a task, at most
     code_seconds: float = 10.0  # time limit of one generated program
-    code_memory: int = 1024  # its memory limit, MB
-    # built-in task
-    length: int = 5  # symbols of a question
-    width: int = 64  # of the base model
-    layers: int = 3  # of the base model
-    bases: int = 1  # base models, pre-trained independently; 2: experts are carried over, too
-    seeds: int = 3  # seeds of RL on each base model
-    pretrain_steps: int = 1400  # at most
-    pretrain_batch: int = 288  # documents a step
-    pretrain_lr: float = 4e-3  # constant until the skills are there, then to 0 over 200 steps
+    # the tiny base model
+    width: int = 64  # of its hidden layers
+    layers: int = 3  # decoder layers
+    base_steps: int = 1000  # pre-training steps
+    base_batch: int = 288  # documents a step
+    base_lr: float = 4e-3  # peak of one cycle
     gate: float = 0.9  # accuracy on documents tagged as good that a base model must reach in every skill
-    sweep: tuple[float, ...] = (0.25, 1.0, 4.0, 16.0)  # multiples of the learning rates that are tried
-    ablations: bool = True  # rows for modules, lambda, no renormalisation, LoRA of rank 1; first seed only
-    vlm: bool = True  # the miniature vision-language model
-    projector_steps: int = 200  # its captioning steps
     # memory and speed
-    micro_tokens: int = 16384  # padded tokens in one forward and backward pass; halved when memory runs out
-    sample_batch: int = 1024  # sequences decoded together on a rank
-    recompute: bool = False  # compute layers again in the backward pass, for memory
+    micro_tokens: int = 16384  # padded tokens in one forward and backward pass
+    sample_batch: int = 1024  # answers decoded together
+    recompute: bool = False  # layers again in the backward pass, to save memory
 
-    may_change: ClassVar[set[str]] = {"stages", "svd", "mixed", "micro_tokens", "sample_batch", "recompute"}
-
-    def __post_init__(self):
-        super().__post_init__()
-        if unknown := set(self.stages) - set(STAGES):
-            raise ValueError(f"--stages: {', '.join(sorted(unknown))} is none of {', '.join(STAGES)}")
-        if self.model is None and (self.tasks or self.unseen or self.data or self.experts):
-            raise ValueError("--tasks, --unseen, --data and --experts need a --model")
-        if self.elites < 2 or self.generations < 1:
-            raise ValueError("--population times --elite must be 2 or more, --generations 1 or more")
-        positive = (
-            "every",
-            "steps",
-            "batch",
-            "validate_every",
-            "valid_problems",
-            "shots",
-            "cls_new",
-            "bases",
-        )
-        positive += ("seeds", "pretrain_steps", "micro_tokens", "sample_batch")
-        least = dict.fromkeys(positive, 1) | dict.fromkeys(("rollout_temp", "eval_problems", "max_new"), 0)
-        least["cls_questions"] = 5  # of which one is a test question
-        if bad := [name for name, low in least.items() if getattr(self, name) < low]:
-            raise ValueError(f"--{bad[0]} must be {least[bad[0]]} or more")
-        if not 3 <= self.length <= 60:
-            raise ValueError("--length must be 3 to 60")
-        for pattern in self.modules:
-            try:
-                re.compile(MODULES.get(pattern, pattern))
-            except re.error as e:
-                raise ValueError(f"--modules {pattern}: no pattern of names ({e})") from None
-        if self.model:
-            return
-        if not self.sweep or min(self.sweep) <= 0 or not any(4 * m in self.sweep for m in self.sweep):
-            raise ValueError("--sweep: multiples above 0, of one of them also the fourfold")
-        self.eval_problems = self.eval_problems or 2000  # there is no end of problems
+    def check(self):
+        super().check()
+        for text in self.tasks + self.unseen:
+            if text.partition("=")[0] not in CATEGORIES or not text.partition("=")[2]:
+                raise UserError(
+                    f"--tasks, --unseen {text!r}: CATEGORY=SOURCE, one of {', '.join(CATEGORIES)}"
+                )
+            if text.partition("=")[2].startswith("toy:") != (self.model == "tiny"):
+                raise UserError(f"{text}: toy tasks go with --model tiny, others with another model")
+        own = [text.partition("=")[0] for text in self.tasks]
+        if len({*own, "other"}) <= len(own):
+            raise UserError(f"--tasks {' '.join(self.tasks)}: an expert a category, and none for other")
+        if self.elites < 2:
+            raise UserError("--population times --elite must be 2 or more")
+        try:
+            re.compile("|".join(self.modules))
+        except re.error as e:
+            raise UserError(f"--modules {' '.join(self.modules)}: no pattern of names ({e})") from None
 
     @property
     def elites(self) -> int:
@@ -219,552 +162,444 @@ class Config(common.Config):
         return int(self.elite * self.population + 1e-9)
 
 
-# fmt: off
-DEMO = Config(workers=2, log_every=10, save_every=1000)
-FULL = Config(model="meta-llama/Meta-Llama-3-8B-Instruct", tasks=("gsm8k", "mbpp", "arc_easy"),
-    unseen=("math", "humaneval", "arc_challenge"), stages=STAGES, modules=("mlp",), steps=200, batch=256,
-    lr=2e-3, lam=0.1, rollout_temp=0.0, valid_problems=512, lora_lr=2e-4, ntp_lr=5e-5, lora_clip=1e-3,
-    generations=50, mixed=False, cls_new=1024, eval_problems=0, sample_batch=128, recompute=True,
-    log_every=1, save_every=10)
+DEMO = Config(seeds=3, ranks=2, log_every=10, save_every=1000)
+REAL = Config(
+    share="run",
+    model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    rows=("base", "SVF", "A: prompt dispatch"),
+    tasks=("math=gym:chain_sum", "reasoning=gym:coin_flip"),
+    unseen=(),
+    modules=("mlp",),
+    steps=6,
+    batch=24,
+    lr=0.1,
+    lam=0.1,
+    valid_every=3,
+    valid=24,
+    questions=40,
+    max_new=16,
+    label_new=12,
+    test=48,
+    micro_tokens=4096,
+    sample_batch=64,
+    log_every=1,
+)
 CONFIGS = {
-    "smoke": replace(DEMO, workers=1, width=32, layers=2, bases=2, seeds=1, pretrain_steps=60, gate=0.0,
-        steps=3, batch=16, validate_every=2, valid_problems=16, population=10, generations=2, shots=8,
-        cls_questions=20, eval_problems=24, sweep=(1.0, 4.0), projector_steps=3, log_every=1),
+    "smoke": replace(
+        DEMO,
+        ranks=1,
+        seeds=2,
+        rows=(
+            "base",
+            "SVF",
+            "LoRA, next tokens",
+            "A: prompt dispatch",
+            "B: category expert",
+            "C: few-shot mixing",
+        ),
+        width=32,
+        layers=2,
+        base_steps=30,
+        base_batch=60,
+        gate=0.0,
+        steps=3,
+        batch=16,
+        valid_every=2,
+        valid=16,
+        population=10,
+        generations=2,
+        questions=20,
+        test=24,
+        log_every=1,
+    ),
     "demo": DEMO,
-    "gpu": replace(DEMO, workers=1, length=12, width=256, layers=6, seeds=5, pretrain_steps=4000,
-        pretrain_lr=1e-3, batch=256, lr=0.02, lora_lr=1e-3, ntp_lr=1e-3, eval_problems=2000),
-    "text": replace(FULL, model="HuggingFaceTB/SmolLM2-135M-Instruct", tasks=("gsm8k", "arc_easy"), unseen=(),
-        stages=("experts", "cls", "eval"), steps=8, batch=16, lr=5e-3, rollout_temp=1.0, validate_every=4,
-        valid_problems=32, population=10, generations=3, cls_questions=40, cls_new=24, eval_problems=32,
-        max_new=64, sample_batch=32, micro_tokens=4096, recompute=False, mixed=True),
-    "full": FULL,
-    "mistral": replace(FULL, model="mistralai/Mistral-7B-Instruct-v0.3"),
-    "vlm": replace(FULL, model="llava-hf/llama3-llava-next-8b-hf", tasks=("textvqa",), unseen=("okvqa",),
-        every=2, stages=("experts", "eval", "adapt"), max_new=32, sample_batch=32),
+    "gpu": replace(
+        DEMO, ranks=4, seeds=5, width=256, layers=6, base_steps=4000, base_lr=1e-3, batch=256, lr=0.05
+    ),
+    "text": REAL,
+    "full": replace(
+        REAL,
+        model="meta-llama/Meta-Llama-3-8B-Instruct",
+        rows=(),
+        tasks=("math=gsm8k", "code=mbpp", "reasoning=arc_easy"),
+        unseen=("math=math", "code=humaneval", "reasoning=arc_challenge"),
+        steps=200,
+        batch=256,
+        lr=2e-3,
+        lora_lr=2e-4,
+        temperature=0.0,
+        valid_every=10,
+        valid=512,
+        generations=50,
+        questions=400,
+        max_new=512,
+        label_new=1024,
+        test=100_000,
+        micro_tokens=16384,
+        sample_batch=128,
+        recompute=True,
+        save_every=10,
+    ),
 }
-# fmt: on
+
+# a row of the table is the settings that it changes; every row ends with accuracies on all tasks
+LORA = dict(adapter="lora", modules=("qv",))
+ROWS = {
+    "base": dict(adapter="none"),
+    "SVF": {},
+    "LoRA": LORA,
+    "LoRA, next tokens": LORA | dict(imitate=True),
+    "SVF, 4 x the rate": dict(rate=4.0),
+    "LoRA, 4 x the rate": LORA | dict(rate=4.0),
+    "A: prompt dispatch": dict(adapt="prompt"),
+    "B: category expert": dict(adapt="category"),
+    "C: few-shot mixing": dict(adapt="few_shot"),
+    "C, a weight a matrix": dict(adapt="few_shot", per_matrix=True),
+}
+CLAIMS = [
+    Claim("each SVF expert's task, on average: better than the base", "trained", "SVF", "base"),
+    Claim("... with fewer parameters than LoRA", "parameters", "SVF", "LoRA", "lower"),
+    Claim("SVF beats LoRA under the same RL, each at its tuned rate", "trained", "SVF", "LoRA"),
+    Claim("... or is no worse, margin 0.03", "trained", "SVF", "LoRA", margin=-0.03),
+    Claim("... and at 4 times that rate, too", "trained", "SVF, 4 x the rate", "LoRA, 4 x the rate"),
+    Claim("prompt dispatch (A) improves unseen tasks", "unseen", "A: prompt dispatch", "base"),
+    Claim("a category expert (B) improves unseen tasks", "unseen", "B: category expert", "base"),
+    Claim("few-shot mixing (C) improves unseen tasks", "unseen", "C: few-shot mixing", "base"),
+]
 
 
-# --- singular value fine-tuning ---
+# --- singular value fine-tuning, and the baseline ---
 
 
-def effective_scale(z: Tensor, s: Tensor, renormalise: bool = True) -> Tensor:
-    """g z of eq. (3): z (..., r), singular values s (r,) -> (..., r). All ones if z is constant."""
-    if not renormalise:
-        return z
-    return z * (s.sum() / (s * z).sum(-1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny))
+def renormalised(z: Tensor, s: Tensor) -> Tensor:
+    """g z of eq. (3): z (..., r), singular values s (r,) -> (..., r); ones, exactly, for z of ones."""
+    return z * (s.sum() / (s * z).sum(-1, keepdim=True).clamp_min(1e-30))
 
 
 class SVFLinear(nn.Module):
-    """A linear layer whose singular values are scaled by eq. (3); `mode` says with what.
+    """A linear layer with the singular values s g z of eq. (3); U (m, r), s (r,) descending, V (n, r).
 
-    base: W as it was. own: from p, with gradient, in factors, so that no m x n gradient ever exists. merged:
-    the matrix made by `merge`. rows: scales (B, r), one for each row of the batch. U (m, r), s (r,),
-    V (n, r).
+    mode "base": W as it was. "train": in factors, so that no gradient of size m x n exists. "merged": as one
+    matrix. "mixed": row b of a batch (B, T, n) has expert index[b] of K, W x plus the change.
     """
 
-    def __init__(self, linear: nn.Linear, U: Tensor, s: Tensor, V: Tensor, renormalise: bool = True):
+    def __init__(self, linear: nn.Linear, U: Tensor, s: Tensor, V: Tensor):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        for name, x in (("U", U), ("s", s), ("V", V)):
-            self.register_buffer(name, x, persistent=False)
-        self.p = nn.Parameter(torch.zeros_like(s))
-        self.renormalise, self.mode = renormalise, "base"
-        self.scales: Tensor | None = None  # (B, r)
-        self.register_buffer("merged", None, persistent=False)
+        self.weight, self.bias, self.mode, self.size = linear.weight, linear.bias, "base", len(s)
+        self.U, self.s, self.V = U, s, V
 
-    @torch.no_grad()
-    def reset(self, cfg: Config, generator: torch.Generator) -> None:
-        """p ~ N(init, init_std^2)."""
-        self.p.copy_(cfg.init + cfg.init_std * torch.randn(self.p.shape, generator=generator))
-
-    def z(self) -> Tensor:
-        """eq. (2): (r,)."""
-        return torch.sigmoid(self.p)
-
-    def scale(self, z: Tensor) -> Tensor:
-        """g z of eq. (3) for any z (..., r)."""
-        return effective_scale(z, self.s, self.renormalise)
-
-    @torch.no_grad()
-    def merge(self, scale: Tensor | None = None) -> None:
-        """Make W' of a scale (r,), or of p, for mode "merged"; always in the same memory."""
-        scaled = self.s * (self.scale(self.z()) if scale is None else scale)
-        product = ((self.U.float() * scaled) @ self.V.float().T).to(self.weight.dtype)
-        if self.merged is None:
-            self.merged = torch.empty_like(self.weight)
-        self.merged.copy_(product)
+    def set(self, mode: str, z: Tensor, index: Tensor | None):
+        """Run with z (r,), or in mode "mixed" (K, r) and index (B,)."""
+        self.mode, self.index, self.scale = mode, index, renormalised(z, self.s)
+        if mode == "merged":
+            self.merged = ((self.U.float() * (self.s * self.scale)) @ self.V.float().T).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., n) -> (..., m); in mode "rows" x is (B, T, n)."""
         if self.mode == "merged":
-            return nn.functional.linear(x, self.merged, self.bias)
-        if self.mode == "own":
-            hidden = x @ self.V.to(x.dtype)
-            hidden = hidden * (self.s * self.scale(self.z())).to(hidden.dtype)
-            return nn.functional.linear(hidden, self.U.to(hidden.dtype), self.bias)
-        y = nn.functional.linear(x, self.weight, self.bias)
+            return F.linear(x, self.merged, self.bias)
+        if self.mode == "train":
+            return F.linear((x @ self.V) * (self.s * self.scale).to(x.dtype), self.U, self.bias)
+        y = F.linear(x, self.weight, self.bias)
         if self.mode == "base":
             return y
-        hidden = x @ self.V.to(x.dtype)
-        hidden = hidden * (self.s * (self.scales - 1))[:, None].to(hidden.dtype)
-        return y + hidden @ self.U.to(hidden.dtype).T
+        change = (self.s * (self.scale - 1)).to(x.dtype)[self.index]  # (B, r): rows of ones change nothing
+        return y + ((x @ self.V) * change[:, None]) @ self.U.T
 
 
 class LoRALinear(nn.Module):
-    """The baseline: W x + scale B A x with A (rank, n) ~ N(0, 1/n) and B (m, rank) = 0 at the start."""
+    """The baseline: W x + (alpha / rank) B A x, A (rank, n) from N(0, 1/n) and B (m, rank) = 0 at the start."""
 
-    def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float):
+    def __init__(self, linear: nn.Linear, rank: int, factor: float):
         super().__init__()
-        self.weight, self.bias, self.factor, self.dropout = linear.weight, linear.bias, scale, dropout
-        (m, n), device = linear.weight.shape, linear.weight.device
-        self.A = nn.Parameter(torch.zeros(rank, n, device=device))
-        self.B = nn.Parameter(torch.zeros(m, rank, device=device))
-        self.mode = "base"
-        self.register_buffer("merged", None, persistent=False)
+        self.weight, self.bias, self.mode, self.factor = linear.weight, linear.bias, "base", factor
+        (self.m, self.n), self.rank = linear.weight.shape, rank
+        self.size = rank * (self.m + self.n)
 
-    @torch.no_grad()
-    def reset(self, cfg: Config, generator: torch.Generator) -> None:
-        self.A.copy_(torch.randn(self.A.shape, generator=generator) / math.sqrt(self.A.shape[1]))
-        self.B.zero_()
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        product = (self.weight.float() + self.factor * self.B @ self.A).to(self.weight.dtype)
-        if self.merged is None:
-            self.merged = torch.empty_like(self.weight)
-        self.merged.copy_(product)
+    def set(self, mode: str, x: Tensor, index: Tensor | None):
+        """Run with A and B of a vector (rank n + m rank,)."""
+        A, B = x.split([self.rank * self.n, self.m * self.rank])
+        self.mode, self.A, self.B = mode, A.view(self.rank, self.n), B.view(self.m, self.rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.mode == "merged":
-            return nn.functional.linear(x, self.merged, self.bias)
-        y = nn.functional.linear(x, self.weight, self.bias)
+        y = F.linear(x, self.weight, self.bias)
         if self.mode == "base":
             return y
-        x = nn.functional.dropout(x, self.dropout, self.training)
-        return y + self.factor * (x @ self.A.to(x.dtype).T) @ self.B.to(x.dtype).T
+        return y + self.factor * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
 
 
-def layers_to_adapt(model: nn.Module, modules: tuple[str, ...], every: int = 1) -> dict[str, nn.Linear]:
-    """Linear layers whose names match a pattern, in the model's order; not the head, not a vision tower.
+def matrices(model: nn.Module, modules: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """Linear layers of the language model whose names match: no head, no vision tower, no projector.
 
-    UserError where nothing matches, or where a match is quantised.
+    Names count from the decoder on, so those of a text model and of a vision-language model agree. UserError
+    where nothing matches, or where a match is quantised.
     """
-    patterns = [re.compile(MODULES.get(m, m)) for m in modules]
-    head, found, candidates = model.get_output_embeddings(), {}, set()
-    for name, layer in model.named_modules():
-        if not isinstance(layer, nn.Linear) or layer is head or re.search(r"vision|projector", name):
+    patterns, found, others = [MODULES.get(m, m) for m in modules], {}, set()
+    for name, layer in model.get_decoder().named_modules():
+        if not isinstance(layer, nn.Linear):
             continue
-        candidates.add(re.sub(r"\d+", "N", name))
-        depth = re.search(r"\.(\d+)\.", name)
-        if any(p.search(name) for p in patterns) and not (depth and int(depth[1]) % every):
-            if type(layer) is not nn.Linear or not layer.weight.is_floating_point():
-                raise UserError(f"{name} is quantised ({type(layer).__name__}); load the model unquantised")
+        if not any(re.search(pattern, name) for pattern in patterns):
+            others.add(re.sub(r"\d+", "N", name))
+        elif type(layer) is nn.Linear and layer.weight.is_floating_point():
             found[name] = layer
+        else:
+            raise UserError(f"{name} is quantised ({type(layer).__name__}): load the model unquantised")
     if not found:
-        raise UserError(f"--modules {','.join(modules)} matches none of {', '.join(sorted(candidates))}")
+        raise UserError(f"--modules {' '.join(modules)} matches none of {', '.join(sorted(others))}")
     return found
-
-
-def thin_svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 U (m, r), s (r,) descending, V (n, r) of a matrix (m, n).
-
-    On a GPU by the eigenvectors of the smaller Gram matrix in float64, which is several times faster, unless
-    the matrix is so ill-conditioned that this would cost accuracy.
-    """
-    w = weight.detach().float()
-    if w.device.type == "cuda":
-        tall = w.double() if w.shape[0] >= w.shape[1] else w.double().T
-        values, vectors = torch.linalg.eigh(tall.T @ tall)
-        s, right = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
-        if s[-1] > 1e-5 * s[0]:
-            left = tall @ right / s
-            U, V = (left, right) if w.shape[0] >= w.shape[1] else (right, left)
-            return U.float(), s.float(), V.float()
-    U, s, Vh = torch.linalg.svd(w, full_matrices=False)
-    return U, s, Vh.mT.contiguous()
-
-
-def weight_key(weight: Tensor) -> str:
-    """A hash of a matrix: its bytes, shape and type."""
-    data = weight.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{tuple(data.shape)} {data.dtype}".encode())
-    digest.update(data.view(torch.uint8).numpy())
-    return digest.hexdigest()[:40]
-
-
-def decompose(layers: dict[str, nn.Linear], folder: Path, run: Run) -> dict[str, tuple[str, tuple]]:
-    """(key, (U, s, V)) of each layer from the cache, which the ranks fill together; U, V typed as the weight.
-
-    A file is found by the hash of the weights it belongs to, so none is ever stale; a torn one is made anew.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save
-
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def parts(layer: nn.Linear, key: str) -> dict[str, Tensor]:
-        file = folder / f"{key}.safetensors"
-        with contextlib.suppress(OSError, SafetensorError):
-            return load_file(file)
-        U, s, V = (x.cpu().contiguous() for x in thin_svd(layer.weight))
-        made = {"U": U.to(layer.weight.dtype), "s": s, "V": V.to(layer.weight.dtype)}
-        common.write_atomic(file.with_name(f"{key}.{os.getpid()}"), save(made))
-        os.replace(file.with_name(f"{key}.{os.getpid()}"), file)
-        return made
-
-    keys = {name: weight_key(layer.weight) for name, layer in layers.items()}
-    for i, (name, layer) in enumerate(layers.items()):
-        if i % run.world_size == run.rank:
-            parts(layer, keys[name])
-    run.barrier()
-    factors = {name: parts(layer, keys[name]) for name, layer in layers.items()}
-    return {name: (keys[name], tuple(factors[name][k] for k in ("U", "s", "V"))) for name in layers}
 
 
 class Adapter:
-    """The adapted layers of a model, SVF or LoRA: in use only inside `with adapter.use(...)`."""
+    """The adapted layers of a model, and where each one's numbers stand in a flat vector (R,).
 
-    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], key: str = ""):
-        self.model, self.layers, self.key, self.how = model, layers, key, None
-        self.originals = {name: model.get_submodule(name) for name in layers}
+    For SVF the vector is z, for LoRA all A and B. Outside of `using` the model is the base, bit for bit.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, SVFLinear | LoRALinear]):
+        self.layers, self.sizes = layers, [layer.size for layer in layers.values()]
         model.requires_grad_(False)
         for name, layer in layers.items():
-            self._put(name, layer)
-            for p in own_parameters(layer).values():
-                p.requires_grad_(True)
-
-    def _put(self, name: str, layer: nn.Module) -> None:
-        parent, _, child = name.rpartition(".")
-        setattr(self.model.get_submodule(parent), child, layer)
-
-    def remove(self) -> None:
-        """Put the original layers back."""
-        for name, layer in self.originals.items():
-            self._put(name, layer)
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for layer in self.layers.values() for p in own_parameters(layer).values()]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the trained tensors by name."""
-        named = ((n, k, p) for n, layer in self.layers.items() for k, p in own_parameters(layer).items())
-        return {f"{n}.{k}": p.detach().clone() for n, k, p in named}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, layer in self.layers.items():
-            for key, p in own_parameters(layer).items():
-                p.copy_(state[f"{name}.{key}"])
-
-    def reset(self, cfg: Config, generator: torch.Generator) -> None:
-        """Start values, drawn layer by layer."""
-        for layer in self.layers.values():
-            layer.reset(cfg, generator)
-
-    def z(self) -> dict[str, Tensor]:
-        """eq. (2) of every layer, as an expert is kept: {layer name: (r,)}."""
-        return {name: layer.z().detach().clone() for name, layer in self.layers.items()}
-
-    def scales(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Effective scales g z of an expert or of a batch of them, each (..., r)."""
-        return {name: layer.scale(z[name].to(layer.s)) for name, layer in self.layers.items()}
-
-    def _set(self, how: Literal["own", "merged"] | dict[str, Tensor] | None) -> None:
-        """See `use`."""
-        for name, layer in self.layers.items():
-            layer.mode, layer.scales = how if isinstance(how, str) else "base", None
-            if how == "merged":
-                layer.merge()
-            elif isinstance(how, dict) and how[name].dim() == 1:
-                layer.merge(how[name])
-                layer.mode = "merged"
-            elif isinstance(how, dict):
-                layer.scales, layer.mode = how[name], "rows"
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_decoder().get_submodule(parent), child, layer)
 
     @contextlib.contextmanager
-    def use(self, how: Literal["own", "merged"] | dict[str, Tensor] | None) -> Iterator[None]:
-        """What the layers compute inside; afterwards they do what they did before, merged anew if need be.
-
-        None: the base weights. "own": the trained parameters, with gradient. "merged": these, merged once.
-        A dict of effective scales: (r,) is merged once, (B, r) is one expert for each row of the batch.
-        """
-        before, self.how = self.how, how
+    def using(self, mode: Literal["train", "merged", "mixed"], vector: Tensor, index: Tensor | None = None):
+        """Inside, layers run with vector (R,), or in mode "mixed" row b with vector[index[b]] of (K, R)."""
         try:
-            self._set(how)
+            for layer, part in zip(self.layers.values(), vector.split(self.sizes, -1), strict=True):
+                layer.set(mode, part, index)
             yield
         finally:
-            self.how = before
-            self._set(before)
+            for layer in self.layers.values():
+                layer.mode, layer.merged = "base", None
+
+    def start(self, cfg: Config, generator: torch.Generator) -> Tensor:
+        """p (R,) before training."""
+        if cfg.adapter == "svf":
+            return cfg.init + cfg.init_std * torch.randn(sum(self.sizes), generator=generator)
+        parts = []
+        for layer in self.layers.values():
+            A = torch.randn(layer.rank * layer.n, generator=generator) / math.sqrt(layer.n)
+            parts += [A, torch.zeros(layer.m * layer.rank)]
+        return torch.cat(parts)
 
 
-def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that an adapted layer adds."""
-    return {k: p for k, p in layer.named_parameters() if k not in ("weight", "bias")}
-
-
-def svf_adapter(model: nn.Module, cfg: Config, run: Run) -> Adapter:
-    """Decompose the layers that cfg.modules names, and install SVF."""
-    layers = layers_to_adapt(model, cfg.modules, cfg.every)
-    parts = decompose(layers, Path(cfg.svd), run)
-    made = {}
-    for name, layer in layers.items():
-        U, s, V = (x.to(layer.weight.device) for x in parts[name][1])
-        made[name] = SVFLinear(layer, U, s, V, cfg.renormalise)
-    # of bfloat16 weights: a model is the same one in float32 on a CPU and in bfloat16 on a GPU
-    pairs = ((layers[name].weight, key) for name, (key, _) in parts.items())
-    keys = (key if w.dtype == torch.bfloat16 else weight_key(w.bfloat16()) for w, key in pairs)
-    return Adapter(model, made, hashlib.sha256("".join(keys).encode()).hexdigest()[:16])
-
-
-def lora_adapter(model: nn.Module, cfg: Config) -> Adapter:
-    """Install LoRA on the layers that cfg.modules names."""
-    settings = (cfg.lora_rank, cfg.lora_scale, cfg.lora_dropout)
-    layers = layers_to_adapt(model, cfg.modules, cfg.every)
-    return Adapter(model, {name: LoRALinear(layer, *settings) for name, layer in layers.items()})
-
-
-# --- experts ---
-
-
-def save_expert(file: Path, adapter: Adapter, z: dict[str, Tensor], **about) -> None:
-    """Write an expert: z of every layer as safetensors, with what `load_expert` compares."""
-    from safetensors.torch import save
-
-    shapes = {name: list(layer.weight.shape) for name, layer in adapter.layers.items()}
-    about |= {"base": adapter.key, "shapes": json.dumps(shapes), "renormalise": renormalises(adapter)}
-    about = {k: str(v) for k, v in about.items()}
-    data = save({name: x.cpu().contiguous() for name, x in z.items()}, metadata=about)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    common.write_atomic(file, data)
-
-
-def renormalises(adapter: Adapter) -> bool:
-    """Whether its layers have the g of eq. (3)."""
-    return next(iter(adapter.layers.values())).renormalise
-
-
-def load_expert(file: str | Path, adapter: Adapter, cross_model: bool = False) -> dict[str, Tensor]:
-    """Read an expert for this model: {layer name: z (r,)}; layers go by name, or in order if names differ.
-
-    UserError for a torn file, for other layers, for other base weights unless `cross_model`, for one with g
-    where there is none here, and for a shape that does not fit, which names the layer.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as f:
-            about, z = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        shapes = json.loads(about["shapes"])
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as e:
-        raise UserError(f"{file}: no expert file ({str(e).splitlines()[0]})") from None
-    same_names, found = set(shapes) == set(adapter.layers), {}
-    if len(shapes) != len(adapter.layers) or not (same_names or cross_model):
-        counts = f"{len(shapes)} layers ({next(iter(shapes), '')} ..), the model adapts {len(adapter.layers)}"
-        hint = "--modules, --every, or another model: --cross_model goes by order"
-        raise UserError(f"{file} has {counts} ({next(iter(adapter.layers))} ..); {hint}")
-    if about.get("base") != adapter.key and not cross_model:
-        raise UserError(
-            f"{file} was trained on other weights; --cross_model uses it all the same, in its order"
-        )
-    if about.get("renormalise", "True") != str(renormalises(adapter)):
-        raise UserError(f"{file} was trained with --renormalise {about.get('renormalise', 'True').lower()}")
-    for theirs, (mine, layer) in zip(shapes, adapter.layers.items(), strict=True):
-        source = mine if same_names else theirs
-        rank, shape = len(layer.s), list(layer.weight.shape)
-        if shapes[source] != shape:
-            raise UserError(f"{file}: {source} is {shapes[source]}, but {mine} of this model is {shape}")
-        if source not in z or z[source].shape != (rank,):
-            size = z[source].numel() if source in z else 0
-            raise UserError(f"{file}: z of {source} has {size} numbers, but the rank of {mine} is {rank}")
-        found[mine] = z[source].to(layer.s)
-    return found
-
-
-def mix(experts: list[dict[str, Tensor]], alpha: Tensor) -> dict[str, Tensor]:
-    """eq. (4): K experts, alpha (K,) or (..., K, J), J layers or 1 for all alike -> {layer name: z (..., r)}.
+def mix(experts: Tensor, alpha: Tensor, sizes: list[int]) -> Tensor:
+    """Eq. (4): z of experts (K, R), alpha (P, K, J), J matrices or 1 for all alike -> (P, R).
 
     Weights that are all zero count as equal. The scale of alpha does not matter: eq. (3) divides by it.
     """
-    names = list(experts[0])
-    alpha = alpha[:, None] if alpha.dim() == 1 else alpha
-    alpha = torch.where(alpha.sum(-2, keepdim=True) > 0, alpha, 1.0)
-    alpha = alpha.expand(*alpha.shape[:-1], len(names))  # (..., K, J)
-    stacked = {name: torch.stack([e[name] for e in experts]) for name in names}  # (K, r)
-    return {name: alpha[..., j].to(stacked[name]) @ stacked[name] for j, name in enumerate(names)}
+    alpha = torch.where(alpha.sum(1, keepdim=True) > 0, alpha, 1.0)
+    alpha = alpha.expand(-1, -1, len(sizes)).repeat_interleave(torch.tensor(sizes), 2)  # (P, K, R)
+    return (alpha.to(experts) * experts).sum(1)
 
 
-def shuffled(expert: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """The control of cross-model transfer: each layer's z in a random order."""
-    return {k: z[torch.randperm(len(z), generator=generator).to(z.device)] for k, z in expert.items()}
-
-
-# --- problems, and what it takes to answer them ---
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a model is asked and what a grader knows."""
-
-    prompt: str  # everything up to where the answer begins
-    question: str  # what the dispatcher sees: no system prompt, no worked steps
-    target: object  # what the grader compares with
-    solution: str = ""  # what next-token prediction imitates
-    image: object = None  # a picture, or in the built-in task glyphs (length, 15)
-
-
-@dataclass(frozen=True)
-class Task:
-    """Problems by split, and their grader: (problem, text of the answer) -> right or not."""
-
-    name: str
-    family: str
-    splits: dict[str, list[Problem]]
-    grade: Callable[[Problem, str], bool]
-    max_new: int
-    stops: tuple[str, ...] = ()  # an answer ends where one of these begins
-    threads: int = 1  # graders at a time
-
-    def __getitem__(self, split: str) -> list[Problem]:
-        return self.splits[split]
+# --- the model, its factors, expert files ---
 
 
 @dataclass(frozen=True)
 class World:
-    """What everything works with: settings, process, model and its adapter, tokenizer, dispatch prompt."""
+    """A model with its adapted layers, and what it takes to talk to it."""
 
-    cfg: Config
-    run: Run
     model: nn.Module
-    tok: object
-    eos: int  # ends a turn
-    cls_prompt: Callable[[str], str]  # question -> prompt that asks for its category
-    parse_label: Callable[[str], str]  # answer -> category; what cannot be read is "other"
-    adapter: Adapter | None = None
-    processor: object = None  # of a vision-language model
+    tokenizer: object
+    ends: list[int]  # ids that end an answer
+    adapter: Adapter
 
-    def encode(self, problems: list[Problem]) -> list[list[int]]:
-        """Ids of the prompts; a picture's place is taken by its tokens."""
-        texts = [p.prompt for p in problems]
-        if self.processor is None or problems[0].image is None:
-            return self.tok(texts, add_special_tokens=False)["input_ids"]
-        pairs = zip(texts, problems, strict=True)
-        made = (self.processor(text=t, images=p.image, add_special_tokens=False) for t, p in pairs)
-        return [np.ravel(x["input_ids"]).tolist() for x in made]
 
-    def features(self, problems: list[Problem]) -> dict[str, Tensor]:
-        """The pictures as the model wants them; none for plain text."""
-        if not problems or problems[0].image is None:
-            return {}
-        if self.processor is None:
-            return {"pixel_values": torch.stack([p.image for p in problems]).to(self.model.device)}
-        made = self.processor.image_processor([p.image for p in problems], return_tensors="pt")
-        return {k: v.to(self.model.device) for k, v in made.items() if k in ("pixel_values", "image_sizes")}
+def load_model(name: str, dtype: torch.dtype):
+    """(model, tokenizer) by common.load_lm, and vision-language models, too."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-    def text(self, ids: list[int], stops: tuple[str, ...]) -> str:
-        """The answer as text, up to the first stop."""
-        text = self.tok.decode(ids, skip_special_tokens=True)
-        return text[: min([text.find(s) for s in stops if s in text], default=len(text))]
+    try:
+        vision = not name.endswith(".gguf") and hasattr(AutoConfig.from_pretrained(name), "vision_config")
+    except (OSError, ValueError):
+        vision = False  # load_lm says what is wrong
+    if not vision:
+        return common.load_lm(name, dtype)
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
+def decompose(name: str, run: Run):
+    """Write U, s, V of every adapted matrix, dealt to the ranks: a file of factors for each rank."""
+    from safetensors.torch import save_file
+
+    model, _ = load_model(name, torch.float32)
+    layers, factors = matrices(model, run.cfg.modules), {}
+    for layer in list(layers)[run.rank :: run.world_size]:
+        U, s, Vh = torch.linalg.svd(layers[layer].weight.detach().to(run.device), full_matrices=False)
+        for key, x in (("U", U), ("s", s), ("V", Vh.mT)):
+            factors[f"{layer}.{key}"] = x.cpu().contiguous()
+    save_file(factors, run.folder / f"factors{run.rank}.safetensors")
+
+
+@functools.lru_cache(maxsize=1)  # a real model is loaded once, not once a cell
+def open_world(
+    name: str, factors: Path | None, modules: tuple, rank: int, scale: float, run_on: tuple
+) -> World:
+    """The model `name` with SVF on `modules` from a folder of factors, or with LoRA if there is none.
+
+    run_on: device and dtype.
+    """
+    from safetensors.torch import load_file
+
+    device, dtype = run_on
+    model, tokenizer = load_model(name, dtype)
+    tokenizer.chat_template = tokenizer.chat_template or CHAT
+    model.to(device)
+    layers, parts = matrices(model, modules), {}
+    for file in factors.glob("factors*.safetensors") if factors else ():
+        parts |= load_file(file, device=str(device))
+    for key, linear in layers.items():
+        if factors:
+            U, s, V = (parts.pop(f"{key}.{x}") for x in "UsV")
+            layers[key] = SVFLinear(linear, U.to(dtype), s, V.to(dtype))
+        else:
+            layers[key] = LoRALinear(linear, rank, scale)
+    return World(model, tokenizer, common.end_ids(model, tokenizer), Adapter(model, layers))
+
+
+def fingerprint(layer: nn.Module) -> int:
+    """Of base weights, alike in float32 and in bfloat16 if they came in bfloat16."""
+    return zlib.crc32(layer.weight.detach().bfloat16().view(torch.int16).cpu().numpy())
+
+
+def save_expert(file: Path, world: World, vector: Tensor):
+    """Write a vector (R,) by layers, with fingerprints of the weights that it belongs to."""
+    from safetensors.torch import save_file
+
+    adapter = world.adapter
+    parts = dict(zip(adapter.layers, vector.detach().cpu().split(adapter.sizes), strict=True))
+    about = {name: fingerprint(layer) for name, layer in adapter.layers.items()}
+    save_file({k: v.clone() for k, v in parts.items()}, file, metadata={"base": json.dumps(about)})
+
+
+def load_expert(file: Path, world: World, cross_model: bool) -> Tensor:
+    """Read a vector (R,). UserError names file and layer where it does not fit this model or is not finite."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as f:
+            about, parts = json.loads(f.metadata()["base"]), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{file}: no expert ({str(e).splitlines()[0]})") from None
+    layers = world.adapter.layers
+    if odd := sorted(set(parts) ^ set(layers)):
+        raise UserError(f"{file}: {odd[0]} is not in both the expert and --modules of this model")
+    for name, layer in layers.items():
+        if parts[name].shape != (layer.size,):
+            raise UserError(f"{file}: {name} has {tuple(parts[name].shape)} numbers, needed: {layer.size}")
+        if not parts[name].isfinite().all():
+            raise UserError(f"{file}: {name} has numbers that are not finite")
+        if about.get(name) != fingerprint(layer) and not cross_model:
+            raise UserError(
+                f"{file}: {name} was trained on other weights; --cross_model uses it all the same"
+            )
+    return torch.cat([parts[name] for name in layers]).to(world.model.device)
+
+
+# --- prompts and answers ---
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a model is asked, and what judges its answer."""
+
+    system: str
+    question: str  # the user's turn, and all that dispatch sees
+    target: str
+    solution: str  # what next-token prediction imitates
+    judge: Callable[[str, str], bool]  # (target, text of an answer) -> right or not
+    opening: str = ""  # of the answer, given
+
+
+@dataclass(frozen=True)
+class Task:
+    """Problems by split; an unseen task's `valid` are its shots."""
+
+    name: str
+    category: str
+    train: list[Problem]
+    valid: list[Problem]
+    test: list[Problem]
+
+
+# for a model without a chat template; its end of turn is whatever token ends its texts
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def encode(world: World, problems: list[Problem]) -> list[list[int]]:
+    """Ids of the prompts by the chat template, which has the BOS if the model wants one."""
+    import jinja2
+
+    texts, render = (
+        [],
+        partial(world.tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False),
+    )
+    for p in problems:
+        try:
+            text = render([{"role": "system", "content": p.system}, {"role": "user", "content": p.question}])
+        except jinja2.TemplateError:  # it knows no system turn
+            text = render([{"role": "user", "content": f"{p.system}\n\n{p.question}"}])
+        texts.append(text + p.opening)
+    return world.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
 @torch.no_grad()
 def complete(
-    world: World,
-    problems: list[Problem],
-    task: Task,
-    uniforms: Tensor | None = None,
-    rows: dict | None = None,
-) -> tuple[list[list[int]], Tensor]:
-    """Answers (lists of ids, EOS included) and their summed log-probs (N,), greedy unless `uniforms` (N, T).
-
-    The caller's `adapter.use` holds, unless `rows` gives effective scales (N, r): an expert for each problem.
-    Answers are cut after the token that completes one of the task's stops.
-    """
-    cfg, answers, totals = world.cfg, [None] * len(problems), torch.zeros(len(problems))
-    prompts, stops = world.encode(problems), task.stops
-    temperature = 0.0 if uniforms is None else cfg.rollout_temp
-    if uniforms is None:
-        uniforms = torch.zeros(len(problems), task.max_new)
-    order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))
-    stop = (lambda ids: [any(s in world.text(x, ()) for s in stops) for x in ids]) if stops else None
-    for part in (order[i : i + cfg.sample_batch] for i in range(0, len(order), cfg.sample_batch)):
-        using = contextlib.nullcontext()
-        if rows is not None:
-            using = world.adapter.use({k: v[torch.tensor(part, device=v.device)] for k, v in rows.items()})
-        settings = dict(temperature=temperature, eos=world.eos, compile=cfg.compile, stop=stop)
-        settings["features"] = world.features([problems[i] for i in part])
-        batch = [prompts[i] for i in part]
-        with using, world.run.autocast():
-            tokens, mask, logps = common.generate(world.model, batch, uniforms[part], **settings)
-        lengths = mask.sum(1).tolist()
-        for i, ids, n, logp in zip(part, tokens.tolist(), lengths, logps.tolist(), strict=True):
-            answers[i] = cut_at_stop(ids[:n], world, stops)
-            totals[i] = sum(logp[: len(answers[i])])
-    return answers, totals
+    world: World, prompts: list[list[int]], uniforms: Tensor, cfg: Config, run: Run
+) -> list[list[int]]:
+    """Answers (ids, end of turn included), sampled by uniforms (N, T), greedy where these are zeros."""
+    answers, size, temperature = [], cfg.sample_batch, cfg.temperature * bool(uniforms.any())
+    for i in range(0, len(prompts), size):
+        with run.autocast():
+            part = prompts[i : i + size], uniforms[i : i + size]
+            answers += common.generate(world.model, *part, world.ends, temperature)
+    return answers
 
 
-def cut_at_stop(ids: list[int], world: World, stops: tuple[str, ...]) -> list[int]:
-    """The shortest beginning of `ids` whose text holds a stop, or all of them."""
-    if not any(s in world.text(ids, ()) for s in stops):
-        return ids
-    low, high = 1, len(ids)
-    while low < high:
-        middle = (low + high) // 2
-        found = any(s in world.text(ids[:middle], ()) for s in stops)
-        low, high = (low, middle) if found else (middle + 1, high)
-    return ids[:low]
+def judge(world: World, problems: list[Problem], answers: list[list[int]]) -> list[bool]:
+    """Whether each answer is right; programs run side by side."""
+    texts = world.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    pairs = list(zip(problems, texts, strict=True))
+    code = [pair for pair in pairs if pair[0].judge.func is passes]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        verdicts = pool.map(lambda pair: pair[0].judge(pair[0].target, pair[1]), code)
+    if code:
+        return list(verdicts)
+    return [bool(p.judge(p.target, text)) for p, text in pairs]
 
 
-def grade(world: World, problems: list[Problem], answers: list[list[int]], task: Task) -> list[bool]:
-    """Whether each answer is right."""
-    texts = [world.text(ids, task.stops) for ids in answers]
-    if task.threads == 1:
-        return [bool(task.grade(p, t)) for p, t in zip(problems, texts, strict=True)]
-    with ThreadPoolExecutor(task.threads) as pool:
-        return [bool(x) for x in pool.map(task.grade, problems, texts)]
+def solve(world: World, problems: list[Problem], new: int, cfg: Config, run: Run) -> list[bool]:
+    """Whether this rank's greedy answers, of `new` tokens at most, are right, with the weights in use."""
+    answers = complete(world, encode(world, problems), torch.zeros(len(problems), new), cfg, run)
+    return judge(world, problems, answers)
 
 
-def shared(n: int, run: Run, work: Callable[[list[int]], list]) -> list:
-    """work(indices) -> one item for each of this rank's share of range(n); all items, on every rank."""
-    mine = list(range(run.rank, n, run.world_size))
-    parts = run.gather(work(mine) if mine else [])
-    return [parts[i % run.world_size][i // run.world_size] for i in range(n)]
+def share(items: list, run: Run) -> list:
+    """This rank's part of `items`."""
+    return items[run.rank :: run.world_size]
 
 
-def graded(world: World, problems: list[Problem], answers: list[list[int]], task: Task) -> list[bool]:
-    """`grade` by all ranks together: a program among the answers runs once."""
-    work = lambda share: grade(world, *([x[i] for i in share] for x in (problems, answers)), task)  # noqa: E731
-    return shared(len(problems), world.run, work)
-
-
-def outcomes(world: World, problems: list[Problem], task: Task, rows: dict | None = None) -> np.ndarray:
-    """1 for each problem answered right greedily, else 0: (N,), on every rank; see `complete` for `rows`."""
-
-    def work(share: list[int]) -> list[bool]:
-        part = [problems[i] for i in share]
-        scales = None if rows is None else {k: v[share] for k, v in rows.items()}
-        return grade(world, part, complete(world, part, task, rows=scales)[0], task)
-
-    return np.array(shared(len(problems), world.run, work), float)
+def accuracy(right: list[bool], run: Run) -> float:
+    """Over all ranks' parts."""
+    return float(np.mean(np.concatenate(run.gather(right))))
 
 
 # --- the loss ---
 
 
-def reinforce_loss(logp: Tensor, mask: Tensor, reward: Tensor, kl: Tensor | None = None, lam=0.0) -> Tensor:
-    """Minus eq. (1): the mean over answers of -R sum_t logp_t + lambda sum_t KL_t.
-
-    logp, mask, kl (B, T), reward (B,). Tokens outside the mask get no gradient.
-    """
-    loss = -reward * torch.where(mask, logp, 0).sum(1)
-    if kl is not None and lam:
-        loss = loss + lam * torch.where(mask, kl, 0).sum(1)
-    return loss.mean()
-
-
-def ntp_loss(logp: Tensor, mask: Tensor) -> Tensor:
-    """The supervised baseline: mean negative log-prob of the solution's tokens, (B, T) -> ()."""
-    return -torch.where(mask, logp, 0).sum() / mask.sum().clamp(min=1)
+def answer_hidden(world: World, prompts: list, answers: list) -> tuple[Tensor, Tensor]:
+    """Hidden states that predict the answers' tokens, and these tokens: (N, d) and (N,), answer by answer."""
+    ids, valid = common.collate([q + a for q, a in zip(prompts, answers, strict=True)], world.model.device)
+    place = torch.zeros_like(valid)
+    for row, q, a in zip(place, prompts, answers, strict=True):
+        row[len(q) : len(q) + len(a)] = True
+    out = world.model.get_decoder()(input_ids=ids, attention_mask=valid, use_cache=False)
+    return out.last_hidden_state[:, :-1][place[:, 1:]], ids[place]
 
 
 def kl_divergence(new: Tensor, base: Tensor, direction: str) -> Tensor:
@@ -773,55 +608,43 @@ def kl_divergence(new: Tensor, base: Tensor, direction: str) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def _score_chunk(model, hidden: Tensor, targets: Tensor, ref_hidden: Tensor | None, direction: str):
-    logp = common.head_logits(model, hidden).log_softmax(-1)  # (N, V)
-    kl = torch.zeros_like(logp[:, 0])
-    if ref_hidden is not None:
-        with torch.no_grad():
-            base = common.head_logits(model, ref_hidden).log_softmax(-1)
-        kl = kl_divergence(logp, base, direction)
-    return logp.gather(1, targets[:, None])[:, 0], kl
+def token_scores(model, hidden: Tensor, base: Tensor | None, tokens: Tensor, direction: str, chunk=1024):
+    """Log-prob of each token and KL to the base there, (N,) each, from hidden states (N, d) of both.
 
-
-def answer_scores(
-    world: World, prompts: list[list[int]], answers: list[list[int]], features: dict, kl: bool, chunk=1024
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs of the answers' tokens under the trained weights, KL at each, and mask: (B, T) each.
-
-    One pass with gradient and, for the KL, one of the base weights without. The head runs over `chunk`
-    positions at a time, of answers only, and again in the backward pass: (B, T, V) is never held. The
-    caller's `adapter.use("own")` holds until after that pass, which runs layers again under --recompute.
+    The head runs in float32, a chunk at a time, and again in the backward pass: (N, V) is never held.
     """
-    model, device = world.model, world.model.device
-    ids, valid = common.collate([p + a for p, a in zip(prompts, answers, strict=True)], device)
-    first, lengths = (torch.tensor([len(x) for x in xs]) for xs in (prompts, answers))
-    longest = int(lengths.max())
-    mask = torch.arange(longest) < lengths[:, None]  # (B, T)
-    places = (first[:, None] + torch.arange(longest))[mask] + ids.shape[1] * torch.nonzero(mask)[:, 0]
-    flat, places = mask.flatten().nonzero()[:, 0].to(device), places.to(device)
-    targets = ids.flatten()[places]
+    head = model.get_output_embeddings()
 
-    def hidden() -> Tensor:
-        out = model.base_model(input_ids=ids, attention_mask=valid, use_cache=False, **features)
-        return out.last_hidden_state.flatten(0, 1)[places - 1]  # (N, d): what predicts each token
+    def log_softmax(hidden):
+        weights = {name: p.float() for name, p in head.named_parameters()}
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.func.functional_call(head, weights, hidden.float()).log_softmax(-1)
 
-    ref = None
-    if kl:
-        with torch.no_grad(), world.adapter.use(None):
-            ref = hidden()
-    mine = hidden()
-    refs = ref.split(chunk) if kl else [None] * -(-len(mine) // chunk)
-    pieces = zip(mine.split(chunk), targets.split(chunk), refs, strict=True)
-    score = functools.partial(checkpoint, _score_chunk, use_reentrant=False)
-    parts = [score(model, h, y, r, world.cfg.kl_dir) for h, y, r in pieces]
-    logp, divergence = (torch.cat(x) for x in zip(*parts, strict=True))
-    blank = torch.zeros(mask.numel(), device=device)
-    spread = lambda x: blank.index_put((flat,), x).view(mask.shape)  # noqa: E731
-    return spread(logp), spread(divergence), mask.to(device)
+    def score(hidden, base, tokens):
+        new = log_softmax(hidden)
+        logp = new.gather(1, tokens[:, None])[:, 0]
+        if base is None:
+            return logp, torch.zeros_like(logp)
+        return logp, kl_divergence(new, log_softmax(base), direction)
+
+    parts = []
+    for i in range(0, len(tokens), chunk):
+        part = slice(i, i + chunk)
+        args = hidden[part], None if base is None else base[part], tokens[part]
+        parts.append(checkpoint(score, *args, use_reentrant=False))
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
-def batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Length-sorted groups of indices, each of at most `budget` padded tokens, or of one sequence."""
+def reinforce_loss(logp: Tensor, kl: Tensor, reward: Tensor, lam: float, answers: int) -> Tensor:
+    """Minus eq. (1) for the tokens (N,) of so many answers, each with the reward of its answer."""
+    return (lam * kl - reward * logp).sum() / answers
+
+
+# --- training of one expert ---
+
+
+def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices by length, in groups of at most `budget` padded tokens, or of one sequence."""
     groups, group = [], []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if group and lengths[i] * (len(group) + 1) > budget:
@@ -830,1064 +653,364 @@ def batches(lengths: list[int], budget: int) -> list[list[int]]:
     return [*groups, group]
 
 
-def accumulate(
-    world: World,
-    problems: list[Problem],
-    answers: list[list[int]],
-    reward: Tensor | None,
-    tokens: float,
-    micro_tokens: int,
-) -> dict[str, Tensor]:
-    """Backward pass of eq. (1) on this rank's answers, or of next-token prediction if there is no reward.
+def train_expert(task: Task, new: int, world: World, run: Run):
+    """REINFORCE, eq. (1), without a baseline: one answer of `new` tokens at most to each prompt, R = 1 or -1.
 
-    `tokens` is the mean over the ranks of the answers' tokens. No rank waits for another one in here, so that
-    one whose memory runs out can try again alone.
+    SVF and LoRA differ in eq. (2) only. Writes the expert that was best on validation: expert.safetensors.
     """
-    prompts, lam = world.encode(problems), world.cfg.lam if reward is not None else 0.0
-    stats = {k: torch.zeros((), device=world.model.device) for k in ("loss", "kl")}
-    for group in batches([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], micro_tokens):
-        parts = [prompts[i] for i in group], [answers[i] for i in group]
-        features = world.features([problems[i] for i in group])
-        with world.adapter.use("own"):
-            with world.run.autocast():
-                logp, kl, mask = answer_scores(world, *parts, features, lam > 0)
-            if reward is None:
-                loss = ntp_loss(logp, mask) * (sum(map(len, parts[1])) / tokens)
-            else:
-                loss = reinforce_loss(logp, mask, reward[group], kl, lam) * (len(group) / len(answers))
-            loss.backward()
-        stats["loss"] += loss.detach()
-        stats["kl"] += torch.where(mask, kl.detach(), 0).sum() / len(answers)
-    return stats
-
-
-def accumulate_safely(world: World, problems, answers, reward, tokens, record: dict) -> dict[str, Tensor]:
-    """`accumulate`; when a GPU's memory runs out, once more with half the micro-batch: the same gradients."""
-    while True:
-        try:
-            return accumulate(world, problems, answers, reward, tokens, record["micro_tokens"])
-        except torch.cuda.OutOfMemoryError:
-            if record["micro_tokens"] < 2:
-                raise
-        for p in world.adapter.parameters():
-            p.grad = None
-        torch.cuda.empty_cache()
-        record["micro_tokens"] //= 2
-        world.run.print(f"{world.run.name}: out of memory, now {record['micro_tokens']} tokens at a time")
-
-
-# --- training of one expert ---
-
-
-def train(world: World, task: Task, objective: Literal["pg", "ntp"], lr: float) -> dict:
-    """cfg.steps updates of the installed adapter, from its start values; the best-validation state is loaded.
-
-    "pg": REINFORCE, eq. (1), no baseline, one answer a prompt. "ntp": next-token prediction on solutions.
-    LoRA and SVF differ in the adapter only. Returns validation accuracies, the last state and speed.
-    """
-    cfg, run, adapter = world.cfg, world.run, world.adapter
-    adapter.reset(cfg, run.generator("init"))
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr, weight_decay=0.0)
-    valid, size = task["valid"][: cfg.valid_problems], batch_size(cfg, task, run)
-    record = {"best": -1.0, "best_step": -1, "state": {}, "curve": [], "tokens": 0, "trained": 0, "mute": 0}
-    record["seconds"] = {}
-    clip = cfg.clip if isinstance(next(iter(adapter.layers.values())), SVFLinear) else cfg.lora_clip
-    for step in run.steps(cfg.steps, adapter=adapter, optimizer=optimizer, record=record):
-        if not run.seconds:  # the first step, also of a resumed run, whose --micro_tokens may be new
-            run.seconds, record["micro_tokens"] = dict(record["seconds"]), cfg.micro_tokens
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, cfg.steps, lr, 0.0)
-        numbers = update(world, task, objective, size, clip, optimizer, record)
-        if (step + 1) % cfg.validate_every == 0 or step + 1 == cfg.steps:
-            with adapter.use("merged"):
-                numbers["valid"] = float(outcomes(world, valid, task).mean())
-            record["curve"].append([step + 1, numbers["valid"]])
-            if numbers["valid"] > record["best"]:
-                record |= {"best": numbers["valid"], "best_step": step + 1, "state": adapter.state_dict()}
-        run.log(step, **numbers)
-    last = adapter.state_dict()
-    adapter.load_state_dict(record["state"])
-    spent = record["seconds"]
-    rates = {"train_tokens_per_s": record["trained"] / spent["update"]}
-    rates |= {"seconds_per_step": sum(spent.values()) / cfg.steps}
-    if objective == "pg":
-        rates["rollout_tokens_per_s"] = record["tokens"] / spent["rollout"]
-    kept = {k: record[k] for k in ("best", "best_step", "curve")}
-    return kept | {"last": last, "speed": rates}
-
-
-def batch_size(cfg: Config, task: Task, run: Run) -> int:
-    """Prompts an update: cfg.batch, or all there are, in equal shares for the ranks; says when it is less."""
-    size = min(cfg.batch, len(task["train"]))
-    size -= size % run.world_size
+    cfg, adapter, device = run.cfg, world.adapter, world.model.device
+    policy = nn.ParameterDict({"p": adapter.start(cfg, run.generator("start")).to(device)})
+    lr = cfg.rate * (cfg.lr if cfg.adapter == "svf" else cfg.lora_lr)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.steps)
+    best = {"accuracy": -1.0, "p": policy.p.detach().clone()}
+    size = min(cfg.batch, len(task.train)) // run.world_size * run.world_size
     if not size:
-        raise UserError(
-            f"{task.name}: {len(task['train'])} training problems and --batch {cfg.batch} are too few"
-        )
+        raise UserError(f"{task.name}: {len(task.train)} training problems, fewer than ranks")
     if size < cfg.batch:
-        run.print(
-            f"{task.name}: {size} prompts a step, there are {len(task['train'])} for {run.world_size} ranks"
-        )
-    return size
+        run.print(f"{task.name}: {size} prompts an update, there are {len(task.train)}")
+
+    def vector():
+        return torch.sigmoid(policy.p) if cfg.adapter == "svf" else policy.p  # eq. (2)
+
+    state = dict(policy=policy, optimizer=optimizer, schedule=schedule, best=best)
+    for step in run.steps(cfg.steps, **state):
+        # prompts x, answers y of pi_W', rewards R
+        drawn = share(torch.randperm(len(task.train))[:size].tolist(), run)
+        problems = [task.train[i] for i in drawn]
+        prompts, uniforms = encode(world, problems), share(torch.rand(size, new), run)
+        if cfg.imitate:
+            answers = [ids + world.ends[:1] for ids in texts_to_ids(world, problems)]
+            reward = torch.ones(len(answers))
+        else:
+            with adapter.using("merged", vector().detach()):
+                answers = complete(world, prompts, uniforms * bool(cfg.temperature), cfg, run)
+            reward = 2.0 * torch.tensor(judge(world, problems, answers)) - 1
+
+        # eq. (1), in micro-batches
+        world.model.train(cfg.recompute)  # needed to recompute activations
+        numbers = dict.fromkeys(("loss", "kl"), 0.0)
+        lengths = [len(q) + len(a) for q, a in zip(prompts, answers, strict=True)]
+        for group in micro_batches(lengths, cfg.micro_tokens):
+            pair = [prompts[i] for i in group], [answers[i] for i in group]
+            counts = torch.tensor([len(answers[i]) for i in group])
+            token_reward = reward[group].repeat_interleave(counts).to(device)
+            with torch.no_grad(), run.autocast():
+                base = answer_hidden(world, *pair)[0] if cfg.lam else None
+            with adapter.using("train", vector()):
+                with run.autocast():
+                    hidden, tokens = answer_hidden(world, *pair)
+                logp, kl = token_scores(world.model, hidden, base, tokens, cfg.kl)
+                loss = reinforce_loss(logp, kl, token_reward, cfg.lam, len(answers))
+                loss.backward()
+            numbers["loss"] += loss.detach()
+            numbers["kl"] += kl.detach().sum() / len(answers)
+        world.model.eval()
+        policy.p.grad = run.mean(policy.p.grad)
+        norm = nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        if (step + 1) % cfg.valid_every == 0 or step + 1 == cfg.steps:
+            with adapter.using("merged", vector().detach()):
+                right = solve(world, share(task.valid[: cfg.valid], run), new, cfg, run)
+            numbers["valid"] = accuracy(right, run)
+            if numbers["valid"] > best["accuracy"]:
+                best |= {"accuracy": numbers["valid"], "p": policy.p.detach().clone()}
+        run.log(step, reward=reward.mean(), grad_norm=norm, **numbers)
+    policy.p.data.copy_(best["p"])
+    if run.rank == 0:
+        save_expert(run.folder / "expert.safetensors", world, vector())
 
 
-def update(world: World, task: Task, objective: str, size: int, clip: float, optimizer, record: dict) -> dict:
-    """One optimizer step on `size` distinct prompts, dealt to the ranks; returns what to log."""
-    cfg, run, adapter = world.cfg, world.run, world.adapter
-    drawn = torch.randperm(len(task["train"]), generator=run.generator("prompts"))[:size].tolist()
-    mine = [task["train"][i] for i in drawn[run.rank :: run.world_size]]
-    reward, numbers = None, {}
-    if objective == "pg":
-        uniforms = torch.rand(size, task.max_new, generator=run.generator("rollouts"))
-        uniforms = uniforms[run.rank :: run.world_size] if cfg.rollout_temp else None
-        with run.timed("rollout"), adapter.use("merged"):
-            answers, _ = complete(world, mine, task, uniforms)
-        right = grade(world, mine, answers, task)
-        reward = torch.tensor([1.0 if r else -1.0 for r in right], device=world.model.device)
-        numbers["reward"] = float(run.mean(reward.mean()))
-        warn_of_equal_rewards(run, numbers["reward"], record)
-    else:
-        solutions = world.tok([p.solution for p in mine], add_special_tokens=False)["input_ids"]
-        answers = [[*ids, world.eos] for ids in solutions]
-    answered = sum(map(len, answers))
-    tokens = float(run.mean(float(answered)))
-    world.model.train(cfg.recompute)  # checkpointing wants it, decoding must not; models' own dropout is 0
-    for layer in adapter.layers.values():
-        layer.train()
-    with run.timed("update"):
-        stats = accumulate_safely(world, mine, answers, reward, tokens, record)
-    world.model.eval()
-    for p in adapter.parameters():
-        p.grad = run.mean(p.grad)
-    norm = nn.utils.clip_grad_norm_(adapter.parameters(), clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    numbers |= {k: run.mean(v) for k, v in stats.items()} | {"grad_norm": norm}
-    first = next(iter(adapter.layers.values()))
-    if isinstance(first, SVFLinear):
-        moves = [(layer.p.detach() - cfg.init).abs().amax() for layer in adapter.layers.values()]
-        numbers["p_move"] = torch.stack(moves).amax()
-    record["tokens"] += answered
-    record["trained"] += answered + sum(map(len, world.encode(mine)))
-    record["seconds"] |= run.seconds
-    return numbers
+def texts_to_ids(world: World, problems: list[Problem]) -> list[list[int]]:
+    """Ids of the solutions."""
+    return world.tokenizer([p.solution for p in problems], add_special_tokens=False)["input_ids"]
 
 
-def warn_of_equal_rewards(run: Run, reward: float, record: dict) -> None:
-    """Say it once when all answers of cfg.warn_after batches in a row are right, or all are wrong.
+# --- dispatch: the first of two passes ---
 
-    record["mute"] counts such batches, negative ones are wrong.
-    """
-    before, record["mute"] = record["mute"], 0
-    if abs(reward) < 1:
-        return
-    record["mute"] = int(reward) + (before if before * reward > 0 else 0)
-    if abs(record["mute"]) == run.cfg.warn_after:
-        how = "right: there is little to learn" if reward > 0 else "wrong: the reward is sparse"
-        run.print(f"{run.name}: all answers of {run.cfg.warn_after} batches were {how}")
+SORT = """Sort the user's request into one of four categories by the skill that it needs most. Do not solve it.
+- code: writing, reading or repairing programs
+- math: calculating, algebra, geometry, word problems with numbers
+- reasoning: science and general knowledge, logic, choosing among given answers
+- other: none of these
+If several fit, take the dominant one. Answer with the category only, as \\boxed{code}, \\boxed{math},
+\\boxed{reasoning} or \\boxed{other}."""
+TOY_SORT, TOY_LABELS = "?", {"m": "math", "c": "code", "r": "reasoning", "o": "other"}
 
 
-# --- dispatch, and answering in two passes ---
+def parse_label(text: str) -> str:
+    """Content of the first \\boxed{...}, or a label of the toy documents; "other" for all else."""
+    box = re.search(r"\\boxed\{([^}]*)\}", text)
+    label = box[1].strip().lower() if box else TOY_LABELS.get(text.strip())
+    return label if label in CATEGORIES else "other"
 
 
-def cls_task(world: World, tasks: list[Task]) -> Task:
-    """(question, category) pairs of the training splits: every fifth is test, the others train and valid.
+def right_label(target: str, text: str) -> bool:
+    return parse_label(text) == target
 
-    Tasks take turns, so that the first problems of a split are of all categories.
-    """
+
+def ask_category(p: Problem, category: str, toy: bool) -> Problem:
+    """The same question, to be sorted; dispatch sees no system prompt and no given opening."""
+    label = category[0] if toy else rf"\boxed{{{category}}}"
+    return Problem(TOY_SORT if toy else SORT, p.question, category, label, partial(right_label))
+
+
+def category_task(tasks: list[Task], cfg: Config) -> Task:
+    """Questions of the training splits: every fifth is test, the others take turns as train and valid."""
     splits = {"train": [], "valid": [], "test": []}
-    for i in range(world.cfg.cls_questions):
+    for i in range(cfg.questions):
         split = "test" if i % 5 == 4 else ("train", "valid")[i % 5 % 2]
-        for task in (t for t in tasks if i < len(t["train"])):
-            asked, label = task["train"][i].question, label_text(world, task.family)
-            splits[split].append(Problem(world.cls_prompt(asked), asked, task.family, label))
-    right = lambda p, text: world.parse_label(text) == p.target  # noqa: E731
-    return Task("cls", "other", splits, right, world.cfg.cls_new)
-
-
-def label_text(world: World, family: str) -> str:
-    """How a category is answered: a symbol of the built-in task, or boxed."""
-    return LABELS[family] if world.cfg.model is None else f"\\boxed{{{family}}}"
-
-
-def parse_boxed_label(text: str) -> str:
-    """The first \\boxed{...} of an answer as a category, "other" if there is none that has an expert."""
-    found = re.search(r"\\boxed\{([^}]*)\}", text)
-    label = found[1].strip().lower() if found else "other"
-    return label if label in FAMILIES else "other"
+        for task in tasks:
+            if i < len(task.train):
+                splits[split].append(ask_category(task.train[i], task.category, cfg.model == "tiny"))
+    return Task("category", "other", **splits)
 
 
 @dataclass
-class Cost:
-    """What a pass took: tokens read, tokens written, seconds."""
+class Pass:
+    """What a pass took."""
 
-    read: int = 0
-    written: int = 0
+    read: int = 0  # tokens
+    written: int = 0  # tokens
     seconds: float = 0.0
 
+    def answer(
+        self, world: World, problems: list[Problem], vector: Tensor | None, new: int, run: Run
+    ) -> list:
+        """Greedy answers with an expert, or with the base weights if there is none."""
+        begin, prompts = time.perf_counter(), encode(world, problems)
+        expert = contextlib.nullcontext() if vector is None else world.adapter.using("merged", vector)
+        with expert:
+            answers = complete(world, prompts, torch.zeros(len(prompts), new), run.cfg, run)
+        self.seconds += time.perf_counter() - begin
+        self.read += sum(map(len, prompts))
+        self.written += sum(map(len, answers))
+        return answers
 
-def dispatch(world: World, problems: list[Problem], expert: dict[str, Tensor] | None = None):
-    """First pass: the category of each problem by the base model (A) or a category expert's z (B), cost.
 
-    The model sees the question only, with the dispatch prompt; greedy.
+def two_pass(task: Task, experts: dict[str, Tensor], classifier: Tensor | None, world: World, run: Run):
+    """Strategies A (no classifier) and B: find each prompt's category, then answer with its expert.
+
+    Returns this rank's (right, category found) for its share of the test, and what both passes took.
     """
-    asked = [Problem(world.cls_prompt(p.question), p.question, "") for p in problems]
-    task = Task("dispatch", "other", {}, lambda p, text: False, world.cfg.cls_new)
-    with world.adapter.use(expert and world.adapter.scales(expert)):
-        answers, cost = timed_answers(world, asked, task)
-    return [world.parse_label(world.text(ids, ())) for ids in answers], cost
-
-
-def timed_answers(world: World, problems: list[Problem], task: Task, rows: dict | None = None):
-    """Greedy answers on all ranks together, and what they cost."""
-
-    def work(share: list[int]) -> list[list[int]]:
-        scales = None if rows is None else {k: v[share] for k, v in rows.items()}
-        return complete(world, [problems[i] for i in share], task, rows=scales)[0]
-
-    begin = time.perf_counter()
-    answers = shared(len(problems), world.run, work)
-    seconds = time.perf_counter() - begin
-    return answers, Cost(sum(map(len, world.encode(problems))), sum(map(len, answers)), seconds)
-
-
-def expert_rows(world: World, labels: list[str], experts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Effective scales (B, r) of each problem's expert; ones, the base weights, where there is none."""
-    known = {family: world.adapter.scales(z) for family, z in experts.items()}
-    return {
-        name: torch.stack([known[x][name] if x in known else torch.ones_like(layer.s) for x in labels])
-        for name, layer in world.adapter.layers.items()
-    }
-
-
-def two_pass(world: World, problems: list[Problem], task: Task, experts: dict, cls: dict | None = None):
-    """Strategies A and B: dispatch, then answer with each problem's expert.
-
-    cfg.mixed: all experts in one batch, nothing merged; else one after the other, each merged once. Returns
-    outcomes (N,), labels and the costs of both passes.
-    """
-    labels, first = dispatch(world, problems, cls)
-    if world.cfg.mixed:
-        answers, second = timed_answers(world, problems, task, expert_rows(world, labels, experts))
-    else:
-        answers, second = [None] * len(problems), Cost()
-        for label in sorted(set(labels)):
-            part = [i for i, x in enumerate(labels) if x == label]
-            with world.adapter.use(world.adapter.scales(experts[label]) if label in experts else None):
-                found, cost = timed_answers(world, [problems[i] for i in part], task)
-            for i, ids in zip(part, found, strict=True):
-                answers[i] = ids
-            second = Cost(
-                second.read + cost.read, second.written + cost.written, second.seconds + cost.seconds
-            )
-    right = graded(world, problems, answers, task)
-    return np.array(right, float), labels, (first, second)
-
-
-def confusion(true: list[str], found: list[str]) -> np.ndarray:
-    """Counts, rows true and columns found, in the order of FAMILIES and "other"."""
-    names = [*FAMILIES, "other"]
-    table = np.zeros((len(names), len(names)), int)
-    np.add.at(table, ([names.index(x) for x in true], [names.index(x) for x in found]), 1)
-    return table
+    cfg, problems, first, second = run.cfg, share(task.test, run), Pass(), Pass()
+    asked = [ask_category(p, task.category, cfg.model == "tiny") for p in problems]
+    answers = first.answer(world, asked, classifier, cfg.label_new, run)
+    texts = world.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    labels, found = [parse_label(text) for text in texts], []
+    for label in CATEGORIES:
+        part = [p for p, x in zip(problems, labels, strict=True) if x == label]
+        answers = second.answer(world, part, experts.get(label), cfg.max_new, run)
+        found += [(right, label) for right in judge(world, part, answers)]
+    return found, first, second
 
 
 # --- few-shot mixing by the cross-entropy method ---
 
 
-def cem(
-    score: Callable[[Tensor], tuple[Tensor, Tensor]],
-    mean: Tensor,
-    population: int,
-    elites: int,
-    generations: int,
-    generator: torch.Generator,
-    rule: Literal["cem", "random"] = "cem",
-) -> dict:
-    """Maximise score(members (P, D) in [0, 1]) -> (accuracy, tie-break), (P,) each, from a start mean (D,).
+def cem(score: Callable, mean: Tensor, cfg: Config, generator: torch.Generator) -> tuple[Tensor, list[float]]:
+    """Maximise score(members (P, D) in [0, 1]) -> (accuracy (P,), tie-break (P,)); the best member, history.
 
-    Gaussian members with std 0.5 at first, clamped; member 0 is the best so far. The elites give the next
-    mean and unbiased std. "random" draws members uniformly and moves nothing. Returns best, mean, and
-    the best accuracy of each generation.
+    Gaussian members, at first around `mean` (D,) with std 0.5, are clamped; member 0 is the best so far. The
+    elites' mean and unbiased std make the next generation.
     """
     std, best, history = torch.full_like(mean, 0.5), mean.clone(), []
-    for _ in range(generations):
-        if rule == "cem":
-            members = mean + std * torch.randn(population, len(mean), generator=generator, dtype=mean.dtype)
-        else:
-            members = torch.rand(population, len(mean), generator=generator, dtype=mean.dtype)
-        members = members.clamp_(0, 1)
+    for _ in range(cfg.generations):
+        members = mean + std * torch.randn(cfg.population, len(mean), generator=generator)
+        members = members.clamp(0, 1)
         members[0] = best
-        accuracy, tie = score(members)
-        pairs = list(zip(accuracy.tolist(), tie.tolist(), strict=True))
-        order = sorted(range(population), key=pairs.__getitem__, reverse=True)
-        best = members[order[0]].clone()
+        pairs = list(zip(*(x.tolist() for x in score(members)), strict=True))
+        order = sorted(range(cfg.population), key=pairs.__getitem__, reverse=True)
+        best, elite = members[order[0]].clone(), members[order[: cfg.elites]]
+        mean, std = elite.mean(0), elite.std(0)
         history.append(pairs[order[0]][0])
-        if rule == "cem":
-            elite = members[order[:elites]]
-            mean, std = elite.mean(0), elite.std(0, unbiased=True)
-    return {"best": best, "mean": mean if rule == "cem" else best, "history": history}
+    return best, history
 
 
-def few_shot(
-    world: World, experts: list[dict], shots: list[Problem], task: Task, per_layer: bool, rule="cem"
-):
-    """Strategy C: the mixture of experts that solves most of `shots`; (z, alpha (K, J) or (K, 1), history).
+def few_shot(task: Task, experts: Tensor, world: World, run: Run) -> Tensor:
+    """Strategy C: the mixture z (R,) of experts (K, R) that solves most of the task's shots.
 
-    All members answer all shots in one call of `complete`, each row of the batch with its own scales; ranks
-    share the rows. Ties are broken by the mean over right answers of their log-likelihood per token.
+    A batch holds many members, each with all shots. Ties: the mean over right answers of their log-likelihood
+    per token.
     """
-    if any(a is b for i, a in enumerate(experts) for b in experts[:i]):
-        raise ValueError("an expert is there twice")
-    cfg, k, n = world.cfg, len(experts), len(shots)
-    shape = (k, len(world.adapter.layers) if per_layer else 1)
+    cfg, adapter = run.cfg, world.adapter
+    shots = task.valid[: cfg.shots]
+    prompts, n = encode(world, shots), len(shots)
+    shape = len(experts), len(adapter.sizes) if cfg.per_matrix else 1
 
-    def score(members: Tensor) -> tuple[Tensor, Tensor]:
-        def work(share: list[int]) -> list[tuple[bool, float]]:
-            z = mix(experts, members[[i // n for i in share]].unflatten(1, shape))
-            problems = [shots[i % n] for i in share]
-            answers, logp = complete(world, problems, task, rows=world.adapter.scales(z))
-            right = grade(world, problems, answers, task)
-            lengths = [max(1, len(a)) for a in answers]
-            return list(zip(right, (logp / torch.tensor(lengths)).tolist(), strict=True))
-
-        found = torch.tensor(shared(len(members) * n, world.run, work), dtype=torch.float64).view(-1, n, 2)
-        right, logp = found.unbind(-1)  # (P, F)
-        tie = torch.where(right > 0, logp, 0).sum(1) / right.sum(1).clamp(min=1)
-        return right.mean(1), torch.where(right.any(1), tie, -math.inf)
-
-    mean = torch.full((shape[0] * shape[1],), 1 / k)
-    generator = world.run.generator(f"{rule} {task.name} {per_layer}")
-    found = cem(score, mean, cfg.population, cfg.elites, cfg.generations, generator, rule)
-    alpha = found[cfg.deploy].view(shape)
-    return mix(experts, alpha), alpha, found["history"]
-
-
-# --- the built-in task ---
-# A document is: tag, family, operation, symbols x1 .. xL, answer. Of every operation there are right answers
-# and careless ones, which copy the input or its last symbol. Documents tagged good are right, bad ones
-# careless, and untagged ones, the kind that is asked for, either, more often careless where the first symbol
-# that matters is 5 or more. So the skill is in the model, and what RL has to do is bring it out.
-
-SYMBOLS = "0123456789abcdefghijMCRO+-<>^_@.!?#mwyo=;$%"
-OPERATIONS = {
-    "add": ("math", "M+"), "sub": ("math", "M-"), "rev": ("code", "C<"), "rvd": ("code", "C>"),
-    "max": ("reasoning", "R^"), "min": ("reasoning", "R_"), "read": ("other", "O@"),
-}  # fmt: skip
-LABELS = {"math": "m", "code": "w", "reasoning": "y", "other": "o"}
-UNTAGGED, GOOD, BAD, ASK = ".!?#"
-TRAINED, UNSEEN = ("add", "rev", "max"), ("sub", "rvd", "min")
-RELATED = dict(zip(UNSEEN, TRAINED, strict=True))  # the trained task of the same family
-SPLITS = {"pretrain": (0.0, 0.7), "train": (0.7, 0.8), "valid": (0.8, 0.85), "test": (0.85, 1.0)}
-CONFUSED = {"math": "reasoning", "reasoning": "other", "code": "other", "other": "reasoning"}
-
-
-def split_of(x: np.ndarray) -> np.ndarray:
-    """A number in [0, 1) for each row of digits (n, L): a row is in the same split in every task."""
-    h = np.zeros(len(x), np.uint64)
-    for column in x.T.astype(np.uint64):
-        h = (h * np.uint64(31) + column + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        h ^= h >> np.uint64(29)
-    return (h >> np.uint64(11)).astype(float) / 2**53
-
-
-def draw_digits(
-    n: int, length: int, split: str, rng: np.random.Generator, distinct: bool = False
-) -> np.ndarray:
-    """n rows of digits (n, L) of a split; `distinct` ones if there are as many."""
-    low, high = SPLITS[split]
-    found = np.zeros((0, length), int)
-    for _ in range(100):
-        x = rng.integers(0, 10, (int(2 * n / (high - low)) + 8, length))
-        share = split_of(x)
-        found = np.concatenate([found, x[(share >= low) & (share < high)]])
-        if distinct:
-            found = found[np.sort(np.unique(found, axis=0, return_index=True)[1])]
-        if len(found) >= n:
-            break
-    return found[:n]
-
-
-def answers_to(operation: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Right and careless answers as symbols' ids (n, answer length), and where the question is hard (n,)."""
-    if operation in ("add", "sub"):
-        k = (1 + x[:, :1] % 3) * (1 if operation == "add" else -1)
-        return (x[:, 1:-1] + k) % 10, x[:, 1:-1], x[:, 1] >= 5
-    if operation in ("rev", "rvd"):
-        shift = 10 if operation == "rev" else 0  # letters or digits
-        return x[:, ::-1] + shift, x + shift, x[:, 0] >= 5
-    if operation in ("max", "min"):
-        best = x.max(1) if operation == "max" else x.min(1)
-        return best[:, None], x[:, -1:], x[:, 0] >= 5
-    return x, x, x[:, 0] >= 10
-
-
-def prompts_to(operation: str, x: np.ndarray, tag: str) -> np.ndarray:
-    """Ids of `; tag family operation x1 .. xL =`, (n, L + 5)."""
-    signs = [SYMBOLS.index(c) for c in ";" + tag + OPERATIONS[operation][1]]
-    end = np.full((len(x), 1), SYMBOLS.index("="))
-    return np.concatenate([np.tile(signs, (len(x), 1)), x + (10 if operation == "rev" else 0), end], 1)
-
-
-def documents(n: int, length: int, rng: np.random.Generator) -> np.ndarray:
-    """About n documents as padded ids (n, 2 L + 6), a pad being -1; arithmetic twice as often as the rest."""
-    weights = dict.fromkeys(OPERATIONS, 1.0) | {"add": 2.0, "sub": 2.0}
-    eos, parts = SYMBOLS.index("$"), []
-    for operation, weight in weights.items():
-        m = round(n * 0.88 * weight / sum(weights.values()))
-        x = draw_digits(m, length, "pretrain", rng)
-        right, careless, hard = answers_to(operation, x)
-        kind, slip = rng.random(m), rng.random(m) < np.where(hard, 0.8, 0.3)
-        wrong = np.where(kind < 0.25, False, np.where(kind < 0.5, True, slip))
-        prompt = prompts_to(operation, x, UNTAGGED)
-        prompt[:, 1] = [SYMBOLS.index(GOOD if k < 0.25 else BAD if k < 0.5 else UNTAGGED) for k in kind]
-        parts.append((prompt, np.where(wrong[:, None], careless, right)))
-        m = max(1, round(n * 0.12 / len(weights)))
-        x = draw_digits(m, length, "pretrain", rng)
-        family = OPERATIONS[operation][0]
-        mistaken = rng.random(m) < np.where(x[:, 1] >= 7, 0.65, 0.1)
-        labels = [LABELS[CONFUSED[family] if e else family] for e in mistaken]
-        parts.append((prompts_to(operation, x, ASK), np.array([[SYMBOLS.index(c)] for c in labels])))
-    width = 2 * length + 6
-    rows = [np.concatenate([q, a, np.full((len(q), 1), eos)], 1) for q, a in parts]
-    return np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1])), constant_values=-1) for r in rows])
-
-
-def toy_task(operation: str, cfg: Config, tag: str = UNTAGGED, **sizes: int) -> Task:
-    """An operation as a Task; splits depend on cfg.seed only, so that all rows of the tables share them."""
-    family, tok, splits = OPERATIONS[operation][0], toy_tokenizer(), {}
-    sizes = {"train": 4096, "valid": max(cfg.valid_problems, cfg.shots), "test": cfg.eval_problems} | sizes
-    for split, n in sizes.items():
-        rng = np.random.default_rng(common.stable_hash(f"{cfg.seed} {operation} {split}"))
-        x = draw_digits(n, cfg.length, split, rng, distinct=True)
-        prompts = [tok.decode(ids) for ids in prompts_to(operation, x, tag)]
-        right = [tok.decode(ids) for ids in answers_to(operation, x)[0]]
-        splits[split] = [Problem(p, p[2:-1], a, a) for p, a in zip(prompts, right, strict=True)]
-    return Task(operation, family, splits, lambda p, text: text == p.target, cfg.length + 1)
-
-
-def toy_tokenizer() -> common.CharTokenizer:
-    return common.CharTokenizer(SYMBOLS, eos="$")
-
-
-def toy_model(cfg: Config) -> nn.Module:
-    """The class of the real models, 156,000 parameters in the demo."""
-    mlp = cfg.width * 11 // 4
-    return common.tiny_lm(len(SYMBOLS), cfg.width, cfg.layers, mlp=mlp, tie_word_embeddings=False).eval()
-
-
-def toy_world(run: Run, base: int | None, cfg: Config | None = None) -> World:
-    """The built-in world with pre-trained base model number `base` (None: untrained), nothing adapted."""
-    cfg = cfg or run.cfg
-    model = toy_model(cfg).to(run.device)
-    if base is not None:
-        file = Path(cfg.out) / run.folder.relative_to(cfg.out).parts[0] / f"base-{base}" / "model.pt"
-        model.load_state_dict(torch.load(file, map_location=run.device, weights_only=True))
-    names = {symbol: family for family, symbol in LABELS.items()}
-    parse = lambda text: names.get(text.strip(), "other")  # noqa: E731
-    ask = lambda question: f";{ASK}{question}="  # noqa: E731
-    return World(cfg, run, model, toy_tokenizer(), SYMBOLS.index("$"), ask, parse)
-
-
-def pretrain(run: Run, base: int) -> dict:
-    """Train a base model on documents until its good-tag skills are there, then anneal; what it can do."""
-    cfg, threads = run.cfg, torch.get_num_threads()
-    if cfg.bases == 1:  # the other workers have nothing to do yet
-        torch.set_num_threads(threads * cfg.workers)
-    world = toy_world(run, None)
-    model, prompt = world.model, cfg.length + 5
-    skills = [toy_task(op, cfg, GOOD, train=1, test=1, valid=200) for op in OPERATIONS]
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.pretrain_lr, betas=(0.9, 0.95), weight_decay=0.01)
-    record = {"able": 0, "skills": {}}
-    anneal = max(1, min(200, cfg.pretrain_steps // 4))
-    forward = torch.compile(model) if cfg.compile else model
-    for step in run.steps(cfg.pretrain_steps, model=model, optimizer=optimizer, record=record):
-        left = (record["able"] or cfg.pretrain_steps - anneal) + anneal - step
-        optimizer.param_groups[0]["lr"] = cfg.pretrain_lr * min(1.0, (step + 1) / 50, left / anneal)
-        rng = np.random.default_rng(run.stream(f"documents {step}"))
-        ids = torch.from_numpy(documents(cfg.pretrain_batch, cfg.length, rng)).to(run.device)
-        with run.autocast():
-            logits = forward(ids[:, :-1].clamp(min=0), logits_to_keep=cfg.length + 1).logits
-        loss = nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), ids[:, prompt:].flatten(), ignore_index=-1
-        )
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 50 == 0 and not record["able"]:
-            found = {t.name: float(outcomes(world, t["valid"], t).mean()) for t in skills}
-            record["skills"] = found
-            if min(found[t] for t in TRAINED + UNSEEN) >= max(cfg.gate, 0.01):
-                record["able"] = step + 1
-        if record["able"] and step + 1 == record["able"] + anneal:
-            run.last = step
-        run.log(step, loss=loss)
-    torch.set_num_threads(threads)
-    found = {t.name: float(outcomes(world, t["valid"], t).mean()) for t in skills}
-    if missing := [t for t in TRAINED + UNSEEN if found[t] < cfg.gate]:
-        accuracies = ", ".join(f"{t} {found[t]:.2f}" for t in missing)
-        raise UserError(
-            f"{run.name}: RL can only elicit what is there, and good-tag accuracy is {accuracies}; "
-            "more --pretrain_steps, or another --seed"
-        )
-    common.write_atomic(run.folder / "model.pt", lambda f: torch.save(model.state_dict(), f))
-    tasks = [toy_task(op, cfg) for op in TRAINED + UNSEEN]
-    accuracy = {t.name: float(outcomes(world, t["test"], t).mean()) for t in tasks}
-    return {"good": found, "base": accuracy, "steps": run.last + 1}
-
-
-# --- the study on the built-in task: a grid of jobs on a few base models ---
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the first table: an adapter, where it sits, and what trains it."""
-
-    label: str
-    adapter: Literal["svf", "lora"]
-    objective: Literal["pg", "ntp"] = "pg"
-    rate: Literal["lr", "lora_lr", "ntp_lr"] = "lr"
-    changed: dict = field(default_factory=dict)
-
-
-QV = {"modules": ("qv",)}
-METHODS = {
-    "svf": Method("SVF", "svf"),
-    "lora": Method("LoRA", "lora", rate="lora_lr", changed=QV),
-    "lora_ntp": Method("LoRA, next-token prediction", "lora", "ntp", "ntp_lr", QV),
-}
-ABLATIONS = {
-    "svf_ntp": Method("SVF, next-token prediction", "svf", "ntp"),
-    "lora_r1": Method("LoRA, rank 1", "lora", rate="lora_lr", changed=QV | {"lora_rank": 1}),
-    "svf_mlp": Method("SVF, MLP only", "svf", changed={"modules": ("mlp",)}),
-    "svf_qv": Method("SVF, query and value only", "svf", changed=QV),
-    "svf_kl": Method("SVF, lambda = 0.1", "svf", changed={"lam": 0.1}),
-    "svf_free": Method("SVF, not renormalised", "svf", changed={"renormalise": False}),
-}
-
-
-def install(world: World, adapter: Literal["svf", "lora"]) -> World:
-    """The world with its model adapted as its settings say."""
-    make = (
-        svf_adapter(world.model, world.cfg, world.run)
-        if adapter == "svf"
-        else lora_adapter(world.model, world.cfg)
-    )
-    return replace(world, adapter=make)
-
-
-def cell_name(method: str, multiple: float, base: int, seed: int) -> str:
-    return f"{method}@{multiple:g}-{base}-{seed}"
-
-
-def toy_cell(name: str, run: Run) -> dict:
-    """One method at one rate, base and seed: train on each task, measure there and on unseen tasks."""
-    head, base, _ = name.split("-")
-    key, _, multiple = head.partition("@")
-    method = (METHODS | ABLATIONS)[key]
-    cfg = replace(run.cfg, **method.changed)
-    world, result = install(toy_world(run, int(base), cfg), method.adapter), {}
-    rate = getattr(cfg, method.rate) * float(multiple)
-    unseen = [toy_task(op, cfg) for op in UNSEEN if method.adapter == "lora"]  # SVF's are in `toy_adapt`
-    for operation in TRAINED:
-        task = toy_task(operation, cfg)
-        trained = train(replace(world, run=run.stage(operation)), task, method.objective, rate)
-        found = {k: trained[k] for k in ("best", "best_step", "curve", "speed")}
-        with world.adapter.use("merged"):
-            found["test"] = float(outcomes(world, task["test"], task).mean())
-            found["unseen"] = {t.name: float(outcomes(world, t["test"], t).mean()) for t in unseen}
-        if method.adapter == "svf":
-            file = run.folder / f"{operation}.safetensors"
-            save_expert(
-                file, world.adapter, world.adapter.z(), task=operation, family=task.family, method=key
+    @torch.no_grad()
+    def solve_shots(members: Tensor) -> list[tuple[float, float]]:
+        """(accuracy, tie-break) of members (M, D), all in one batch."""
+        z, index = mix(experts, members.unflatten(1, shape), adapter.sizes), torch.arange(len(members))
+        with adapter.using("mixed", z, index.repeat_interleave(n).to(z.device)), run.autocast():
+            answers = complete(
+                world, prompts * len(members), torch.zeros(len(index) * n, cfg.max_new), cfg, run
             )
-        found["test_last"] = found["test"]
-        if trained["best_step"] < cfg.steps:
-            world.adapter.load_state_dict(trained["last"])
-            with world.adapter.use("merged"):
-                found["test_last"] = float(outcomes(world, task["test"], task).mean())
-        result[operation] = found
-    return result | {"parameters": sum(p.numel() for p in world.adapter.parameters()), "rate": rate}
+            hidden, tokens = answer_hidden(world, prompts * len(members), answers)
+            logp, _ = token_scores(world.model, hidden, None, tokens, cfg.kl)
+        right = torch.tensor(judge(world, shots * len(members), answers)).view(-1, n)
+        likely = torch.stack([x.mean() for x in logp.split([*map(len, answers)])]).view(-1, n).cpu()
+        tie = (likely * right).sum(1) / right.sum(1)
+        return list(zip(right.float().mean(1).tolist(), tie.nan_to_num(-math.inf).tolist(), strict=True))
 
+    def score(members: Tensor) -> Tensor:
+        mine, size = share(members, run), max(1, cfg.sample_batch // n)
+        found = [pair for part in mine.split(size) for pair in solve_shots(part)]
+        scores, everyone = torch.zeros(len(members), 2), run.gather(found)
+        for rank, part in enumerate(everyone):
+            scores[rank :: run.world_size] = torch.tensor(part)
+        return scores.T
 
-def toy_experts(world: World, name: str) -> dict[str, dict[str, Tensor]]:
-    """The experts that the job `name` left, by family."""
-    folder = world.run.folder.parent / name
-    files = {OPERATIONS[op][0]: folder / f"{op}.safetensors" for op in TRAINED}
-    return {family: load_expert(file, world.adapter, cross_model=True) for family, file in files.items()}
-
-
-def toy_adapt(name: str, run: Run) -> dict:
-    """The three adaptations and their controls with the experts of one base and seed, on the unseen tasks."""
-    _, multiple, base, seed = name.split("-")
-    cfg, run_cls = run.cfg, run.stage("cls")
-    world = install(toy_world(run, int(base)), "svf")
-    experts = toy_experts(world, cell_name("svf", float(multiple), int(base), int(seed)))
-    sources = [toy_task(op, cfg) for op in TRAINED]
-    classify = cls_task(world, sources)
-    trained = train(replace(world, run=run_cls), classify, "pg", cfg.lr * float(multiple))
-    cls = world.adapter.z()
-    with world.adapter.use(world.adapter.scales(cls)):
-        accuracy = float(outcomes(world, classify["test"], classify).mean())
-    result = {"unseen": {}, "cls": {"test": accuracy, "best": trained["best"]}, "cost": {}, "alpha": {}}
-    with world.adapter.use(None):
-        result["cls"]["base"] = float(outcomes(world, classify["test"], classify).mean())
-    uniform = mix(list(experts.values()), torch.ones(len(experts)))
-    true, found = [], {"A": [], "B": []}
-    for operation in (*UNSEEN, "read"):
-        task = toy_task(operation, cfg)
-        problems, row = task["test"], {}
-        with world.adapter.use(None):
-            row["base"] = outcomes(world, problems, task)
-        for strategy, expert in (("A", None), ("B", cls)):
-            row[strategy], labels, costs = two_pass(world, problems, task, experts, expert)
-            found[strategy] += labels
-            result["cost"].setdefault(strategy, []).append([[c.read, c.written, c.seconds] for c in costs])
-        true += [task.family] * len(problems)
-        if operation in UNSEEN:
-            with world.adapter.use(world.adapter.scales(experts[task.family])):
-                row["expert of its family"] = outcomes(world, problems, task)
-            with world.adapter.use(world.adapter.scales(uniform)):
-                row["uniform mixture"] = outcomes(world, problems, task)
-            row |= toy_few_shot(world, experts, task, result)
-        result["unseen"][operation] = {k: float(v.mean()) for k, v in row.items()}
-    result["confusion"] = {k: confusion(true, labels).tolist() for k, labels in found.items()}
-    result["uniform"] = toy_uniform(world, uniform, sources)
-    return result
-
-
-def toy_uniform(world: World, uniform: dict[str, Tensor], tasks: list[Task]) -> dict[str, float]:
-    """What the uniform mixture does on the trained tasks, all at once."""
-    with world.adapter.use(world.adapter.scales(uniform)):
-        return {t.name: float(outcomes(world, t["test"], t).mean()) for t in tasks}
-
-
-def toy_few_shot(world: World, experts: dict, task: Task, result: dict) -> dict[str, np.ndarray]:
-    """Strategy C: global and per layer, and random search; outcomes on the test split of an unseen task."""
-    row, shots = {}, task["valid"][: world.cfg.shots]
-    for label, per_layer, rule in (
-        ("C, one weight an expert", False, "cem"),
-        ("C, weights per layer", True, "cem"),
-        ("C by random search", False, "random"),
-    ):
-        begin = time.perf_counter()
-        z, alpha, history = few_shot(world, list(experts.values()), shots, task, per_layer, rule)
-        seconds = time.perf_counter() - begin
-        with world.adapter.use(world.adapter.scales(z)):
-            row[label] = outcomes(world, task["test"], task)
-        weights = (alpha / alpha.sum(0).clamp_min(1e-9)).mean(1).tolist()
-        found = {"alpha": weights, "history": history, "seconds": seconds}
-        result["alpha"][f"{task.name}: {label}"] = found
-    return row
-
-
-def toy_cross(name: str, run: Run) -> dict:
-    """Experts of one base model on another one of the same shape, in their order and shuffled."""
-    _, multiple, source, target, seed = name.split("-")
-    world, result = install(toy_world(run, int(target)), "svf"), {}
-    experts = toy_experts(world, cell_name("svf", float(multiple), int(source), int(seed)))
-    generator = run.generator("shuffle")
-    for operation in TRAINED:
-        task, z = toy_task(operation, run.cfg), experts[OPERATIONS[operation][0]]
-        for label, used in (("ordered", z), ("shuffled", shuffled(z, generator))):
-            with world.adapter.use(world.adapter.scales(used)):
-                result[f"{operation}, {label}"] = float(outcomes(world, task["test"], task).mean())
-    for operation in UNSEEN:
-        task = toy_task(operation, run.cfg)
-        z, _, _ = few_shot(world, list(experts.values()), task["valid"][: run.cfg.shots], task, False)
-        with world.adapter.use(world.adapter.scales(z)):
-            result[f"{operation}, few-shot"] = float(outcomes(world, task["test"], task).mean())
-    return result
-
-
-# --- a vision-language model in miniature ---
-
-BITMAPS = (
-    "111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001",
-    "111100111001111", "111100111101111", "111001001010010", "111101111101111", "111101111001111",
-)  # fmt: skip
-
-
-class TinyVLM(nn.Module):
-    """LLaVA in miniature: the embeddings of picture tokens come from a projector, all else is the LM's."""
-
-    def __init__(self, lm: nn.Module, picture_token: int, pixels: int = 15):
-        super().__init__()
-        width = lm.config.hidden_size
-        self.lm, self.config, self.picture_token = lm, lm.config, picture_token
-        self.projector = nn.Sequential(nn.Linear(pixels, width), nn.GELU(), nn.Linear(width, width))
-
-    @property
-    def device(self) -> torch.device:
-        return self.lm.device
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm.get_output_embeddings()
-
-    def embed(self, ids: Tensor, pixel_values: Tensor | None) -> Tensor:
-        """ids (B, T), pixel_values (B, pictures, pixels) or None -> (B, T, width)."""
-        embeddings = self.lm.get_input_embeddings()(ids)
-        if pixel_values is None:
-            return embeddings
-        place = ids == self.picture_token
-        place &= place.cumsum(1) <= pixel_values.shape[1]  # an answer may hold the token, too
-        return embeddings.masked_scatter(place[..., None], self.projector(pixel_values).to(embeddings.dtype))
-
-    def base_model(self, input_ids: Tensor, pixel_values: Tensor | None = None, **more):
-        """Hidden states, as the base_model of a transformers model gives them."""
-        return self.lm.base_model(inputs_embeds=self.embed(input_ids, pixel_values), **more)
-
-    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None, **more):
-        return self.lm(inputs_embeds=self.embed(input_ids, pixel_values), **more)
-
-
-def glyphs(x: np.ndarray, rng: np.random.Generator) -> Tensor:
-    """Digits (n, L) as noisy 5 x 3 bitmaps (n, L, 15)."""
-    bitmaps = np.array([[int(bit) for bit in row] for row in BITMAPS], np.float32)
-    return torch.from_numpy(bitmaps[x] + 0.35 * rng.standard_normal((*x.shape, 15)).astype(np.float32))
-
-
-def with_pictures(task: Task) -> Task:
-    """The same problems with their digits shown, not written: one picture token a digit."""
-    splits = {}
-    for split, problems in task.splits.items():
-        rng = np.random.default_rng(common.stable_hash(f"{task.name} {split} glyphs"))
-        digits = np.array([[int(c) for c in p.question[2:]] for p in problems])
-        shown = zip(problems, glyphs(digits, rng), strict=True)
-        splits[split] = [
-            replace(p, prompt=p.prompt[:4] + "%" * digits.shape[1] + "=", image=image) for p, image in shown
-        ]
-    return replace(task, name=f"{task.name} from pictures", splits=splits)
-
-
-def toy_vlm(name: str, run: Run) -> dict:
-    """Train the projector on captions, then an expert of max from pictures; min with the text-only expert."""
-    _, multiple, base, seed = name.split("-")
-    cfg = run.cfg
-    world = toy_world(run, int(base))
-    lm = world.model.requires_grad_(False)
-    model = TinyVLM(lm, SYMBOLS.index("%")).to(run.device)
-    world = replace(world, model=model)
-    caption = run.stage("projector")
-    optimizer = torch.optim.AdamW(model.projector.parameters(), 3e-3, weight_decay=0.01)
-    for step in caption.steps(cfg.projector_steps, projector=model.projector, optimizer=optimizer):
-        rng = np.random.default_rng(caption.stream(f"captions {step}"))
-        x = draw_digits(cfg.batch, cfg.length, "pretrain", rng)
-        prompt = torch.from_numpy(prompts_to("read", x, UNTAGGED))
-        prompt[:, 4:-1] = model.picture_token
-        ids = torch.cat([prompt, torch.from_numpy(x), torch.full((len(x), 1), world.eos)], 1).to(run.device)
-        logits = model(ids[:, :-1], glyphs(x, rng).to(run.device), logits_to_keep=cfg.length + 1).logits
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, cfg.length + 5 :].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        caption.log(step, loss=loss)
-    model.requires_grad_(False)
-    world = install(world, "svf")
-    read, seen, unseen = (with_pictures(toy_task(op, cfg)) for op in ("read", "max", "min"))
-    language = toy_experts(world, cell_name("svf", float(multiple), int(base), int(seed)))["reasoning"]
-    result = {"read, base": float(outcomes(world, read["test"], read).mean())}
-    for task in (seen, unseen):
-        result[f"{task.name[:3]}, base"] = float(outcomes(world, task["test"], task).mean())
-        with world.adapter.use(world.adapter.scales(language)):
-            result[f"{task.name[:3]}, language expert"] = float(outcomes(world, task["test"], task).mean())
-    train(replace(world, run=run.stage("rl")), seen, "pg", cfg.lr * float(multiple))
-    with world.adapter.use("merged"):
-        result["max, expert"] = float(outcomes(world, seen["test"], seen).mean())
-    return result
-
-
-def toy_job(name: str, run: Run) -> dict:
-    """A job of the grid by the beginning of its name."""
-    kinds = {"adapt": toy_adapt, "cross": toy_cross, "vlm": toy_vlm}
-    if name.startswith("base-"):
-        return pretrain(run, int(name.split("-")[1]))
-    return kinds.get(name.split("-")[0], toy_cell)(name, run)
-
-
-def best_multiple(cells: dict[str, dict], key: str, cfg: Config, units: list) -> float:
-    """The learning rate with the best validation accuracy, of those with a rate four times as high beside it.
-
-    Equally good ones: the one nearest to the configured rate.
-    """
-
-    def score(multiple: float) -> tuple[float, float]:
-        found = [cells[cell_name(key, multiple, b, s)][op]["best"] for b, s in units for op in TRAINED]
-        return round(float(np.mean(found)), 3), -abs(math.log(multiple))
-
-    return max((m for m in cfg.sweep if 4 * m in cfg.sweep), key=score)
-
-
-def toy_study(cfg: Config, run: Run) -> None:
-    """Base models, a sweep of learning rates, then the rest at the tuned ones; tables, claims, figure."""
-    units = [(b, s) for b in range(cfg.bases) for s in range(cfg.seeds)]
-    bases = run.jobs([f"base-{b}" for b in range(cfg.bases)], toy_job)
-    for name, found in bases.items():
-        accuracies = ", ".join(f"{k} {v:.2f}" for k, v in found["base"].items())
-        run.print(f"  {name}: {found['steps']} steps; greedy, untagged: {accuracies}")
-    cells = run.jobs([cell_name(k, m, b, s) for k in METHODS for m in cfg.sweep for b, s in units], toy_job)
-    tuned = {k: best_multiple(cells, k, cfg, units) for k in METHODS}
-    plan = [(k, tuned[k] * m) for k in ("svf", "lora") for m in (1, 4)] + [("lora_ntp", tuned["lora_ntp"])]
-    rest = [f"adapt-{tuned['svf']:g}-{b}-{s}" for b, s in units]
-    rest += [f"cross-{tuned['svf']:g}-{b}-{(b + 1) % cfg.bases}-0" for b in range(cfg.bases) if cfg.bases > 1]
-    rest += [f"vlm-{tuned['svf']:g}-{b}-{s}" for b, s in units if cfg.vlm]
-    if cfg.ablations:
-        own = [(k, tuned["svf" if m.adapter == "svf" else "lora"]) for k, m in ABLATIONS.items()]
-        plan += own
-        rest += [cell_name(k, m, 0, 0) for k, m in own]
-    others = run.jobs(rest, toy_job)
-    toy_report(cfg, run, units, bases, cells | others, tuned, plan, others)
-
-
-def toy_report(cfg: Config, run: Run, units, bases, cells, tuned, plan, others) -> None:
-    """Everything that the study prints and keeps."""
-
-    def column(k: str, m: float, op: str, key: str) -> list[float]:
-        names = (cell_name(k, m, b, s) for b, s in units)
-        return [cells[name][op][key] for name in names if name in cells]
-
-    base = lambda op: [bases[f"base-{b}"]["base"][op] for b, _ in units]  # noqa: E731
-    how = f"{cfg.eval_problems} test problems a task, +- s.e. over {cfg.bases} bases x {cfg.seeds} seeds"
-    rows = [{"row": "base", "parameters": 0, "rate": None} | {op: common.mean_se(base(op)) for op in TRAINED}]
-    rows[0] |= {f"{op}, last": None for op in TRAINED}
-    for k, m in plan:
-        one = cells[cell_name(k, m, *units[0])]
-        label = (METHODS | ABLATIONS)[k].label + (
-            " at 4 x its rate" if k in tuned and m == 4 * tuned[k] else ""
-        )
-        row = {"row": label, "parameters": one["parameters"], "rate": one["rate"]}
-        row |= {op: common.mean_se(column(k, m, op, "test")) for op in TRAINED}
-        rows.append(row | {f"{op}, last": common.mean_se(column(k, m, op, "test_last")) for op in TRAINED})
-    run.table(rows, f"trained tasks: {how}; best on validation, and last update")
-    sweep = []
-    for k, m in ((k, m) for k in METHODS for m in cfg.sweep):
-        row = {"rate": f"{METHODS[k].label} x {m:g}"}
-        for title, key in (("validation", "best"), ("test", "test"), ("test, last", "test_last")):
-            row[title] = common.mean_se(np.mean([column(k, m, op, key) for op in TRAINED], 0).tolist())
-        sweep.append(row)
-    run.table(sweep, "learning rates, multiples of the configured ones, mean over the trained tasks")
-    adapted = [others[f"adapt-{tuned['svf']:g}-{b}-{s}"] for b, s in units]
-    unseen_table(run, units, cells, tuned, adapted, how)
-    dispatch_table(run, adapted)
-    crossed = [x for name, x in others.items() if name.startswith("cross")]
-    if crossed:
-        rows = [{"": k, "accuracy": common.mean_se([x[k] for x in crossed])} for k in crossed[0]]
-        run.table(rows, "experts of one base model on another, independently trained one")
-    pictures = [x for name, x in others.items() if name.startswith("vlm")]
-    if pictures:
-        rows = [{"": k, "accuracy": common.mean_se([x[k] for x in pictures])} for k in pictures[0]]
-        run.table(rows, "vision-language model in miniature, digits shown as noisy bitmaps")
-    toy_claims(run, units, bases, cells, tuned, adapted)
-    run.figure(
-        "transformer2",
-        functools.partial(draw_study, cells=cells, cfg=cfg, units=units, adapted=adapted),
-        (12, 4),
+    mean = torch.full((shape[0] * shape[1],), 1 / len(experts))
+    alpha, history = cem(score, mean, cfg, run.generator(f"cem {task.name} {cfg.per_matrix}"))
+    weights = (alpha.view(shape) / alpha.view(shape).sum(0).clamp(min=1e-9)).mean(1).tolist()
+    run.print(
+        f"{run.folder.name}, {task.name}: shots {history[0]:.2f} to {history[-1]:.2f}, alpha {np.round(weights, 2)}"
     )
-    speeds = [cells[cell_name("svf", tuned["svf"], b, s)][op]["speed"] for b, s in units for op in TRAINED]
-    mean = {k: float(np.mean([x[k] for x in speeds])) for k in speeds[0]}
-    searches = [x["seconds"] for a in adapted for x in a["alpha"].values()]
-    mean["few_shot_rollouts_per_s"] = cfg.population * cfg.shots * cfg.generations / float(np.mean(searches))
-    run.finish(updates_per_s=1 / mean.pop("seconds_per_step"), **mean)
+    return mix(experts, alpha.view(1, *shape), adapter.sizes)[0]
 
 
-def unseen_table(run: Run, units, cells, tuned: dict, adapted: list[dict], how: str) -> None:
-    """The second table: unseen tasks by strategy, and LoRA's adapters there."""
-    rows = []
-    for label in adapted[0]["unseen"][UNSEEN[0]]:
-        values = {op: [x["unseen"][op][label] for x in adapted] for op in UNSEEN}
-        rows.append({"row": label} | {op: common.mean_se(v) for op, v in values.items()})
-        rows[-1]["mean"] = common.mean_se(np.mean(list(values.values()), 0).tolist())
-    for key in ("lora", "lora_ntp"):
-        found = [cells[cell_name(key, tuned[key], b, s)] for b, s in units]
-        picks = {
-            "adapter of its family": lambda x, op: x[RELATED[op]]["unseen"][op],
-            "best adapter by test score (oracle)": lambda x, op: max(x[t]["unseen"][op] for t in TRAINED),
-        }
-        for what, pick in picks.items():
-            values = {op: [pick(x, op) for x in found] for op in UNSEEN}
-            row = {"row": f"{METHODS[key].label}, {what}"}
-            row |= {op: common.mean_se(v) for op, v in values.items()}
-            rows.append(row | {"mean": common.mean_se(np.mean(list(values.values()), 0).tolist())})
-    run.table(rows, f"unseen tasks: {how}")
+# --- a cell of the table ---
 
 
-def dispatch_table(run: Run, adapted: list[dict]) -> None:
-    """Dispatch accuracy, the learned weights, and what two passes cost."""
-    rows = []
-    for strategy in ("A", "B"):
-        counts = np.sum([x["confusion"][strategy] for x in adapted], 0)
-        costs = np.array(
-            [x["cost"][strategy] for x in adapted]
-        )  # (units, tasks, pass, (read, written, seconds))
-        first, second = costs.sum((0, 1)) / len(adapted)
-        row = {"strategy": strategy, "right": np.diag(counts)[:3].sum() / counts[:3].sum()}
-        row |= {"right, with other": np.diag(counts).sum() / counts.sum()}
-        for name, (read, written, seconds) in (("first pass", first), ("second pass", second)):
-            row |= {f"{name}: tokens read": int(read), "written": int(written), f"{name}: s": float(seconds)}
-            row[f"{name}: written"] = row.pop("written")
-        rows.append(row)
-    run.table(rows, "dispatch of the unseen tasks and of `read`, which belongs to other; cost of both passes")
-    chosen = {k: [x["alpha"][k]["alpha"] for x in adapted] for k in adapted[0]["alpha"]}
-    rows = [
-        {"search": k}
-        | {f: common.mean_se([a[i] for a in alphas]) for i, f in enumerate(OPERATIONS[t][0] for t in TRAINED)}
-        for k, alphas in chosen.items()
-    ]
-    run.table(rows, "weights that few shots chose, as shares")
+def train(cfg: Config, run: Run) -> dict[str, float]:
+    """One cell: train what it needs, adapt to each task, and measure all of them on their test splits."""
+    base = str(run.once("base model", make_base) / "model") if cfg.model == "tiny" else cfg.model
+    tasks, unseen = ([load_task(x, cfg, run) for x in texts] for texts in (cfg.tasks, cfg.unseen))
+    factors = None
+    if cfg.adapter != "lora":
+        factors = run.once(f"factors {' '.join(cfg.modules)}", partial(decompose, base))
+    dtype = torch.bfloat16 if run.amp else torch.float32
+    world = open_world(base, factors, cfg.modules, cfg.lora_rank, cfg.lora_scale, (run.device, dtype))
 
-
-def toy_claims(run: Run, units, bases, cells, tuned: dict, adapted: list[dict]) -> None:
-    """The paper's sentences, paired by base and seed."""
-
-    def each(key: str, multiple: float) -> list[dict]:
-        return [cells[cell_name(key, multiple, b, s)] for b, s in units]
-
-    def mean(key: str, multiple: float, number: str) -> list[float]:
-        return [np.mean([x[op][number] for op in TRAINED]) for x in each(key, multiple)]
-
-    def average(label: str) -> list[float]:
-        return [np.mean([x["unseen"][op][label] for op in UNSEEN]) for x in adapted]
-
-    svf, lora = each("svf", tuned["svf"]), each("lora", tuned["lora"])
-    sizes = f"({svf[0]['parameters']} parameters, LoRA {lora[0]['parameters']})"
-    for op in TRAINED:
-        base = [bases[f"base-{b}"]["base"][op] for b, _ in units]
-        run.claim(f"the SVF expert of {op} {sizes} beats the base", [x[op]["test"] for x in svf], base)
-    ours, theirs = mean("svf", tuned["svf"], "test"), mean("lora", tuned["lora"], "test")
-    run.claim("SVF beats LoRA under the same RL, each at its tuned rate", ours, theirs)
-    run.claim("... they are the same within 0.03", ours, theirs, "same", 0.03)
-    high = mean("svf", 4 * tuned["svf"], "test_last"), mean("lora", 4 * tuned["lora"], "test_last")
-    run.claim("... at four times that rate, last update, SVF beats LoRA", *high)
-    names = {"A": "prompt dispatch (A)", "B": "a category expert (B)"}
-    names |= {"C, one weight an expert": "few-shot mixing (C, one weight an expert)"}
-    names |= {"C, weights per layer": "few-shot mixing (C, weights per layer)"}
-    for label, text in names.items():
-        run.claim(f"{text} improves unseen tasks", average(label), average("base"))
-    theirs = [np.mean([x[RELATED[op]]["unseen"][op] for op in UNSEEN]) for x in lora]
-    run.claim("B beats LoRA's adapter of the same family on unseen tasks", average("B"), theirs)
-
-
-def draw_study(figure, cells: dict, cfg: Config, units: list, adapted: list[dict]) -> None:
-    """Confusion of both dispatches, and the last update's accuracy by learning rate."""
-    left, middle, right = figure.subplots(1, 3)
-    names = [*FAMILIES, "other"]
-    for axes, strategy, title in ((left, "A", "A: the base model"), (middle, "B", "B: a category expert")):
-        counts = np.sum([x["confusion"][strategy] for x in adapted], 0)
-        shares = counts / counts.sum(1, keepdims=True)
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        for i, j in np.ndindex(shares.shape):
-            axes.text(
-                j,
-                i,
-                f"{shares[i, j]:.2f}",
-                ha="center",
-                va="center",
-                color="w" if shares[i, j] > 0.6 else "k",
+    def expert(task: Task, new: int) -> Tensor:
+        """From a file of --experts, or trained here, once for all rows that share it."""
+        file = Path(cfg.experts) / f"{task.name}.safetensors"
+        if not cfg.experts:
+            kind = f"{cfg.adapter} x{cfg.rate:g}" + (" imitating" if cfg.imitate else "")
+            file = (
+                run.once(f"{kind} {task.name}", partial(train_expert, task, new, world))
+                / "expert.safetensors"
             )
-        axes.set(title=f"{title} dispatches", xlabel="found", ylabel="true", xticks=range(4), yticks=range(4))
-        axes.set_xticklabels(names)
-        axes.set_yticklabels(names)
-    for key, style in (("svf", "o-"), ("lora", "s--"), ("lora_ntp", "^:")):
-        jobs = [[cells[cell_name(key, m, *unit)] for m in cfg.sweep] for unit in units]
-        values = np.array([[[x[op]["test_last"] for op in TRAINED] for x in row] for row in jobs])
-        values = values.mean(2)  # (seeds, rates)
-        line = right.plot(cfg.sweep, values.mean(0), style, label=METHODS[key].label)[0]
-        right.fill_between(cfg.sweep, values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
-    right.set(xscale="log", ylim=(0, 1.03), xlabel="learning rate, multiple of the configured one")
-    right.set(ylabel="accuracy on the trained tasks", title="Last update: mean (band: all seeds)")
-    right.legend()
+        return load_expert(file, world, cfg.cross_model)
+
+    experts, classifier, found = {}, None, {"parameters": 0}
+    if cfg.adapter != "none":
+        experts = {task.category: expert(task, cfg.max_new) for task in tasks}
+        found["parameters"] = sum(world.adapter.sizes)
+    if cfg.adapt == "category":
+        classifier = expert(category_task(tasks, cfg), cfg.label_new)
+
+    passes, pairs = [], []
+    for task in tasks + unseen:
+        if cfg.adapt in ("prompt", "category"):
+            outcomes, *took = two_pass(task, experts, classifier, world, run)
+            right = [r for r, _ in outcomes]
+            passes.append(took)
+            pairs += [(task.category, label) for _, label in outcomes]
+        else:
+            vector = experts.get(task.category)
+            if cfg.adapt == "few_shot" and task in unseen:
+                vector = few_shot(task, torch.stack([*experts.values()]), world, run)
+            right = judge_all(task, vector, world, run)
+        found[task.name] = accuracy(right, run)
+    for name, group in (("trained", tasks), ("unseen", unseen)):
+        known = [found[task.name] for task in group if task.category != "other"]
+        found |= {name: np.mean(known)} if known else {}
+    if passes:
+        found |= count_passes(passes, pairs, run)
+    if cfg.bench:
+        found |= benchmarks(experts, world, run)
+    return found
 
 
-# --- graders ---
+def judge_all(task: Task, vector: Tensor | None, world: World, run: Run) -> list[bool]:
+    """Whether greedy answers to this rank's share of the test are right."""
+    problems = share(task.test, run)
+    return judge(world, problems, Pass().answer(world, problems, vector, run.cfg.max_new, run))
 
 
-def last_number(text: str, grader: str = "exact") -> str | None:
-    """The last number of a text, None if there is none. "exact": with sign, decimals and thousands, whose
-    commas go. "reference": as the paper's code reads it, so that "1,200" and "-200" are both 200."""
-    if grader == "reference":
-        found = re.findall(r"\d*\.?\d+", text)
-        return found[-1] if found else None
-    pattern = r"(?:(?<![\w)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
+def count_passes(passes: list, pairs: list, run: Run) -> dict[str, float]:
+    """Tokens and seconds of both passes over all tests, and how often dispatch was right; prints confusion."""
+    table = np.zeros((len(CATEGORIES), len(CATEGORIES)), int)
+    for true, label in sum(run.gather(pairs), []):
+        table[CATEGORIES.index(true), CATEGORIES.index(label)] += 1
+    rows = [[name, *row] for name, row in zip(CATEGORIES, table.tolist(), strict=True)]
+    run.print(f"{run.folder.name}: true category, and sent to\n{tabulate(rows, ['', *CATEGORIES])}")
+    np.save(run.folder / "confusion.npy", table)
+    found = {"dispatched": table.trace() / table.sum()}
+    for number, column in enumerate(zip(*passes, strict=True), 1):
+        tokens = sum(run.gather(sum(x.read + x.written for x in column)))
+        found |= {f"tokens {number}": tokens, f"seconds {number}": sum(x.seconds for x in column)}
+    return found
+
+
+def benchmarks(experts: dict[str, Tensor], world: World, run: Run) -> dict[str, float]:
+    """lm-eval's tasks with each expert, or with the base weights if there is none: {"expert: task, metric"}."""
+    found = {}
+    for name, vector in (experts or {"base": None}).items():
+        expert = contextlib.nullcontext() if vector is None else world.adapter.using("merged", vector)
+        with expert:
+            results = common.benchmark(world.model, world.tokenizer, run.cfg.bench, run)
+        for task, scores in results.items():
+            found |= {f"{name}: {task}, {k}": v for k, v in scores.items() if isinstance(v, float)}
+    return found
+
+
+# --- tasks: judges ---
+
+
+def last_number(text: str) -> str:
+    """The last number, with sign, decimals and thousands, whose commas go; "" if there is none."""
+    pattern = r"(?:(?<![\w)])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])-?\.\d+"
     found = re.findall(pattern, text.replace("\N{MINUS SIGN}", "-").replace("\\$", "$"))
-    return re.sub(r"[,$]", "", found[-1]) if found else None
+    return re.sub(r"[,$]", "", found[-1]) if found else ""
 
 
-def grade_number(p: Problem, text: str, grader: str = "exact") -> bool:
-    """Whether the last number of an answer equals the target's."""
-    return common.equal_answers(last_number(text, grader), last_number(p.target, grader))
+def right_number(target: str, text: str) -> bool:
+    """GSM8K: whether the last number of the answer is the target."""
+    return bool(last_number(text)) and common.answers_agree(target, last_number(text))
 
 
-def grade_choice(p: Problem, text: str) -> bool:
-    """Whether the last "answer is (X)", else "Answer: X", else stand-alone capital A to E is the target."""
-    for pattern in (r"(?i:answer is):?[\s*]*\(?([A-E])\b", r"(?i:answer):[\s*]*\(?([A-E])\b", r"\b([A-E])\b"):
-        if found := re.findall(pattern, text):
-            return found[-1] == p.target
+def right_letter(target: str, text: str) -> bool:
+    """ARC: the first "answer is (X)", else the first "Answer: X", else the last capital that stands alone."""
+    for pattern in (r"answer is \(?([A-J])\)?", r"[aA]nswer:\s*([A-J])", r"(?s)\b([A-J])\b(?!.*\b[A-J]\b)"):
+        if found := re.search(pattern, text):
+            return found[1] == target
     return False
 
 
-def grade_math(p: Problem, text: str) -> bool:
-    """Whether the last boxed expression equals the target."""
-    return common.equal_answers(common.extract_boxed(text), p.target)
+def right_box(target: str, text: str) -> bool:
+    """MATH and .jsonl files: whether the last box of the answer agrees with the target, by math-verify."""
+    return common.last_box(text) is not None and common.answers_agree(target, text)
 
 
-def short_answer(text: str, number: bool) -> str:
-    """What an answer comes to: its box, else what follows "answer is", else its last number, else all."""
-    if (boxed := common.extract_boxed(text)) is not None:
-        return boxed.strip()
-    if found := re.findall(r"(?i)answer is:?\s*([^\n]+)", text):
-        said = found[-1].strip().strip("*\"'`").rstrip(".").strip()
-        return last_number(said) or said if number else said
-    return (last_number(text) if number else None) or text.strip()
+def right_gym(score: Callable, target: str, text: str) -> bool:
+    """Whether reasoning-gym gives full marks to the last box, or to all of an answer without one."""
+    return score(common.last_box(text) or text.strip()) >= 0.99
 
 
-def grade_text(p: Problem, text: str) -> bool:
-    """For tables of questions and answers: whether the short answer is the target, in any case of letters."""
-    target = str(p.target).strip()
-    number = last_number(target) == re.sub(r"[,$]", "", target)
-    return common.equal_answers(short_answer(text, number).lower(), target.lower())
-
-
-def grade_gym(p: Problem, text: str, score: Callable) -> bool:
-    """Whether reasoning_gym gives full marks; the target is the entry of its data set."""
-    number = last_number(str(p.target["answer"])) == str(p.target["answer"]).strip()
-    return score(answer=short_answer(text, number), entry=p.target) >= 0.99
-
-
-def plain_words(text: str) -> str:
-    """VQA's normal form: lower case, no punctuation, no articles, single spaces."""
-    text = text.strip().lower().replace("'", "")
-    text = "".join(" " if c in string.punctuation and c != "." else c for c in text)
-    text = re.sub(r"\.(?!\d)", "", text)  # a full stop, not a decimal point
-    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
-
-
-def vqa_accuracy(answers: list[str], text: str) -> float:
-    """VQA's soft accuracy of the first line of an answer: a third for each person who said so, 1 at most."""
-    said = plain_words(text.strip().split("\n")[0])
-    return min(sum(plain_words(a) == said for a in answers) / 3, 1.0)
-
-
-def grade_vqa(p: Problem, text: str) -> bool:
-    """A soft accuracy of 0.5 or more: two of ten people, at least."""
-    return vqa_accuracy(p.target, text) >= 0.5
+def same_text(target: str, text: str) -> bool:
+    return text == target
 
 
 # --- programs that a model wrote ---
 
-# Limits are set by the process itself, before it reads what it runs: preexec_fn is unsafe among threads. The
-# hook keeps accidents away where the user cannot be changed; it is no wall against an attacker. The program
-# is a module with a name, which dataclasses look up.
+# The process limits itself before it reads what it runs: preexec_fn is unsafe among threads. The hook keeps
+# accidents away; it is no wall against an attacker.
 BOOTSTRAP = """
 import resource, sys, types
-seconds, size = int(sys.argv[1]), int(sys.argv[2]) << 20
+seconds, size = int(sys.argv[1]), 1 << 30
 limits = {"AS": size, "CPU": seconds, "FSIZE": 1 << 20, "NPROC": 0, "CORE": 0}
 for name, limit in limits.items():
     resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
 code = compile(sys.stdin.read(), "program", "exec")
 refused = ("os.fork", "os.posix", "os.exec", "os.spawn", "os.system", "os.kill", "os.remove", "os.rmdir",
-    "os.rename", "os.chmod", "os.chown", "os.chdir", "os.truncate", "os.link", "os.symlink", "os.setxattr",
-    "subprocess.", "shutil.", "socket.", "ctypes.")
+    "os.rename", "os.chmod", "os.chown", "os.chdir", "os.truncate", "os.link", "os.symlink", "subprocess.",
+    "shutil.", "socket.", "ctypes.")
 def hook(event, args):
     elsewhere = event == "open" and not isinstance(args[0], int) and args[2] & 3 and "/" in str(args[0])
     if elsewhere or event.startswith(refused):
@@ -1898,943 +1021,406 @@ exec(code, module.__dict__)
 """
 
 
-def start_program(program: str, seconds: float, megabytes: int, folder: str, output) -> subprocess.Popen:
-    """Start a Python process of its own session that waits for a program on stdin.
+def start_program(seconds: float, folder: str, output) -> subprocess.Popen:
+    """Start Python in a session of its own; it waits for a program on stdin.
 
-    Root's children run as nobody, since a limit on processes does not bind root, where nobody may run Python.
+    Root's child runs as nobody, since a limit on processes does not bind root; a notice says where it cannot.
     """
-    limits = [str(math.ceil(seconds) + 1), str(megabytes)]
-    command = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-c", BOOTSTRAP, *limits]
+    python = [
+        os.path.realpath(sys.executable),
+        "-I",
+        "-S",
+        "-B",
+        "-c",
+        BOOTSTRAP,
+        str(math.ceil(seconds) + 1),
+    ]
     settings = dict(stdin=subprocess.PIPE, stdout=output, stderr=subprocess.DEVNULL, cwd=folder, env={})
-    settings["start_new_session"] = True
-    if os.geteuid() == 0:
-        os.chmod(folder, 0o777)
-        with contextlib.suppress(OSError):
-            return subprocess.Popen(command, **settings, user=65534, group=65534, extra_groups=[])
-    return subprocess.Popen(command, **settings)
+    settings |= dict(start_new_session=True)
+    if os.geteuid() != 0:
+        return subprocess.Popen(python, **settings)
+    os.chmod(folder, 0o777)
+    try:
+        return subprocess.Popen(python, **settings, user=65534, group=65534, extra_groups=[])
+    except OSError as e:
+        notice(f"generated programs run as root: {e}")
+        return subprocess.Popen(python, **settings)
 
 
-def run_code(program: str, seconds: float, megabytes: int) -> bool:
+@functools.cache  # once is enough
+def notice(text: str):
+    sys.stderr.write(f"transformer2.py: {text}\n")
+
+
+def run_code(program: str, seconds: float) -> bool:
     """Whether a program runs to its last line, in a process of its own with limits on time and memory.
 
-    A secret that its last line prints tells an end from an early exit. The interpreter runs with -S: there is
-    the standard library and nothing else, no numpy. What a program leaves running is killed.
+    A secret that its last line prints tells an end from an early exit. There is the standard library and
+    nothing else. What a program leaves running is killed.
     """
     nonce = secrets.token_hex(16)
     source = f"{program}\n\n__import__('sys').stdout.write('\\n{nonce}')\n"
-    with (
-        tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True) as folder,
-        tempfile.TemporaryFile() as output,  # not a pipe: what it prints must not fill our memory
-    ):
-        process = start_program(program, seconds, megabytes, folder, output)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
+        process = start_program(seconds, folder, output)
         try:
             process.communicate(source.encode("utf-8", "replace"), timeout=seconds)
         except subprocess.TimeoutExpired:
             return False
         finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or (macOS) about to go
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or about to go
                 os.killpg(process.pid, signal.SIGKILL)
-            if process.returncode is None:
-                process.communicate()
-        output.seek(max(0, output.seek(0, os.SEEK_END) - len(nonce)))
-        return process.returncode == 0 and output.read() == nonce.encode()
+            process.communicate()
+        output.seek(0)
+        return process.returncode == 0 and output.read().endswith(nonce.encode())
 
 
-def grade_code(p: Problem, text: str, seconds: float, megabytes: int) -> bool:
-    """Whether a program passes its tests; the target is (what comes before the answer, the tests)."""
-    before, tests = p.target
-    return run_code(f"{before}{text}\n\n{tests}\n", seconds, megabytes)
+def passes(seconds: float, before: str, target: str, text: str) -> bool:
+    """MBPP and HumanEval: whether the answer's code, after what was given, passes the tests (target)."""
+    return run_code(f"{before}{text.partition('```')[0]}\n\n{target}\n", seconds)
 
 
-# --- prompts of real models ---
+# --- tasks: sources ---
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-CLS_SYSTEM = """Sort the user's request into one of four categories by the skill that it needs most.
-Do not solve it.
-- code: writing, reading or repairing programs
-- math: calculating, algebra, geometry, word problems with numbers
-- reasoning: science and general knowledge, logic, choosing among given answers
-- other: none of these
-If several fit, take the dominant one. Answer with the category only, as \\boxed{code}, \\boxed{math},
-\\boxed{reasoning} or \\boxed{other}."""
-
-
-@dataclass(frozen=True)
-class Chat:
-    """Prompts as text, encoded with add_special_tokens=False: they hold one BOS if the model has one."""
-
-    tok: object
-    end_of_turn: int
-    system_role: bool = True
-    bos: str = ""  # what the template leaves to the tokenizer
-    processor: object = None  # of a vision-language model
-
-    def __call__(self, system: str, user: str, prefill: str = "") -> str:
-        """System and user turns, and the beginning of the answer."""
-        turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        if not self.system_role:
-            turns = [{"role": "user", "content": f"{system}\n\n{user}"}]
-        text = self.tok.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        return (text if text.startswith(self.bos) else self.bos + text) + prefill
-
-    def plain(self, text: str) -> str:
-        """No turns at all."""
-        return (self.tok.bos_token or "") + text
-
-    def picture(self, question: str) -> str:
-        """A picture and a question about it. UserError for a model without eyes."""
-        if self.processor is None:
-            raise UserError("textvqa and okvqa need a vision-language model, as in --config vlm")
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        turns = [{"role": "user", "content": content}]
-        text = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        return text if text.startswith(self.bos) else self.bos + text
-
-
-def notice(text: str) -> None:
-    """A line on stderr, of the first rank."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"transformer2.py: {text}\n")
-
-
-def make_chat(tok, processor=None) -> Chat:
-    """The Chat of a model: what its template does about system turns, BOS and the end of a turn.
-
-    UserError if a template takes no user and assistant turns, or if nothing ends a turn.
-    """
-    if tok.chat_template is None:
-        if processor is None or not getattr(processor, "chat_template", None):
-            notice("the model has no chat template, taking ChatML")
-        tok.chat_template = getattr(processor, "chat_template", None) or CHATML
-    render = functools.partial(tok.apply_chat_template, tokenize=False)
-    system, turns = {"role": "system", "content": "<sys>"}, [{"role": "user", "content": "Q"}]
-    try:
-        system_role = "<sys>" in render([system, *turns], add_generation_prompt=True)
-    except Exception:  # whatever the template raises
-        system_role = False
-    try:
-        tail = render([*turns, {"role": "assistant", "content": "<x>"}]).rpartition("<x>")[2]
-        head = render(turns, add_generation_prompt=True)
-    except Exception as e:
-        raise UserError(f"the chat template refuses user and assistant turns ({e})") from None
-    tail = tail.lstrip()
-    ids = tok.encode(tail, add_special_tokens=False) if tail else []
-    special = set(tok.all_special_ids) | set(tok.added_tokens_decoder)
-    known = ids and ids[0] in special and tail.startswith(tok.convert_ids_to_tokens(ids[0]))  # not <unk>
-    end = ids[0] if known else tok.eos_token_id
-    if end is None:
-        raise UserError("neither the chat template nor the tokenizer says what ends a turn")
-    adds_bos = tok.bos_token_id is not None and tok.encode("Q")[:1] == [tok.bos_token_id]
-    bos = tok.bos_token if adds_bos and not head.startswith(tok.bos_token) else ""
-    return Chat(tok, end, system_role, bos, processor)
-
-
-# --- real tasks ---
-
-SOURCES = {  # hub id; problems as train / valid / test; tokens of an answer
-    "gsm8k": ("openai/gsm8k", "3737 / 3736 / 1319", 512),
-    "mbpp": ("evalplus/mbppplus", "200 / 100 / 78 (the paper's release: 99)", 512),
-    "arc_easy": ("allenai/ai2_arc", "1126 / 1125 / 2376", 512),
-    "math": ("EleutherAI/hendrycks_math", "test 5000", 1024),
-    "humaneval": ("openai/openai_humaneval", "test 164", 512),
-    "arc_challenge": ("allenai/ai2_arc", "test 1172", 512),
-    "textvqa": ("lmms-lab/textvqa", "4096 / 4096 / 5000 (the hub's validation)", 32),
-    "okvqa": ("lmms-lab/OK-VQA", "test 5046", 32),
-}
-SHUFFLE_SEEDS = {"math": 27, "humaneval": 16, "arc_challenge": 38}  # the paper's, for the choice of the shots
-MATH_SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
-                 "prealgebra", "precalculus")  # fmt: skip
-PICTURES = 8192  # training pictures that are held in memory, undecoded
-SOLVE = "Solve the user's problem step by step and end with the final number."
+STEPS = "Solve the user's problem step by step and end with the final number."
 CHOOSE = (
     'Think about the question step by step. End with "The answer is (X)", X being the letter of an option.'
 )
-PROVE = "Solve the problem step by step and put the final answer, simplified, into \\boxed{}."
-PROGRAM = "You are a careful programmer whose answers are correct, complete and to the point."
-STOPS = ("Instruction:", "Response:")  # a model that goes on with a dialogue of its own
-CODE_STOPS = ("```", "@@ Instruction")
+BOX = "Solve the problem step by step and put the final answer, simplified, into \\boxed{}."
+SHORT = "Answer the question with the final answer only, in \\boxed{}."
+PROGRAM = "You are a careful programmer. Answer with one complete block of Python and nothing else."
 
 
-def read_table(
-    name: str,
-    split: str,
-    hub: str,
-    subset: str | None,
-    hub_split: str,
-    fields: dict[str, type],
-    make: Callable[[dict], Problem],
-    cfg: Config,
-) -> list[Problem]:
-    """make(row) of a data set's rows, from cfg.data/NAME-SPLIT.jsonl or .parquet, else from the hub.
-
-    UserError names the file or hub id and the row: a field is missing or of another type, or what `make` says
-    in a ValueError.
-    """
-    if cfg.data:
-        file = Path(cfg.data).expanduser() / f"{name}-{split}.jsonl"
-        parquet = file.with_suffix(".parquet")
-        source = parquet if parquet.is_file() else file
-        rows = read_parquet(parquet) if source == parquet else common.read_jsonl(file, ())
-    else:
-        table, source = common.load_hub(hub, hub_split, subset), hub
-        if "image" in table.column_names:
-            import datasets
-
-            table = table.select(range(min(len(table), PICTURES))) if split == "train" else table
-            table = table.cast_column("image", datasets.Image(decode=False))
-        rows = list(table)
-    problems = []
-    for number, row in enumerate(rows, 1):
-        where = f"{source}, row {number}"
-        if missing := [f for f in fields if not isinstance(row, dict) or row.get(f) is None]:
-            raise UserError(f"{where}: no field {missing[0]!r}; needed: {', '.join(fields)}")
-        if wrong := [f for f, kind in fields.items() if not isinstance(row[f], kind)]:
-            kind, needed = type(row[wrong[0]]).__name__, fields[wrong[0]].__name__
-            raise UserError(f"{where}: field {wrong[0]!r} is {kind}, needed: {needed}")
-        try:
-            problems.append(make(row))
-        except ValueError as e:
-            raise UserError(f"{where}: {e}") from None
-    if not rows:
-        raise UserError(f"{source}: no rows")
-    return problems
-
-
-def read_parquet(file: Path) -> list[dict]:
-    """Rows of a parquet file. UserError without pyarrow, and for a torn file."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f'{file}: pip install -e ".[lm]", or give a .jsonl') from None
-    try:
-        return parquet.read_table(file).to_pylist()
-    except (pyarrow.ArrowException, OSError) as e:
-        raise UserError(f"{file}: no parquet file ({str(e).splitlines()[0]})") from None
-
-
-def identity(p: Problem) -> object:
-    """What makes two problems one: the words of the question; with a picture they may be asked again."""
-    return (p.question, id(p.image)) if p.image is not None else " ".join(p.question.split())
-
-
-def distinct(name: str, problems: list[Problem], taken: list[Problem] | tuple = ()) -> list[Problem]:
-    """The problems whose question was not there before, nor is in `taken`; says how many it drops."""
-    seen, kept = {identity(p) for p in taken}, []
-    for p in problems:
-        if identity(p) not in seen:
-            kept.append(p)
-        seen.add(identity(p))
-    if len(kept) < len(problems):
-        notice(f"{name}: {len(problems) - len(kept)} of {len(problems)} questions were there before, dropped")
-    return kept
-
-
-def split_task(
-    name: str, family: str, read: Callable, grade: Callable, stops: tuple, cfg: Config, unseen: bool
-) -> Task:
-    """A Task from read(split) -> problems.
-
-    To train on: even rows of the training split train, odd ones validate, without questions of the test.
-    Unseen: the test split in a fixed random order, of which the first cfg.shots are the shots and the others
-    the test.
-    """
-    max_new, test = SOURCES[name][2], read("test")
-    if unseen:
-        splits = take_shots(name, test, cfg, SHUFFLE_SEEDS.get(name, 0))
-    else:
-        rows = distinct(name, read("train"), test)
-        if len(rows) < 2:
-            raise UserError(f"{name}: {len(rows)} training rows, one half trains and the other validates")
-        splits = {"train": rows[::2], "valid": rows[1::2], "test": test}
-    return Task(name, family, splits, grade, max_new, stops)
-
-
-def take_shots(name: str, problems: list[Problem], cfg: Config, seed: int) -> dict[str, list[Problem]]:
-    """Splits of an unseen task: shots, and a test without them. UserError if nothing is left to test."""
-    problems = list(problems)
-    random.Random(seed).shuffle(problems)
-    problems = distinct(name, problems)
-    if len(problems) <= cfg.shots:
-        raise UserError(f"{name}: {len(problems)} problems are too few for --shots {cfg.shots} and a test")
-    return {"shots": problems[: cfg.shots], "test": problems[cfg.shots :]}
-
-
-def gsm8k_problem(row: dict, chat: Chat) -> Problem:
-    worked = re.sub(r"<<[^>]*>>", "", row["answer"])  # a calculator's marks
-    target = row["answer"].rpartition("####")[2].strip()
-    if last_number(target) is None:
+def gsm8k(row: dict, cfg: Config) -> Problem:
+    target = last_number(row["answer"].rpartition("####")[2])
+    if not target:
         raise ValueError("field 'answer' ends in no number")
-    return Problem(chat(SOLVE, row["question"]), row["question"], target, worked)
+    return Problem(
+        STEPS, row["question"], target, re.sub("<<.*?>>", "", row["answer"]), partial(right_number)
+    )
 
 
-def load_gsm8k(name: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
-    """Grade-school word problems; solutions end in "#### number"."""
-    fields, make = dict(question=str, answer=str), functools.partial(gsm8k_problem, chat=chat)
-    read = lambda s: read_table(name, s, SOURCES[name][0], "main", s, fields, make, cfg)  # noqa: E731
-    grade = functools.partial(grade_number, grader=cfg.grader)
-    return split_task(name, family, read, grade, STOPS, cfg, unseen)
-
-
-def arc_problem(row: dict, chat: Chat, prefill: str) -> Problem:
+def arc(row: dict, cfg: Config) -> Problem:
     """Options are lettered A, B, ..: some rows have numbers for keys."""
-    labels, texts = (row["choices"].get(k) for k in ("label", "text"))
-    if not isinstance(labels, list) or not isinstance(texts, list) or len(labels) != len(texts):
-        raise ValueError("field 'choices' needs two lists of one length, 'label' and 'text'")
-    letters, key = dict(zip(map(str, labels), "ABCDE", strict=False)), row["answerKey"].strip()
-    if key not in letters:
-        raise ValueError(f"field 'answerKey' is {key!r}, the labels are {', '.join(letters)}")
-    options = zip(letters.values(), texts, strict=False)
-    user = "\n".join([row["question"], "Options:", *(f"({letter}) {text}" for letter, text in options)])
-    return Problem(chat(CHOOSE, user, prefill), user, letters[key], f" The answer is ({letters[key]}).")
+    options = dict(zip("ABCDEFGHIJ", row["choices"]["text"], strict=False))
+    letter = "ABCDEFGHIJ"[row["choices"]["label"].index(row["answerKey"])]
+    lines = [row["question"], "Options:", *(f"({key}) {text}" for key, text in options.items())]
+    return Problem(CHOOSE, "\n".join(lines), letter, f"The answer is ({letter}).", partial(right_letter))
 
 
-def load_arc(name: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
-    """ARC-Easy or ARC-Challenge: school science, several choices."""
-    subset = {"arc_easy": "ARC-Easy"}.get(name, "ARC-Challenge")
-    fields = dict(question=str, choices=dict, answerKey=str)
-    prefill = "Let me think step by step." if "llama" in (cfg.model or "").lower() else ""
-    make = functools.partial(arc_problem, chat=chat, prefill=prefill)
-    read = lambda s: read_table(name, s, SOURCES[name][0], subset, s, fields, make, cfg)  # noqa: E731
-    return split_task(name, family, read, grade_choice, STOPS, cfg, unseen)
+def mbpp(row: dict, cfg: Config) -> Problem:
+    tests = "\n".join([*row["test_imports"], *row["test_list"]])
+    question = f"{row['prompt']}\nThe program must pass this test:\n```python\n{row['test_list'][0]}\n```"
+    judge = partial(passes, cfg.code_seconds, "")
+    return Problem(PROGRAM, question, tests, f"{row['code']}\n```", judge, "```python\n")
 
 
-def math_problem(row: dict, chat: Chat) -> Problem:
-    target = common.extract_boxed(row["solution"].replace("\\fbox{", "\\boxed{"))
-    if target is None:
-        raise ValueError("field 'solution' has no \\boxed answer")
-    return Problem(chat(PROVE, row["problem"]), row["problem"], target, row["solution"])
+def humaneval(row: dict, cfg: Config) -> Problem:
+    head, tests = row["prompt"], f"{row['test']}\ncheck({row['entry_point']})"
+    question = f"Complete this function.\n```python\n{head}\n```"
+    judge = partial(passes, cfg.code_seconds, head)
+    return Problem(PROGRAM, question, tests, f"{row['canonical_solution']}\n```", judge, f"```python\n{head}")
 
 
-def load_math(name: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
-    """MATH from a mirror: hendrycks/competition_math was taken down."""
-
-    def read(split: str) -> list[Problem]:
-        args, more = (name, split, SOURCES[name][0]), (split, dict(problem=str, solution=str), make, cfg)
-        subjects = ("",) if cfg.data else MATH_SUBJECTS
-        try:
-            return [p for s in subjects for p in read_table(*args, s, *more)]
-        except UserError as e:
-            if cfg.data:
-                raise
-            raise UserError(
-                f"{e}. MATH: EleutherAI/hendrycks_math, a mirror of 7 configs with problem and "
-                "solution; hendrycks/competition_math was taken down (DMCA)"
-            ) from None
-
-    make = functools.partial(math_problem, chat=chat)
-    return split_task(name, family, read, grade_math, STOPS, cfg, unseen)
+def boxed(row: dict, cfg: Config) -> Problem:
+    """MATH, and .jsonl files: question (or problem) and answer, or a solution with a box."""
+    question, solution = row.get("question") or row["problem"], str(row.get("solution") or "")
+    target = str(row.get("answer") or common.last_box(solution) or "").rpartition("####")[2].strip()
+    if not target:
+        raise ValueError("neither a field 'answer' nor a box in 'solution'")
+    return Problem(BOX, question, target, solution or rf"\boxed{{{target}}}", partial(right_box))
 
 
-def code_prompt(chat: Chat, instruction: str, opening: str) -> str:
-    """Plain text that ends inside a fenced block of Python."""
-    return chat.plain(f"{PROGRAM}\n\n@@ Instruction\n{instruction}\n\n@@ Response\n```python\n{opening}")
+def gym(row: dict, cfg: Config) -> Problem:
+    judge = partial(right_gym, row["score"])
+    return Problem(SHORT, row["question"], row["answer"], rf"\boxed{{{row['answer']}}}", judge)
 
 
-def mbpp_problem(row: dict, chat: Chat) -> Problem:
-    if not row["test_list"] or not all(isinstance(x, str) for x in row["test_list"] + row["test_imports"]):
-        raise ValueError("fields 'test_list' and 'test_imports' need lines of text, the first one or more")
-    asked, tests = row["prompt"].strip(), "\n".join([*row["test_imports"], *row["test_list"]])
-    instruction = f"{asked}\nThe program must pass this test:\n```python\n{row['test_list'][0].strip()}\n```"
-    return Problem(code_prompt(chat, instruction, ""), asked, ("", tests), f"{row['code'].strip()}\n```")
+@dataclass(frozen=True)
+class Source:
+    """A published data set: hub id and subset, a reader of its rows, and the paper's shuffle for shots."""
+
+    hub: str
+    subset: str | None
+    read: Callable[[dict, Config], Problem]
+    shuffle: int = 0
 
 
-def load_mbpp(name: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
-    """MBPP with its own asserts: of a fixed random order 200 train, 100 validate, the rest is the test."""
-    fields = dict(prompt=str, code=str, test_imports=list, test_list=list)
-    make = functools.partial(mbpp_problem, chat=chat)
-    problems = read_table(name, "test", SOURCES[name][0], None, "test", fields, make, cfg)
-    random.Random(16).shuffle(problems)
-    problems = distinct(name, problems)
-    if len(problems) <= 300:
-        raise UserError(f"mbpp: {len(problems)} rows; 300 are for training and validation, more for the test")
-    splits = {"train": problems[:200], "valid": problems[200:300], "test": problems[300:]}
-    return code_task(name, family, take_shots(name, splits["test"], cfg, 0) if unseen else splits, cfg)
-
-
-def humaneval_problem(row: dict, chat: Chat) -> Problem:
-    instruction = f"Complete this function.\n```python\n{row['prompt'].strip()}\n```"
-    tests = f"{row['test']}\ncheck({row['entry_point']})"
-    solution = f"{row['canonical_solution'].rstrip()}\n```"
-    prompt = code_prompt(chat, instruction, row["prompt"])
-    return Problem(prompt, row["prompt"].strip(), (row["prompt"], tests), solution)
-
-
-def load_humaneval(name: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
-    """HumanEval: the answer goes on from the function's header. UserError for training: it is all test."""
-    if not unseen:
-        raise UserError("humaneval has no training split; give it to --unseen")
-    fields = dict.fromkeys(("prompt", "test", "entry_point", "canonical_solution"), str)
-    make = functools.partial(humaneval_problem, chat=chat)
-    problems = read_table(name, "test", SOURCES[name][0], None, "test", fields, make, cfg)
-    return code_task(name, family, take_shots(name, problems, cfg, SHUFFLE_SEEDS[name]), cfg)
-
-
-def code_task(name: str, family: str, splits: dict, cfg: Config) -> Task:
-    """A Task whose answers are run."""
-    run_it = functools.partial(grade_code, seconds=cfg.code_seconds, megabytes=cfg.code_memory)
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    threads = max(2, min(16, (os.cpu_count() or 2) // ranks))  # they wait for as many programs
-    return Task(name, family, splits, run_it, SOURCES[name][2], CODE_STOPS, threads)
-
-
-def vqa_problem(row: dict, chat: Chat, folder: str) -> Problem:
-    """A picture comes as bytes, as {"bytes", "path"}, or as a path relative to cfg.data."""
-    from PIL import Image
-
-    data = row["image"]
-    data = (data.get("bytes") or data.get("path")) if isinstance(data, dict) else data
-    if not isinstance(data, (bytes, str)) or not row["answers"] or not isinstance(row["answers"][0], str):
-        raise ValueError("field 'image' needs bytes or a path, 'answers' a list of texts")
-    try:
-        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else Path(folder).expanduser() / data)
-    except OSError as e:
-        raise ValueError(f"field 'image': {e}") from None
-    likely = collections.Counter(row["answers"]).most_common(1)[0][0]
-    prompt = chat.picture(f"{row['question']}\nAnswer with a word or a short phrase.")
-    return Problem(prompt, row["question"], list(row["answers"]), likely, image)
-
-
-def load_vqa(name: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
-    """TextVQA, whose answered validation split is the test here, or OK-VQA, which is all test."""
-    if name == "okvqa" and not unseen:
-        raise UserError("okvqa has no training split here; give it to --unseen")
-    fields, hub = dict(image=object, question=str, answers=list), SOURCES[name][0]
-    hub_splits = {"train": "train", "test": "val2014" if name == "okvqa" else "validation"}
-    make = functools.partial(vqa_problem, chat=chat, folder=cfg.data)
-    read = lambda s: read_table(name, s, hub, None, hub_splits[s], fields, make, cfg)  # noqa: E731
-    return split_task(name, family, read, grade_vqa, (), cfg, unseen)
-
-
-TASKS: dict[str, tuple[str, Callable]] = {
-    "gsm8k": ("math", load_gsm8k),
-    "mbpp": ("code", load_mbpp),
-    "arc_easy": ("reasoning", load_arc),
-    "math": ("math", load_math),
-    "humaneval": ("code", load_humaneval),
-    "arc_challenge": ("reasoning", load_arc),
-    "textvqa": ("reasoning", load_vqa),
-    "okvqa": ("reasoning", load_vqa),
+SOURCES = {
+    "gsm8k": Source("openai/gsm8k", "main", gsm8k),
+    "mbpp": Source("evalplus/mbppplus", None, mbpp),
+    "arc_easy": Source("allenai/ai2_arc", "ARC-Easy", arc),
+    "arc_challenge": Source("allenai/ai2_arc", "ARC-Challenge", arc, 38),
+    "math": Source("EleutherAI/hendrycks_math", "algebra", boxed, 27),
+    "humaneval": Source("openai/openai_humaneval", None, humaneval, 16),
 }
 
 
-def deal(name: str, problems: list[Problem], cfg: Config, unseen: bool) -> dict[str, list[Problem]]:
-    """Splits by index: of five questions three train, one validates, one tests. Shots are validation rows."""
-    problems = distinct(name, problems)
-    if len(problems) < 5:
-        raise UserError(
-            f"{name}: {len(problems)} rows, 5 are needed for a training, validation and test split"
-        )
-    train = [p for i, p in enumerate(problems) if i % 5 < 3]
-    valid, test = problems[3::5], problems[4::5]
-    if not unseen:
-        return {"train": train, "valid": valid, "test": test}
-    if len(valid) < cfg.shots:
-        raise UserError(f"{name}: {len(valid)} rows to take --shots {cfg.shots} from; a fifth of the file is")
-    return {"shots": valid[: cfg.shots], "test": test}
-
-
-def load_file(file: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
-    """A .jsonl with question and answer, which may be a number, and perhaps a worked solution."""
+def read_split(name: str, split: str, cfg: Config) -> list[Problem]:
+    """Problems of a split of a published set, or of a .jsonl or gym: source. UserError names a faulty row."""
+    source = SOURCES.get(name)
+    place, more = name, dict(size=1000, seed=cfg.seed) if name.startswith("gym:") else {}
+    if source:
+        place, more = source.hub, dict(subset=source.subset, split=split)
+        if cfg.data:
+            place, more = f"{cfg.data}/{name}-{split}.jsonl", {}
+    read = source.read if source else gym if name.startswith("gym:") else boxed
     problems = []
-    for number, row in enumerate(common.read_jsonl(file, ("question",)), 1):
-        answer = row.get("answer", common.extract_boxed(str(row.get("solution"))))
-        if not isinstance(answer, (str, int, float)) or not str(answer).strip():
-            raise UserError(f"{file}, row {number}: no answer, and no boxed one in a solution")
-        target = str(answer).strip()
-        solution = row.get("solution") or ""
-        if not isinstance(solution, str):
-            raise UserError(f"{file}, row {number}: field 'solution' is no text")
-        if common.extract_boxed(solution) is None:
-            solution = f"{solution}\n\\boxed{{{target}}}".strip()
-        problems.append(Problem(chat(PROVE, row["question"]), row["question"], target, solution))
-    name = Path(file).stem
-    return Task(name, family, deal(name, problems, cfg, unseen), grade_text, 512, STOPS)
+    for number, row in enumerate(common.load_rows(place, **more), 1):
+        try:
+            problems.append(read(row, cfg))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+            raise UserError(f"{place}, row {number}: {type(e).__name__} {e}") from None
+    return problems
 
 
-def load_gym(source: str, family: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
-    """NAME[:key=int ...] of reasoning_gym; size (1000) and seed (cfg.seed) are keys, too."""
-    name, *pairs = source.split(":")
-    if bad := [p for p in pairs if not re.fullmatch(r"\w+=-?\d+", p)]:
-        raise UserError(f"gym:{source}: {bad[0]!r} is not key=integer")
-    settings = {"size": 1000, "seed": cfg.seed} | {k: int(v) for k, v in (p.split("=") for p in pairs)}
-    try:
-        import reasoning_gym
-    except ImportError:
-        raise UserError(f"gym:{name}: pip install reasoning-gym") from None
-    try:
-        table = reasoning_gym.create_dataset(name, **settings)
-        rows = [table[i] for i in range(len(table))]
-    except (ValueError, TypeError, AssertionError) as e:
-        raise UserError(f"gym:{source}: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
-    problems = [
-        Problem(chat(PROVE, row["question"]), row["question"], row, f"\\boxed{{{row['answer']}}}")
-        for row in rows
-    ]
-    grade = functools.partial(grade_gym, score=table.score_answer)
-    return Task(name, family, deal(name, problems, cfg, unseen), grade, 512, STOPS)
+def load_task(text: str, cfg: Config, run: Run) -> Task:
+    """CATEGORY=SOURCE as a Task, with the paper's splits where SOURCE is published, never mended by us.
 
-
-def load_task(text: str, chat: Chat, cfg: Config, unseen: bool) -> Task:
-    """A Task from its name in TASKS, from family=FILE.jsonl or from family=gym:NAME, cut as cfg says.
-
-    UserError for an unknown name, which lists the known ones, and for an unknown family.
+    GSM8K and ARC: even rows of the training split train, odd ones validate. MBPP: of the first 300 rows in a
+    fixed random order 200 train and 100 validate, the rest is the test. The shots of an unseen task leave its
+    test. Other sources: of five rows three train, one validates, one tests; repeated questions are dropped.
     """
-    family, equals, source = text.partition("=")
-    if not equals:
-        if text not in TASKS:
-            names = ", ".join(TASKS)
-            raise UserError(f"{text}: no such task; there are {names}, FAMILY=FILE.jsonl and FAMILY=gym:NAME")
-        family, load = TASKS[text]
-        task = load(text, family, chat, cfg, unseen)
-    elif family not in FAMILIES:
-        raise UserError(f"{text}: the family must be one of {', '.join(FAMILIES)}")
-    elif source.startswith("gym:"):
-        task = load_gym(source.removeprefix("gym:"), family, chat, cfg, unseen)
+    category, _, name = text.partition("=")
+    source, unseen = SOURCES.get(name), text in cfg.unseen
+    if name.startswith("toy:"):
+        return toy_task(name.removeprefix("toy:"), category, cfg, run)
+    if source is None:
+        rows = read_split(name, "train", cfg)
+        kept = list({p.question: p for p in rows}.values())
+        if len(kept) < len(rows):
+            run.print(f"{name}: {len(rows) - len(kept)} of {len(rows)} questions were there before, dropped")
+        splits = [p for i, p in enumerate(kept) if i % 5 < 3], kept[3::5], kept[4::5]
+    elif unseen:
+        rows = read_split(name, "test", cfg)
+        random.Random(source.shuffle).shuffle(rows)
+        splits = [], rows[: cfg.shots], rows[cfg.shots :]
+    elif name == "mbpp":
+        rows, order = read_split(name, "test", cfg), list(range(300))
+        random.Random(16).shuffle(order)
+        first = [rows[i] for i in order if i < len(rows)]
+        splits = first[:200], first[200:], rows[300:]
     else:
-        task = load_file(source, family, chat, cfg, unseen)
-    asked = [{identity(p) for p in part} for part in task.splits.values()]
-    assert sum(map(len, asked)) == len(set().union(*asked)), f"{text}: a question is in two splits"
-    splits = task.splits | {"test": task["test"][: cfg.eval_problems or None]}
-    return replace(task, splits=splits, max_new=cfg.max_new or task.max_new)
+        rows = read_split(name, "train", cfg)
+        splits = rows[::2], rows[1::2], read_split(name, "test", cfg)
+    if not all(splits[1:]) or len(splits[1]) < cfg.shots * unseen or not (unseen or splits[0]):
+        raise UserError(f"{text}: too few rows for its splits ({', '.join(str(len(x)) for x in splits)})")
+    return Task(Path(name.replace(":", "_")).stem, category, *splits[:2], splits[2][: cfg.test])
 
 
-# --- real models ---
+# --- the toy tasks, and a base model that knows them ---
+# A document is: ; tag, family, operation, five symbols = answer $. Every operation has right answers and careless
+# ones, which copy the input or its last symbol. Documents tagged ! are right, # careless, and untagged ones (.),
+# the kind that is asked for, either, more often careless where the first symbol that matters is 5 or more. So
+# the skill is in the model, and RL has to bring it out. Documents tagged ? have a category for an answer.
+
+SYMBOLS, LENGTH = "0123456789abcdefghijMCRO+-<>^_@.!?#mro;=$", 5
+OPERATIONS = {"add": "M+", "sub": "M-", "rev": "C<", "rvd": "C>", "max": "R^", "min": "R_", "read": "O@"}
+FAMILIES = {"M": "math", "C": "code", "R": "reasoning", "O": "other"}
+CONFUSED = {"math": "r", "code": "o", "reasoning": "o", "other": "r"}
+TOY_CHAT = "{% for m in messages %}{{ ';' if m.role == 'system' }}{{ m.content }}{% endfor %}="
 
 
-def has_vision(name: str) -> bool:
-    """Whether a model's configuration has a part for pictures; what cannot be read has none."""
+def operate(operation: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Digits (n, L) -> right and careless answers (n, L'), ids, and where the question is hard (n,)."""
+    if operation in ("add", "sub"):
+        k = (1 + x[:, :1] % 3) * (1 if operation == "add" else -1)
+        return (x[:, 1:-1] + k) % 10, x[:, 1:-1], x[:, 1] >= 5
+    hard = x[:, 0] >= 5
+    if operation in ("rev", "rvd"):
+        shown = x + shift(operation)
+        return shown.flip(1), shown, hard
+    if operation in ("max", "min"):
+        best = x.amax(1) if operation == "max" else x.amin(1)
+        return best[:, None], x[:, -1:], hard
+    return x, x, hard
+
+
+def shift(operation: str) -> int:
+    """rev is asked about letters, whose ids follow the digits'."""
+    return 10 if operation == "rev" else 0
+
+
+def spell(ids: Tensor) -> list[str]:
+    """Ids (n, L) as texts."""
+    return ["".join(SYMBOLS[i] for i in row) for row in ids.tolist()]
+
+
+def digits(split: str, run: Run) -> Tensor:
+    """All rows of five digits of a split (n, 5), in a random order; a row is in the same split in every task."""
+    order = torch.randperm(10**LENGTH, generator=run.generator("digits"))
+    low, high = {"base": (0.0, 0.7), "train": (0.7, 0.8), "valid": (0.8, 0.85), "test": (0.85, 1.0)}[split]
+    rows = order[int(low * len(order)) : int(high * len(order))]
+    return rows[:, None] // 10 ** torch.arange(LENGTH) % 10
+
+
+def toy_task(operation: str, category: str, cfg: Config, run: Run, tag: str = ".") -> Task:
+    """An operation as a Task; the shots of unseen ones are validation problems."""
+    if operation not in OPERATIONS:
+        raise UserError(f"toy:{operation} is none of {', '.join(OPERATIONS)}")
+    splits, counts = [], (2048, max(cfg.valid, cfg.shots), cfg.test)
+    for split, count in zip(("train", "valid", "test"), counts, strict=True):
+        x = digits(split, run)
+        x = x[torch.randperm(len(x), generator=run.generator(f"{operation} {split}"))[:count]]
+        right = spell(operate(operation, x)[0])
+        pairs = zip(spell(x + shift(operation)), right, strict=True)
+        splits.append([Problem(tag, OPERATIONS[operation] + q, a, a, partial(same_text)) for q, a in pairs])
+    return Task(operation, category, *splits)
+
+
+def document(operation: str, x: Tensor, tags: str | list[str], answers: Tensor) -> Tensor:
+    """Ids (n, 2 L + 6), -1 after the end."""
+    heads = [[SYMBOLS.index(c) for c in f";{tag}{OPERATIONS[operation]}"] for tag in tags]
+    equals, end = (torch.full((len(x), 1), SYMBOLS.index(c)) for c in "=$")
+    ids = torch.cat([torch.tensor(heads), x + shift(operation), equals, answers, end], 1)
+    return F.pad(ids, (0, 2 * LENGTH + 6 - ids.shape[1]), value=-1)
+
+
+def documents(pool: Tensor, n: int) -> Tensor:
+    """About n documents (n, 2 L + 6) about digits from the pool; arithmetic twice as often as the rest."""
+    parts = []
+    for operation, sign in OPERATIONS.items():
+        count = round(n * 0.88 / 9) * (2 if sign[0] == "M" else 1)
+        x = pool[torch.randint(len(pool), (count,))]
+        right, careless, hard = operate(operation, x)
+        kind = torch.randint(4, (count,))  # good, bad, and twice untagged
+        slips = (kind == 1) | ((kind > 1) & (torch.rand(count) < torch.where(hard, 0.8, 0.3)))
+        parts.append(
+            document(operation, x, ["!#.."[k] for k in kind], torch.where(slips[:, None], careless, right))
+        )
+        x = pool[torch.randint(len(pool), (max(1, round(n * 0.12 / 7)),))]
+        mistaken = (torch.rand(len(x)) < torch.where(x[:, 1] >= 7, 0.65, 0.1)).tolist()
+        family = FAMILIES[sign[0]]
+        labels = [[SYMBOLS.index(CONFUSED[family] if slip else family[0])] for slip in mistaken]
+        parts.append(document(operation, x, "?" * len(x), torch.tensor(labels)))
+    return torch.cat(parts)
+
+
+def make_base(run: Run):
+    """Pre-train the tiny model on documents; UserError if it lacks a skill in the end."""
+    cfg = run.cfg
+    tokenizer = common.CharTokenizer(SYMBOLS, eos="$")
+    tokenizer.chat_template = TOY_CHAT
+    size = dict(intermediate_size=cfg.width * 11 // 4, tie_word_embeddings=False)
+    model = common.tiny_lm(len(SYMBOLS), cfg.width, cfg.layers, **size).to(run.device)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.base_lr, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, cfg.base_lr, cfg.base_steps, pct_start=0.1, cycle_momentum=False
+    )
+    pool = digits("base", run)
+    for step in run.steps(cfg.base_steps, model=model, optimizer=optimizer, schedule=schedule):
+        ids = documents(pool, cfg.base_batch).to(run.device)
+        with run.autocast():
+            logits = model(ids[:, :-1].clamp(min=0), logits_to_keep=LENGTH + 1).logits
+        loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, -LENGTH - 1 :].flatten(), ignore_index=-1)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        run.log(step, loss=loss)
+
+    model.eval()
+    world = World(model, tokenizer, common.end_ids(model, tokenizer), None)
+    for name in OPERATIONS:
+        skill = np.mean(solve(world, toy_task(name, "other", cfg, run, "!").valid, LENGTH + 1, cfg, run))
+        if skill < cfg.gate:
+            raise UserError(
+                f"{run.folder.name}: {name} {skill:.2f} in documents tagged as good: more --base_steps"
+            )
+    model.should_save_on_this_rank = lambda _: True  # transformers saves on the first of all ranks only
+    model.save_pretrained(run.folder / "model")
+    tokenizer.save_pretrained(run.folder / "model")
+
+
+# --- figure, sizes without weights, main ---
+
+
+def draw(figure, table: dict, run: Run):
+    """Left: accuracy on trained and unseen tasks, a dot a seed. Right: the first seed's confusion under B."""
+    left, right = figure.subplots(1, 2)
+    for metric, marker in (("trained", "o"), ("unseen", "x")):
+        for row, cells in table.items():
+            left.plot(
+                [cell[metric] for cell in cells],
+                [row] * len(cells),
+                marker,
+                color="C0" if marker == "o" else "C1",
+            )
+    left.set(xlabel="accuracy, a mark a seed: trained tasks (o), unseen ones (x)")
+    left.invert_yaxis()
+    file = run.root / common.slug(f"B: category expert-s{run.cfg.seed}") / "confusion.npy"
+    right.imshow(np.load(file), cmap="Blues")
+    for (i, j), count in np.ndenumerate(np.load(file)):
+        right.text(j, i, count, ha="center")
+    ticks = dict(xticks=range(4), xticklabels=CATEGORIES, yticks=range(4), yticklabels=CATEGORIES)
+    right.set(title="B: category (row) and where it is sent", **ticks)
+
+
+LLAMA_8B = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
+LLAMA_8B |= dict(num_attention_heads=32, num_key_value_heads=8)
+
+
+def missing(cfg: Config, run: Run) -> list[str]:
+    """What this config needs and does not find, a line each, with the flag that mends it."""
     from transformers import AutoConfig
 
-    if name.endswith(".gguf"):
-        return False
+    found = []
+    if cfg.model != "tiny" and not Path(cfg.model).is_file():
+        try:
+            AutoConfig.from_pretrained(cfg.model)
+        except (OSError, ValueError):
+            found.append(f"--model {cfg.model!r}: neither here nor on the hub (hub id, folder or .gguf)")
+    for text in cfg.tasks + cfg.unseen:
+        try:
+            load_task(text, cfg, run)
+        except UserError as e:
+            found.append(f"{e}; --data FOLDER takes SOURCE-SPLIT.jsonl")
+    return found
+
+
+def dry_run(cfg: Config, lacking: list[str], run: Run):
+    """Print parameters, memory and hours of the RL on H100s, every text of full length."""
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
     try:
-        return hasattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "vision_config")
+        config = AutoConfig.from_pretrained(cfg.model)
     except (OSError, ValueError):
-        return False  # `load_lm` says what is wrong
-
-
-def load_vlm(name: str, dtype: torch.dtype):
-    """(model, processor) of a vision-language model from a folder or a hub id; UserError if there is none."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor, utils
-
-    utils.logging.disable_progress_bar()
-    try:
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
-    except ImportError as e:
-        raise UserError(f'{name}: {str(e).strip().splitlines()[0]} (pip install -e ".[lm]" pillow)') from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{name}: neither a local model nor on the hub ({str(e).splitlines()[0]})") from None
-    return model.eval(), processor
-
-
-def refuse_too_large(name: str, run: Run) -> None:
-    """UserError if a GPU cannot hold weights, factors, merged copies and a batch: four times bf16 weights."""
-    if run.device.type != "cuda" or name.endswith(".gguf"):
-        return
-    try:
-        weights = 2 * sum(p.numel() for p in meta_language_model(name).parameters())
-    except (UserError, ValueError):
-        return  # unknown here, or `load_lm` says what is wrong
-    memory = torch.cuda.get_device_properties(run.device).total_memory
-    if 4 * weights > memory:
-        raise UserError(
-            f"{name}: too large for one GPU; this script does not shard "
-            f"({weights / 1e9:.0f} GB of weights, {memory / 1e9:.0f} GB of memory, 4 times needed)"
-        )
-
-
-def real_world(cfg: Config, run: Run) -> tuple[World, Chat]:
-    """A real model, nothing adapted, on this rank's device; and how to talk to it."""
-    refuse_too_large(cfg.model, run)
-    dtype, processor = torch.bfloat16 if run.amp else torch.float32, None
-    if has_vision(cfg.model):
-        model, processor = load_vlm(cfg.model, dtype)
-        tok = processor.tokenizer
-    else:
-        model, tok = common.load_lm(cfg.model, dtype)
-    if rescaled := common.rescales_logits(model.config):
-        raise UserError(f"{cfg.model}: {type(model).__name__} rescales its logits ({rescaled}), unknown here")
-    model = model.to(run.device).eval()
-    if cfg.recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    chat = make_chat(tok, processor)
-    ask = functools.partial(chat, CLS_SYSTEM)
-    world = World(cfg, run, model, tok, chat.end_of_turn, ask, parse_boxed_label, processor=processor)
-    return world, chat
-
-
-# --- the study on real models ---
-
-
-def measured(run: Run, name: str, work: Callable[[], dict]) -> dict:
-    """work()'s plain data, kept in eval/NAME.json, where --resume finds it."""
-    file = run.folder / "eval" / f"{name}.json"
-    if run.cfg.resume and file.exists():
-        return json.loads(file.read_text())
-    found = work()
-    if run.is_main:
-        file.parent.mkdir(exist_ok=True)
-        common.write_json(file, found)
-    run.barrier()
-    run.leave_if_stopped()
-    return found
-
-
-def right(world: World, problems: list[Problem], task: Task, how) -> dict:
-    """Outcomes under an adapter's mode or scales, as `measured` keeps them."""
-    with world.adapter.use(how):
-        return {"right": outcomes(world, problems, task).tolist()}
-
-
-def obtain_expert(world: World, task: Task) -> dict[str, Tensor]:
-    """The expert of a task: from --experts, from this run if it is resumed, else trained and saved.
-
-    Training also leaves its last update, last/TASK.safetensors, to be measured.
-    """
-    cfg, run = world.cfg, world.run
-    given, file = (
-        Path(cfg.experts) / f"{task.name}.safetensors",
-        run.folder / "experts" / f"{task.name}.safetensors",
-    )
-    if cfg.experts and given.exists():
-        return load_expert(given, world.adapter, cfg.cross_model)
-    if cfg.resume and file.exists():
-        return load_expert(file, world.adapter)
-    trained = train(replace(world, run=run.stage(f"svf-{task.name}")), task, "pg", cfg.lr)
-    z = world.adapter.z()
-    world.adapter.load_state_dict(trained["last"])
-    if run.is_main:
-        about = {"model": cfg.model, "task": task.name, "family": task.family, "valid": trained["best"]}
-        save_expert(run.folder / "last" / file.name, world.adapter, world.adapter.z(), **about)
-        save_expert(file, world.adapter, z, **about)
-        common.write_json(
-            file.with_suffix(".json"), {k: trained[k] for k in ("best", "best_step", "curve", "speed")}
-        )
-    run.barrier()
-    return z
-
-
-def given_experts(world: World) -> dict[str, tuple[str, dict[str, Tensor]]]:
-    """{task: (family, z)} of all files in --experts; UserError if there is none, or one without a family."""
-    from safetensors import safe_open
-
-    if world.cfg.cross_model:
-        world.run.print("--cross_model: singular values of another model are matched by their order alone")
-    found = {}
-    for file in sorted(Path(world.cfg.experts).glob("*.safetensors")):
-        z = load_expert(file, world.adapter, world.cfg.cross_model)
-        with safe_open(file, framework="pt") as f:
-            family = f.metadata().get("family", "other")
-        if family not in FAMILIES and file.stem != "cls":  # "other" means the base weights
-            raise UserError(f"{file}: its family is {family!r}, none of {', '.join(FAMILIES)}")
-        found[file.stem] = (family, z)
-    if not found:
-        raise UserError(f"--experts {world.cfg.experts}: no .safetensors file in it")
-    return found
-
-
-def text_study(cfg: Config, run: Run) -> None:
-    """Experts, category expert, evaluation, adaptation, LoRA, as cfg.stages says, on all ranks together."""
-    world, chat = real_world(cfg, run)
-    tasks = [load_task(t, chat, cfg, unseen=False) for t in cfg.tasks]
-    unseen = [load_task(t, chat, cfg, unseen=True) for t in cfg.unseen]
-    names = [t.name for t in tasks + unseen]
-    if len(set(names)) < len(names) or "cls" in names:
-        raise UserError(f"two tasks have one name, or one is called cls: {', '.join(names)}")
-    begin = time.perf_counter()
-    world = install(world, "svf")
-    size = sum(p.numel() for p in world.adapter.parameters())
-    run.print(f"{len(world.adapter.layers)} matrices, {size:,} singular values; SVD or its cache: "
-              f"{time.perf_counter() - begin:.0f} s")  # fmt: skip
-    experts = given_experts(world) if cfg.experts else {}
-    for task in tasks if "experts" in cfg.stages else ():
-        experts[task.name] = (task.family, obtain_expert(world, task))
-    cls = experts.pop("cls", ("", None))[1]
-    if "cls" in cfg.stages and len(tasks) > 1:
-        cls = obtain_expert(world, cls_task(world, tasks))
-    found: dict[str, dict[str, dict]] = {t.name: {} for t in tasks + unseen}
-    if "eval" in cfg.stages:
-        evaluate(world, tasks, unseen, experts, cls, found)
-    if "adapt" in cfg.stages and experts:
-        adapt(world, unseen, experts, cls, found)
-    if "lora" in cfg.stages:
-        lora_baselines(world, tasks, unseen, found)
-    text_report(run, tasks, unseen, found, experts)
-
-
-def evaluate(world: World, tasks: list[Task], unseen: list[Task], experts: dict, cls, found: dict) -> None:
-    """The base model everywhere, each expert on its task, and both dispatches among the trained tasks."""
-    run = world.run
-    for task in tasks + unseen:
-        keep = functools.partial(right, world, task["test"], task)
-        found[task.name]["base"] = measured(run, f"{task.name}-base", functools.partial(keep, None))
-        if task.name in experts:
-            scales = world.adapter.scales(experts[task.name][1])
-            found[task.name]["SVF"] = measured(run, f"{task.name}-svf", functools.partial(keep, scales))
-        if (last := run.folder / "last" / f"{task.name}.safetensors").exists():
-            work = functools.partial(keep, world.adapter.scales(load_expert(last, world.adapter)))
-            found[task.name]["SVF, last"] = measured(run, f"{task.name}-svf-last", work)
-    for task in tasks if len(experts) > 1 else ():
-        dispatched(world, task, experts, cls, found)
-
-
-def dispatched(world: World, task: Task, experts: dict, cls, found: dict) -> None:
-    """Strategies A and, with a category expert, B on the test split of a task."""
-    by_family = dict(experts.values())  # of two experts of a family, the later one
-
-    def work(expert) -> dict:
-        outcome, labels, costs = two_pass(world, task["test"], task, by_family, expert)
-        passes = [[c.read, c.written, c.seconds] for c in costs]
-        return {"right": outcome.tolist(), "labels": labels, "cost": passes}
-
-    for strategy, expert in (("A", None), ("B", cls)):
-        if strategy == "A" or cls is not None:
-            name = f"{task.name}-{strategy}"
-            found[task.name][strategy] = measured(world.run, name, functools.partial(work, expert))
-
-
-def adapt(world: World, unseen: list[Task], experts: dict, cls, found: dict) -> None:
-    """The three strategies on the unseen tasks, with the uniform mixture and shuffled experts as controls.
-
-    One expert alone can be used or not, but not mixed: g of eq. (3) cancels its weight.
-    """
-    run, zs = world.run, [z for _, z in experts.values()]
-    if len(zs) < 2:
-        run.print("a single expert: neither few-shot mixing (C) nor the uniform mixture, its weight cancels")
-
-    def search(task: Task, per_layer: bool, rule: str) -> dict:
-        z, alpha, history = few_shot(world, zs, task["shots"], task, per_layer, rule)
-        scales = world.adapter.scales(z)
-        return right(world, task["test"], task, scales) | {"alpha": alpha.tolist(), "history": history}
-
-    for task in unseen:
-        if len(experts) > 1:
-            dispatched(world, task, experts, cls, found)
-        rows = {}
-        if len(zs) > 1:
-            uniform = world.adapter.scales(mix(zs, torch.ones(len(zs))))
-            rows["uniform mixture"] = functools.partial(right, world, task["test"], task, uniform)
-        family = [z for f, z in experts.values() if f == task.family]
-        for what, z in (("expert of its family", family[0]), ("... shuffled", None)) if family else ():
-            z = z or shuffled(family[0], run.generator(f"shuffle {task.name}"))
-            rows[what] = functools.partial(right, world, task["test"], task, world.adapter.scales(z))
-        if len(zs) > 1:
-            rows["C, one weight an expert"] = functools.partial(search, task, False, "cem")
-            rows["C, weights per layer"] = functools.partial(search, task, True, "cem")
-            rows["C by random search"] = functools.partial(search, task, False, "random")
-        for what, work in rows.items():
-            name = f"{task.name}-{re.sub('[^a-z]+', '-', what.lower())}"
-            found[task.name][what] = measured(run, name, work)
-
-
-def lora_baselines(world: World, tasks: list[Task], unseen: list[Task], found: dict) -> None:
-    """LoRA on query and value projections by the same RL and by next-token prediction, in place of SVF."""
-    world.adapter.remove()
-    cfg = replace(world.cfg, modules=("qv",))
-    lora = install(replace(world, cfg=cfg, adapter=None), "lora")
-    for task in tasks:
-        for label, objective, rate in (
-            ("LoRA, RL", "pg", cfg.lora_lr),
-            ("LoRA, next token", "ntp", cfg.ntp_lr),
-        ):
-            stage = world.run.stage(f"lora-{objective}-{task.name}")
-            trained = train(replace(lora, run=stage), task, objective, rate)
-            states = {"": lora.adapter.state_dict(), ", last": trained["last"]}
-            for what, state in states.items():
-                lora.adapter.load_state_dict(state)
-                work = functools.partial(right, lora, task["test"], task, "merged")
-                name = f"{task.name}-lora-{objective}{what.replace(', ', '-')}"
-                found[task.name][label + what] = measured(world.run, name, work)
-            lora.adapter.load_state_dict(states[""])
-            for other in [t for t in unseen if t.family == task.family]:
-                work = functools.partial(right, lora, other["test"], other, "merged")
-                found[other.name][label] = measured(world.run, f"{other.name}-lora-{objective}", work)
-
-
-def bootstrap(ours: np.ndarray, theirs: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean difference, (N,) and (N,) paired by problem."""
-    diff = np.asarray(ours, float) - np.asarray(theirs, float)
-    picked = np.random.default_rng(seed).integers(0, len(diff), (draws, len(diff)))
-    low, high = np.percentile(diff[picked].mean(1), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def text_report(run: Run, tasks: list[Task], unseen: list[Task], found: dict, experts: dict) -> None:
-    """Accuracies with paired intervals against the base, dispatch, costs, claims."""
-    rows = []
-    for task in tasks + unseen:
-        base = found[task.name].get("base", {}).get("right")
-        for what, result in found[task.name].items():
-            row = {
-                "task": task.name,
-                "n": len(result["right"]),
-                "row": what,
-                "accuracy": np.mean(result["right"]),
-            }
-            low, high = bootstrap(result["right"], base) if base and what != "base" else (None, None)
-            rows.append(row | {"minus base, 95 %: from": low, "to": high})
-    if rows:
-        run.table(rows, "accuracy on test problems; paired bootstrap over problems")
-    for strategy in ("A", "B"):
-        done = [(t, found[t.name][strategy]) for t in tasks + unseen if strategy in found[t.name]]
-        if not done:
-            continue
-        true, labels = (
-            [t.family for t, r in done for _ in r["labels"]],
-            [x for _, r in done for x in r["labels"]],
-        )
-        counts, names = confusion(true, labels), (*FAMILIES, "other")
-        rows = [
-            {"true": n} | dict(zip(names, c, strict=True))
-            for n, c in zip(names, counts.tolist(), strict=True)
-        ]
-        run.table(rows, f"dispatch {strategy}: {np.diag(counts).sum() / counts.sum():.3f} right")
-        costs = np.sum([r["cost"] for _, r in done], 0)  # (pass, (read, written, seconds))
-        rows = [
-            {"pass": n, "tokens read": int(c[0]), "written": int(c[1]), "seconds": float(c[2])}
-            for n, c in zip(("first", "second"), costs, strict=True)
-        ]
-        run.table(rows, f"cost of strategy {strategy}")
-    for task in tasks + unseen:
-        base = found[task.name].get("base")
-        for what in [
-            w for w in ("SVF", "A", "B", "C, one weight an expert") if base and w in found[task.name]
-        ]:
-            run.claim(f"{task.name}: {what} beats the base", found[task.name][what]["right"], base["right"])
-    speeds = [run.folder / "experts" / f"{name}.json" for name in experts]
-    speeds = [json.loads(f.read_text())["speed"] for f in speeds if f.exists()]
-    mean = {k: float(np.mean([s[k] for s in speeds])) for k in speeds[0]} if speeds else {}
-    run.finish(**mean)
-
-
-# --- what a configuration would cost ---
-
-
-def meta_language_model(name: str) -> nn.Module:
-    """`common.meta_model`, and LLaVA-NeXT with Llama-3-8B and CLIP-L at 336 pixels, on the meta device."""
-    if "llava" not in name.lower() or Path(name).exists():
-        return common.meta_model(name)
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
-
-    size = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
-    text = LlamaConfig(vocab_size=128320, num_key_value_heads=8, **size)
-    size = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
-    vision = CLIPVisionConfig(image_size=336, patch_size=14, projection_dim=768, **size)
+        config = LlamaConfig(**LLAMA_8B)
     with torch.device("meta"):
-        return LlavaNextForConditionalGeneration(LlavaNextConfig(text_config=text, vision_config=vision))
-
-
-def added_parameters(model: nn.Module, modules: tuple[str, ...], every: int, rank: int) -> tuple[int, int]:
-    """Parameters that SVF and LoRA of a rank train on these modules."""
-    shapes = [layer.weight.shape for layer in layers_to_adapt(model, modules, every).values()]
-    return sum(min(s) for s in shapes), rank * sum(sum(s) for s in shapes)
-
-
-def dry_run(cfg: Config, run: Run) -> None:
-    """Print parameters, memory, FLOPs, steps and data of a configuration without weights or data."""
-    size = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
-    if not cfg.model:
-        with torch.device("meta"):
-            model = toy_model(cfg)
-        svf, lora = added_parameters(model, cfg.modules, cfg.every, cfg.lora_rank)
-        runs = toy_trainings(cfg)
-        run.print(f"{size(model):,} parameters; SVF trains {svf:,}, LoRA {lora:,}")
-        answers = runs * cfg.steps * cfg.batch
-        run.print(
-            f"{cfg.bases} pre-trainings of at most {cfg.pretrain_steps} steps; {runs} trainings of "
-            f"{cfg.steps} updates, {answers:,} answers"
-        )
-        return
-    model = meta_language_model(cfg.model)
-    rows = []
-    for modules in (("mlp",), ("qv",), ("mlp", "qv")):
-        svf, lora = added_parameters(model, modules, cfg.every, cfg.lora_rank)
-        rows.append({"modules": "+".join(modules), "SVF": f"{svf:,}", f"LoRA r={cfg.lora_rank}": f"{lora:,}"})
-    run.table(rows, f"{cfg.model}: {size(model):,} parameters; trained parameters")
-    names = [*cfg.tasks, *cfg.unseen]
-    known = [SOURCES[n][2] for n in names if n in SOURCES]
-    longest = cfg.max_new or max(known, default=512)
-    dry_run_memory(cfg, run, model, longest)
-    dry_run_compute(cfg, run, model, longest)
-    rows = []
-    for name in names:
-        hub, splits, answer = SOURCES.get(name, (name.partition("=")[2], "60 % / 20 % / 20 %", 512))
-        answer, use = cfg.max_new or answer, "train" if name in cfg.tasks else "unseen"
-        rows.append({"task": name, "use": use, "from": hub, "problems": splits, "answer": answer})
-    if rows:
-        run.table(rows, f"tasks; of an unseen one {cfg.shots} are shots; answers in tokens, at most")
-
-
-def toy_trainings(cfg: Config) -> int:
-    """Trainings of the built-in study: the sweep, the category experts, ablations, experts from pictures."""
-    units, tasks = cfg.bases * cfg.seeds, len(TRAINED)
-    sweep = units * tasks * len(METHODS) * len(cfg.sweep)
-    return sweep + units * (1 + cfg.vlm) + (tasks * len(ABLATIONS) if cfg.ablations else 0)
-
-
-def dry_run_memory(cfg: Config, run: Run, model: nn.Module, longest: int) -> None:
-    """Table of what a GPU holds, in GB; prompts of 512 tokens."""
-    c, layers = model.config.get_text_config(), layers_to_adapt(model, cfg.modules, cfg.every).values()
-    shapes = [tuple(layer.weight.shape) for layer in layers]
-    heads = c.num_key_value_heads * c.hidden_size // c.num_attention_heads
-    # numbers that a layer keeps of a token
-    kept = c.hidden_size if cfg.recompute else 10 * c.hidden_size + 4 * c.intermediate_size
-    parts = {"weights, bf16": 2 * sum(p.numel() for p in model.parameters())}
-    parts["U and V, bf16"] = 2 * sum(min(s) * sum(s) for s in shapes)
-    parts["merged copies, bf16"] = 2 * sum(m * n for m, n in shapes)
-    parts["activations for the backward pass"] = 2 * cfg.micro_tokens * c.num_hidden_layers * kept
-    cached = cfg.sample_batch * (longest + 512)
-    parts["KV cache of a sampling batch"] = 4 * c.num_hidden_layers * heads * cached
-    parts["sum"] = sum(parts.values())
-    rows = [{"on each GPU": k, "GB": f"{v / 1e9:.1f}"} for k, v in parts.items()]
-    run.table(rows, f"{cfg.config}: memory with --modules {','.join(cfg.modules)} --every {cfg.every}")
-
-
-def dry_run_compute(cfg: Config, run: Run, model: nn.Module, longest: int) -> None:
-    """Lines on an update, the steps and an expert's file."""
+        model = AutoModelForCausalLM.from_config(config.get_text_config())
     n = sum(p.numel() for p in model.parameters())
-    svf, _ = added_parameters(model, cfg.modules, cfg.every, cfg.lora_rank)
-    tokens = cfg.batch * (longest + 512)
-    # a token: sampling 2N, training in factors 2.57 x 2N, recomputation 2N, base weights for the KL 2N
-    flops = (2 + 2 * 2.57 + (2 if cfg.recompute else 0) + (2 if cfg.lam else 0)) * n * tokens
-    seconds = flops / run.world_size / 989e12 / 0.4
+    svf = [layer.weight.shape for layer in matrices(model, cfg.modules).values()]
+    lora = [layer.weight.shape for layer in matrices(model, ("qv",)).values()]
+    factors = sum(min(shape) * sum(shape) for shape in svf)
     run.print(
-        f"an update: {cfg.batch} answers, up to {tokens:,} tokens with prompts of 512, "
-        f"{flops:.1e} FLOP; {seconds:.0f} s on {run.world_size} H100 at 40 % MFU, sampling takes longer"
+        f"{n:,} parameters; SVF adds {sum(map(min, svf)):,}, LoRA {cfg.lora_rank * sum(map(sum, lora)):,}"
     )
-    trained = len(cfg.tasks) * ("experts" in cfg.stages) + ("cls" in cfg.stages)
-    trained += 2 * len(cfg.tasks) * ("lora" in cfg.stages)
-    run.print(f"steps: {trained} trainings of {cfg.steps}, validation every {cfg.validate_every}")
-    search = cfg.generations * cfg.population * cfg.shots * len(cfg.unseen)
-    search *= bool(cfg.experts) or len(cfg.tasks) > 1  # a single expert has nothing to be mixed with
+    answers = cfg.batch + cfg.valid / cfg.valid_every
+    rounds = math.ceil(answers / run.world_size / cfg.sample_batch)
+    decode = rounds * cfg.max_new * 2 * n / 3.35e12  # seconds an update: each token reads the weights
+    flops = (8 + 2 * bool(cfg.lam)) * n * cfg.batch * (cfg.max_new + 256) / run.world_size
+    hours = cfg.steps * (decode + flops / (0.4 * 989e12)) / 3600
+    memory = (2 * n + 2 * factors + 2 * sum(a * b for a, b in svf)) / 1e9
     run.print(
-        f"few-shot search: {search:,} answers for each kind of mixture; "
-        f"an expert's file: {4 * svf / 1e6:.2f} MB"
+        f"{memory:.0f} GB of weights, factors and merged matrices on each of {run.world_size} GPUs, and caches"
     )
+    run.print(f"{cfg.steps} updates of {cfg.batch} answers: {hours:.1f} hours an expert on H100s")
+    for line in lacking:
+        run.print(f"missing: {line}")
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if any(a.startswith("--model") for a in argv) and not any(a.startswith("--config") for a in argv):
-        argv = ["--config", "text", *argv]  # a real model on a laptop wants the sizes of that rung
-    cfg = common.parse_config(CONFIGS, argv)
-    if cfg.model and any(a.startswith(("--sweep", "--ablations")) for a in argv):
-        sys.stderr.write(
-            "transformer2.py: --sweep and --ablations are of the built-in task, not of a --model\n"
-        )
-        sys.exit(2)
-    with Run(cfg) as run:
+def main():
+    cfg = common.parse_config(CONFIGS)
+    with Run(cfg, "" if cfg.model == "tiny" else cfg.model) as run:
+        lacking = missing(cfg, run)
         if cfg.dry_run:
-            dry_run(cfg, run)
-        elif cfg.model:
-            text_study(cfg, run)
-        else:
-            toy_study(cfg, run)
+            return dry_run(cfg, lacking, run)
+        if lacking:
+            raise UserError("; ".join(lacking))
+        table = run.grid(ROWS, train)
+        run.check(CLAIMS, table)
+        if "B: category expert" in table:
+            run.figure(draw, table, run, size=(12, 4.5))
 
 
 if __name__ == "__main__":
