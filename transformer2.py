@@ -8,35 +8,35 @@ experts share the basis of the same matrices, so at inference they can be picked
 out what the prompt needs, a second one answers with adapted weights, also in tasks that no expert has seen.
 
 For a linear layer W = U diag(s) V^T (m x n, r = min(m, n) singular values) and learned p in R^r:
-  eq. (1)  J = E[R log pi_W'(y | x)] - lambda KL(pi_W' || pi_W),  R = +1 if the answer is right, else -1;
+  eq. (1)  J = E[R log pi_W'(y | x)] - lambda KL(pi_W || pi_W'),  R = +1 if the answer is right, else -1;
            log-probs and KL are summed over the answer's tokens (the paper's eq. 1; the rest is numbered here)
   eq. (2)  z = sigmoid(p)
   eq. (3)  W' = U diag(s g z) V^T,  g = sum(s) / sum(s z): the nuclear norm of W is kept, g has a gradient
-  eq. (4)  z = sum_k alpha_k z_k mixes experts, before the g of eq. (3); alpha has a number an expert, or one
-           an expert and matrix, and is found by the cross-entropy method (CEM) on a few solved examples
+  eq. (4)  z = sum_k alpha_k z_k mixes experts, before the g of eq. (3); alpha is found by the cross-entropy
+           method (CEM) on a few solved examples
 Three ways to adapt: (A) the base model names the prompt's category, (B) an expert trained to do that names
 it, (C) eq. (4). "Other", and whatever cannot be read, gets the base weights, bit for bit.
 
 How to run
   python transformer2.py                                   the claim in miniature, two CPU cores
   python transformer2.py --config text --model M           a small real model: hub id, folder or .gguf
-  torchrun --nproc_per_node=8 transformer2.py --config full        Llama-3-8B on GSM8K, MBPP, ARC-Easy
+  torchrun --nproc_per_node=8 transformer2.py --config full        Llama-3-8B on GSM8K, MBPP, ARC
   ... --model mistralai/Mistral-7B-Instruct-v0.3, or llava-hf/llama3-llava-next-8b-hf (its language model)
 
 Departures from the paper and its code
-- As in the code: p starts at 0.1 with std 0.01, KL(base || new), a gradient norm of 1e-3 before Adam, the best
-  p on validation is kept. As in the paper: AdamW with a cosine, lambda > 0. p, z and s are float32.
-- The code's released mixture mixes p, not z; its prompts of category "other" run on whatever ran last; its
-  category expert sees test questions; its few shots are tested on. All four are mended, none is an option.
-- Ids are trained on as they were sampled, end of turn included; all prompts go through the chat template.
-- Graders: math-verify on the last number (GSM8K) or box (MATH); the code's three patterns for ARC, where no
-  letter is wrong (the code guesses); MBPP's own asserts. MBPP now has 378 rows (399 then): 78 are the test.
-- LoRA has no dropout. Pictures are not fed: of LLaVA the language model is adapted, to language.
-- Ties of CEM are broken by the log-likelihood of right answers, for elites as for the best member.
-- The demo's task is ours: its model learns right and careless answers from a corpus, RL elicits the right ones.
-  Rates are tuned on seeds from 100 on; a base model that lacks a skill (--gate) ends the run: RL cannot add it.
+- As in the code: p starts at 0.1 with std 0.01, KL(base || new) where the paper has the reverse, a gradient
+  norm of 1e-3 before Adam, the best p on validation. As in the paper: AdamW with a cosine, lambda > 0.
+- The released mixture mixes p, not z; its prompts of category "other" run on whatever ran last; its category
+  expert sees test questions, its few shots are tested on. All four are mended, none is an option.
+- alpha has a number an expert; the code can have one an expert and matrix, too. Ties of CEM are broken by the
+  log-likelihood of right answers, for elites as for the best member. p, z and s are float32.
+- Instructions stand in the user's turn; the ids that were sampled are trained on, end of turn included.
+- math-verify reads the last box, in GSM8K, too; ARC has the code's three patterns, no letter is wrong (the
+  code guesses). MBPP has 378 rows now, so 78 tests (99 then). No HumanEval, no pictures, no dropout in LoRA.
+- The demo's task is ours: its model learns right and careless answers, RL elicits the right ones. Rates
+  are tuned on seeds from 100 on; a base model that lacks a skill (--gate) ends the run.
 
-Reading order: Config, ROWS, SVFLinear, Adapter, reinforce_loss, train_expert, two_pass, cem, train, the tasks.
+Reading order: Config, ROWS, SVFLinear, Adapter, reinforce_loss, train_expert, answer, cem, train, the tasks.
 """
 
 from __future__ import annotations
@@ -100,7 +100,6 @@ class Config(common.Config):
     valid: int = 200  # problems of one validation, at most
     # adaptation
     adapt: Literal["own", "prompt", "category", "few_shot"] = "own"  # the task's own expert; or A, B, C
-    per_matrix: bool = False  # C: alpha has a number for each expert and matrix
     shots: int = 10  # C: solved examples (F)
     population: int = 32  # C: members of a generation (P)
     elites: int = 6  # C: of these, those that move the distribution
@@ -108,7 +107,6 @@ class Config(common.Config):
     questions: int = 400  # B: questions of each task that the category expert learns from
     # answers
     max_new: int = 6  # tokens of an answer, at most
-    label_new: int = 2  # tokens of a category
     test: int = 500  # test problems of a task, at most
     # the tiny base model
     width: int = 64  # of its hidden layers
@@ -131,10 +129,10 @@ class Config(common.Config):
         own = {text.partition("=")[0] for text in self.tasks} - {"other"}
         if len(own) < len(self.tasks):
             raise UserError(f"--tasks {' '.join(self.tasks)}: one expert a category, none for other")
-        if not 2 <= self.elites <= self.population:
-            raise UserError("--elites must be 2 or more, and no more than --population")
-        if self.population * self.shots > self.sample_batch:
-            raise UserError("--population times --shots must fit --sample_batch")
+        if not 2 <= self.elites <= self.population or self.population * self.shots > self.sample_batch:
+            raise UserError(
+                "2 <= --elites <= --population, and --population x --shots <= --sample_batch, please"
+            )
 
 
 DEMO = Config(seeds=3, ranks=2, log_every=10, save_every=1000)
@@ -149,12 +147,10 @@ REAL = Config(
     batch=24,
     lr=0.1,
     lam=0.1,
-    valid_every=3,
     valid=24,
     max_new=16,
-    label_new=12,
     test=48,
-    micro=8,
+    micro=4,
     sample_batch=320,
     log_every=1,
 )
@@ -171,7 +167,6 @@ CONFIGS = {
         valid=16,
         generations=2,
         test=24,
-        log_every=1,
     ),
     "demo": DEMO,
     "gpu": replace(DEMO, ranks=4, seeds=5, width=256, layers=6, base_steps=4000, lr=0.05),
@@ -187,11 +182,9 @@ CONFIGS = {
         lr=2e-3,
         lora_lr=2e-4,
         temperature=0.0,
-        valid_every=10,
         valid=512,
         generations=50,
         max_new=512,
-        label_new=512,
         test=10_000,
         save_every=10,
     ),
@@ -208,7 +201,6 @@ ROWS = {
     "A: prompt dispatch": dict(adapt="prompt"),
     "B: category expert": dict(adapt="category"),
     "C: few-shot mixing": dict(adapt="few_shot"),
-    "C, a weight a matrix": dict(adapt="few_shot", per_matrix=True),
 }
 CLAIMS = [
     Claim("each SVF expert's task, on average: better than the base", "trained", "SVF", "base"),
@@ -260,7 +252,7 @@ class SVFLinear(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """The baseline: W x + 2 B A x (alpha is twice the rank), A (rank, n) from N(0, 1/n), B (m, rank) from 0."""
+    """The baseline: W x + 2 B A x, alpha twice the rank; first A (rank, n) ~ N(0, 1/n), B (m, rank) = 0."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -316,24 +308,22 @@ class Adapter:
 
         Without a vector they run with the base weights, which may be one way to adapt, too.
         """
-        parts = [None] * len(self.sizes) if vector is None else vector.split(self.sizes, -1)
         try:
-            for layer, part in zip(self.layers.values(), parts, strict=True):
-                layer.use(part, index)
+            if vector is not None:
+                for layer, part in zip(self.layers.values(), vector.split(self.sizes, -1), strict=True):
+                    layer.use(part, index)
             yield
         finally:
             for layer in self.layers.values():
                 layer.use(None, None)
 
 
-def mix(experts: Tensor, alpha: Tensor, sizes: list[int]) -> Tensor:
-    """Eq. (4): z of experts (K, R), alpha (P, K, J), J matrices or 1 for all alike -> (P, R).
+def mix(experts: Tensor, alpha: Tensor) -> Tensor:
+    """Eq. (4): z of experts (K, R), alpha (P, K) -> (P, R).
 
     Weights that are all zero count as equal. The scale of alpha does not matter: eq. (3) divides by it.
     """
-    alpha = torch.where(alpha.sum(1, keepdim=True) > 0, alpha, 1.0)
-    alpha = alpha.expand(-1, -1, len(sizes)).repeat_interleave(torch.tensor(sizes), 2)  # (P, K, R)
-    return (alpha.to(experts) * experts).sum(1)
+    return torch.where(alpha.sum(1, keepdim=True) > 0, alpha, 1.0).to(experts) @ experts
 
 
 # --- the model, and files of experts ---
@@ -346,8 +336,8 @@ class World:
     model: nn.Module
     tokenizer: object
     ends: list[int]  # ids that end an answer
-    adapter: Adapter | None
-    run: Run | None = None
+    adapter: Adapter
+    run: Run
 
 
 # for a model without a chat template; its end of turn is whatever token ends its texts
@@ -374,7 +364,7 @@ def open_world(name: str, lora: bool, modules: tuple[str, ...], device, dtype) -
     layers = matrices(model.to(device), modules)
     for key, linear in layers.items():
         layers[key] = LoRALinear(linear) if lora else SVFLinear(linear)
-    return World(model, tokenizer, common.end_ids(model, tokenizer), Adapter(model, layers))
+    return World(model, tokenizer, common.end_ids(model, tokenizer), Adapter(model, layers), None)
 
 
 def fingerprint(layer: nn.Module) -> int:
@@ -458,20 +448,25 @@ class Episode:
 
 def encode(problems: list[Problem], tokenizer) -> list[list[int]]:
     """Ids of the prompts by the chat template, which has the BOS if the model wants one."""
-    turns = [[{"role": "user", "content": p.instruction + p.question}] for p in problems]
-    texts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    texts = [text + p.opening for text, p in zip(texts, problems, strict=True)]
+    texts = []
+    for p in problems:
+        turns = [{"role": "user", "content": p.instruction + p.question}]
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        texts.append(text + p.opening)
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 @torch.no_grad()
-def rollout(world: World, problems: list[Problem], new: int, temperature: float = 0.0) -> list[Episode]:
-    """An answer of `new` tokens at most to each problem; temperature 0: greedy.
+def rollout(world: World, problems: list[Problem], temperature: float = 0.0) -> list[Episode]:
+    """An answer to each problem; temperature 0: greedy.
 
     Every rank draws the numbers of all, so that each has as many problems when they are sampled.
     """
     run, episodes = world.run, []
-    size, uniforms = run.cfg.sample_batch, share(torch.rand(len(problems) * run.world_size, new), run)
+    size, uniforms = (
+        run.cfg.sample_batch,
+        share(torch.rand(len(problems) * run.world_size, run.cfg.max_new), run),
+    )
     for i in range(0, len(problems), size):
         part, begin = problems[i : i + size], time.perf_counter()
         prompts = encode(part, world.tokenizer)
@@ -502,7 +497,7 @@ def answer_log_probs(world: World, episodes: list[Episode]) -> tuple[Tensor, Ten
 
     Answers stand one after the other. The head runs in float32, on answers alone.
     """
-    ids, valid = common.collate([e.prompt + e.answer for e in episodes], world.model.device)
+    ids, valid = common.collate([e.prompt + e.answer for e in episodes], world.run.device)
     answer = torch.zeros_like(valid)
     for row, e in zip(answer, episodes, strict=True):
         row[len(e.prompt) : e.tokens] = True
@@ -513,7 +508,7 @@ def answer_log_probs(world: World, episodes: list[Episode]) -> tuple[Tensor, Ten
 
 
 def kl_divergence(base: Tensor, new: Tensor) -> Tensor:
-    """KL(pi_W || pi_W') of log-probs (..., V) -> (...); the paper's reverse has the same Hessian at W' = W."""
+    """KL(pi_W || pi_W') of log-probs (..., V) -> (...)."""
     return (base.exp() * (base - new)).sum(-1)
 
 
@@ -525,8 +520,8 @@ def reinforce_loss(logp: Tensor, kl: Tensor, reward: Tensor, lam: float) -> Tens
 # --- training of one expert ---
 
 
-def train_expert(task: Task, new: int, world: World, run: Run):
-    """REINFORCE, eq. (1), without a baseline: an answer of `new` tokens at most to each prompt, R = 1 or -1.
+def train_expert(task: Task, world: World, run: Run):
+    """REINFORCE, eq. (1), without a baseline: an answer to each prompt, R = 1 or -1.
 
     SVF and LoRA differ in eq. (2) only. Writes the expert that was best on validation.
     """
@@ -547,7 +542,7 @@ def train_expert(task: Task, new: int, world: World, run: Run):
         # prompts x, answers y of pi_W', rewards R
         drawn = share(torch.randperm(len(task.train))[:size], run)
         with adapter.using(vector().detach()):
-            episodes = rollout(world, [task.train[i] for i in drawn], new, cfg.temperature)
+            episodes = rollout(world, [task.train[i] for i in drawn], cfg.temperature)
         episodes.sort(key=lambda e: e.tokens)  # little padding
 
         # eq. (1), cfg.micro answers at a time
@@ -573,7 +568,7 @@ def train_expert(task: Task, new: int, world: World, run: Run):
 
         if (step + 1) % cfg.valid_every == 0 or step + 1 == cfg.steps:
             with adapter.using(vector().detach()):
-                numbers["valid"] = accuracy(rollout(world, share(task.valid[: cfg.valid], run), new), run)
+                numbers["valid"] = accuracy(rollout(world, share(task.valid[: cfg.valid], run)), run)
             if numbers["valid"] > best["accuracy"]:
                 best |= {"accuracy": numbers["valid"], "p": policy.p.detach().clone()}
         run.log(step, **numbers)
@@ -626,14 +621,14 @@ def answer(problems: list[Problem], labels: list[str], experts: dict, world: Wor
     for category in CATEGORIES:
         part = [p for p, label in zip(problems, labels, strict=True) if label == category]
         with world.adapter.using(experts.get(category)):
-            episodes += rollout(world, part, world.run.cfg.max_new)
+            episodes += rollout(world, part)
     return episodes
 
 
 def sort(problems: list[Problem], category: str, classifier: Tensor | None, world: World) -> list[Episode]:
     """The first pass, with the base weights (strategy A: no classifier) or with a category expert (B)."""
     with world.adapter.using(classifier):
-        return rollout(world, [ask_category(p, category) for p in problems], world.run.cfg.label_new)
+        return rollout(world, [ask_category(p, category) for p in problems])
 
 
 def passes(asked: list[Episode], answered: list[Episode], run: Run) -> dict[str, float]:
@@ -677,15 +672,15 @@ def few_shot(task: Task, experts: Tensor, world: World) -> Tensor:
     A batch holds all members with all shots. Ties are broken by the mean over right answers of their
     log-likelihood per token.
     """
-    run, cfg, sizes = world.run, world.run.cfg, world.adapter.sizes
-    shots, shape = task.valid[: cfg.shots], (len(experts), len(sizes) if cfg.per_matrix else 1)
+    run, cfg = world.run, world.run.cfg
+    shots = task.valid[: cfg.shots]
 
     @torch.no_grad()
     def score(members: Tensor) -> Tensor:
-        z = mix(experts, members.unflatten(1, shape), sizes)
+        z = mix(experts, members)
         index = torch.arange(len(members), device=z.device).repeat_interleave(len(shots))
         with world.adapter.using(z, index), run.autocast():
-            episodes = rollout(world, shots * len(members), cfg.max_new)
+            episodes = rollout(world, shots * len(members))
             ids, valid = common.collate([e.prompt + e.answer for e in episodes], run.device)
             logp = common.token_logprobs(world.model, ids, valid).cpu()
         right = torch.tensor([float(e.right) for e in episodes])
@@ -694,9 +689,10 @@ def few_shot(task: Task, experts: Tensor, world: World) -> Tensor:
         right, likely = (x.view(len(members), -1) for x in (right, likely * right))
         return torch.stack([right.mean(1), likely.sum(1) / right.sum(1).clamp(min=1)], 1)
 
-    mean = torch.full((math.prod(shape),), 1 / len(experts))
-    alpha = cem(score, mean, cfg, run.generator(f"cem {task.name}")).view(1, *shape)
-    return mix(experts, alpha, sizes)[0]
+    mean = torch.full((len(experts),), 1 / len(experts))
+    alpha = cem(score, mean, cfg, run.generator(f"cem {task.name}"))
+    run.print(f"{run.folder.name}, {task.name}: alpha {alpha.tolist()}")
+    return mix(experts, alpha[None])[0]
 
 
 # --- a cell of the table ---
@@ -709,20 +705,20 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     dtype = torch.bfloat16 if run.amp else torch.float32
     world = replace(open_world(base, cfg.adapter == "lora", cfg.modules, run.device, dtype), run=run)
 
-    def expert(task: Task, new: int) -> Tensor:
+    def expert(task: Task) -> Tensor:
         """From a file of --experts, or trained here, once for all rows that share it."""
         folder = Path(cfg.experts)
         if not cfg.experts:
             name = f"{cfg.adapter} x{cfg.rate:g} {task.name}"
-            folder = run.once(name, partial(train_expert, task, new, world))
+            folder = run.once(name, partial(train_expert, task, world))
         return load_expert(folder / f"{task.name}.safetensors", world.adapter, cfg.cross_model)
 
     experts, classifier, found = {}, None, {"parameters": 0}
     if cfg.adapter != "none":
-        experts = {task.category: expert(task, cfg.max_new) for task in tasks}
+        experts = {task.category: expert(task) for task in tasks}
         found["parameters"] = sum(world.adapter.sizes)
     if cfg.adapt == "category":
-        classifier = expert(category_task(tasks, cfg), cfg.label_new)
+        classifier = expert(category_task(tasks, cfg))
     asked, answered = [], []
     for task in tasks + unseen:
         problems, chosen = share(task.test, run), experts
@@ -790,13 +786,11 @@ NOBODY = dict(user=65534, group=65534, extra_groups=[])
 @functools.cache
 def confined() -> dict:
     """Root's programs run as nobody: limits on processes do not bind root. Says so where that cannot be."""
-    if os.geteuid():
-        return {}
     try:
         subprocess.run([sys.executable, "-c", ""], **NOBODY)
         return NOBODY
     except OSError as e:
-        warnings.warn(f"programs of the model run as root: {e}", stacklevel=2)
+        warnings.warn(f"programs of the model run as root, with limits only: {e}", stacklevel=2)
         return {}
 
 
@@ -808,10 +802,11 @@ def run_code(program: str, seconds: float = 10.0) -> bool:
     code = 64 + secrets.randbelow(128)
     source = f"{program}\n\n__import__('os')._exit({code})\n".encode("utf-8", "replace")
     python = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-c", BOOTSTRAP]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env={})
+    more = ({} if os.geteuid() else confined()) | dict(
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env={}
+    )
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(subprocess.TimeoutExpired):
-        done = subprocess.run(python, input=source, timeout=seconds, cwd=folder, **quiet, **confined())
-        return done.returncode == code
+        return subprocess.run(python, input=source, timeout=seconds, cwd=folder, **more).returncode == code
     return False
 
 
@@ -915,7 +910,7 @@ def load_task(text: str, cfg: Config, run: Run) -> Task:
 # A document is: ; tag, family, operation, five symbols = answer $. Every operation has right answers and
 # careless ones, which copy the input or its last symbol. Documents tagged ! are right, # careless; untagged
 # ones (.), the kind that is asked for, are either, and more often careless where the second digit
-# is 5 or more. So the skill is in the model, and RL has to bring it out. Those tagged ? answer with a category.
+# is 5 or more. So the skill is there, and RL has to bring it out. Those tagged ? answer with a category.
 
 SYMBOLS = "0123456789abcdefghijMCR+-<>^_.!?#mro;=$"
 LETTERED, PLUS, MINUS = (str.maketrans("0123456789", x) for x in ("abcdefghij", "3456789012", "7890123456"))
@@ -931,8 +926,8 @@ def operate(operation: str, x: str) -> tuple[str, str, str]:
         "sub": (x, middle.translate(MINUS), middle),
         "rot": (letters, letters[1:] + letters[0], letters),
         "rod": (x, x[1:] + x[0], x),
-        "max": (x, max(x), x[-1]),
-        "min": (x, min(x), x[-1]),
+        "max": (x, max(x[0], x[-1]), x[-1]),
+        "min": (x, min(x[0], x[-1]), x[-1]),
     }[operation]
 
 
@@ -969,13 +964,13 @@ def make_base(run: Run):
     cfg, pool = run.cfg, digits("base", 70_000, run)
     tokenizer = common.CharTokenizer(SYMBOLS, eos="$")
     tokenizer.chat_template = TOY_CHAT
-    size = dict(intermediate_size=2 * cfg.width, tie_word_embeddings=False)
-    model = common.tiny_lm(len(SYMBOLS), cfg.width, cfg.layers, **size).to(run.device)
+    model = common.tiny_lm(len(SYMBOLS), cfg.width, cfg.layers, intermediate_size=2 * cfg.width).to(
+        run.device
+    )
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.base_lr, cfg.base_steps, pct_start=0.1)
     for step in run.steps(cfg.base_steps, model=model, optimizer=optimizer, schedule=schedule):
-        operations = random.choices([*OPERATIONS], k=cfg.base_batch)
-        texts = [document(operation, random.choice(pool)) for operation in operations]
+        texts = [document(random.choice([*OPERATIONS]), random.choice(pool)) for _ in range(cfg.base_batch)]
         ids, valid = common.collate(tokenizer(texts)["input_ids"], run.device)
         labels = ids.masked_fill(~valid, -100)
         labels[:, :10] = -100  # the loss is of answers
@@ -989,7 +984,7 @@ def make_base(run: Run):
 
     world = World(model.eval(), tokenizer, common.end_ids(model, tokenizer), None, run)
     for name in OPERATIONS:
-        skill = accuracy(rollout(world, toy_task(name, "other", "!", cfg, run).valid, cfg.max_new), run)
+        skill = accuracy(rollout(world, toy_task(name, "other", "!", cfg, run).valid), run)
         if skill < cfg.gate:
             raise UserError(f"{run.folder.name}: {name} {skill:.2f} in documents tagged !; more --base_steps")
     model.should_save_on_this_rank = lambda _: True  # transformers saves on the first of all ranks only
@@ -1001,11 +996,12 @@ def make_base(run: Run):
 
 
 def draw(figure, table: dict):
-    """Accuracy on trained and on unseen tasks, a dot a seed."""
-    for axis, metric in zip(figure.subplots(1, 2, sharey=True), ("trained", "unseen"), strict=True):
-        for row, cells in table.items():
-            axis.plot([cell[metric] for cell in cells], [row] * len(cells), "o")
-        axis.set(xlabel=f"accuracy, {metric} tasks")
+    """Accuracy of each row on trained (o) and on unseen tasks (x), a mark a seed."""
+    axis = figure.subplots()
+    for row, cells in table.items():
+        for metric, mark in (("trained", "C0o"), ("unseen", "C1x")):
+            axis.plot([cell[metric] for cell in cells], [row] * len(cells), mark)
+    axis.set(xlabel="accuracy on trained (o) and on unseen tasks (x)")
     axis.invert_yaxis()
 
 
@@ -1046,10 +1042,13 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
     decoding = math.ceil(cfg.batch / gpus / cfg.sample_batch) * cfg.max_new * memory / 3.35e12
     training = 12 * n * cfg.batch / gpus * (cfg.max_new + 256) / 400e12
     hours = cfg.steps * (decoding + training) / 3600
-    lines = [f"{n:,} parameters, {sum(map(min, shapes)):,} of an expert"]
-    lines += [f"{memory / 1e9:.0f} GB of weights and factors on each GPU, and caches"]
-    lines += [f"{cfg.steps} updates: {hours:.1f} hours an expert on {gpus} H100s"]
-    run.print("\n".join(lines + [f"missing: {line}" for line in lacking]))
+    run.print(
+        f"{n:,} parameters, {sum(map(min, shapes)):,} of an expert\n"
+        f"{memory / 1e9:.0f} GB of weights and factors on each GPU, and caches\n"
+        f"{cfg.steps} updates: {hours:.1f} hours an expert on {gpus} H100s"
+    )
+    for line in lacking:
+        run.print(f"missing: {line}")
 
 
 def main():
