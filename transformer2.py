@@ -968,7 +968,7 @@ def make_base(run: Run):
         run.device
     )
     optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.base_lr, cfg.base_steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.base_lr, cfg.base_steps)
     for step in run.steps(cfg.base_steps, model=model, optimizer=optimizer, schedule=schedule):
         texts = [document(random.choice([*OPERATIONS]), random.choice(pool)) for _ in range(cfg.base_batch)]
         ids, valid = common.collate(tokenizer(texts)["input_ids"], run.device)
