@@ -83,12 +83,12 @@ def test_a_row_of_a_mixed_batch_has_its_expert_and_one_of_ones_is_the_base_to_th
 
 def test_lora_starts_as_the_identity_and_adds_its_product():
     layer, x = LoRALinear(nn.Linear(5, 3)), torch.randn(4, 5)
-    start = layer.start(torch.Generator())
-    layer.use(start, None)
-    assert torch.equal(layer(x), layer.linear(x)) and len(start) == layer.size == 16 * 8
-    A, B = start.view(16, 8).split([5, 3], 1)
-    layer.use(torch.cat([A, B + 1], 1).flatten(), None)
-    torch.testing.assert_close(layer(x), layer.linear(x) + 2 * (x @ A.T).sum(1, keepdim=True))
+    start = layer.start(torch.Generator()).view(16, 8)
+    for shift in (0.0, 1.0):
+        layer.use((start + shift).flatten(), None)
+        wanted = 2 * x @ (start[:, :5] + shift).T @ (start[:, 5:] + shift)
+        torch.testing.assert_close(layer(x), layer.linear(x) + wanted, **CLOSE)
+    assert layer.size == start.numel() and start[:, 5:].abs().max() == 0
 
 
 def test_outside_of_using_the_model_is_the_base_to_the_bit_also_after_an_exception():
@@ -147,9 +147,10 @@ def test_a_mixture_is_linear_in_z_not_in_p_and_weights_of_zero_count_as_equal():
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda x: x * torch.nan, "layers.0.mlp.down_proj has numbers that are not finite"),
-        (lambda x: x[:-1], r"layers.0.mlp.down_proj has shape \[15\], needed: \[16\]"),
-        (None, "the model adapts layers"),
+        ({"X": torch.full((16,), torch.nan)}, "X has numbers that are not finite"),
+        ({"X": torch.ones(15)}, r"X has shape \[15\], needed: \[16\]"),
+        ({"X base": torch.tensor(7)}, "X was trained on other weights; --cross_model"),
+        ({"Y": torch.ones(16)}, "the model adapts layers"),
     ],
 )
 def test_an_expert_that_does_not_fit_is_refused_by_the_name_of_its_layer(tmp_path, change, words):
@@ -157,20 +158,9 @@ def test_an_expert_that_does_not_fit_is_refused_by_the_name_of_its_layer(tmp_pat
     vector = experts(world, 1)[0]
     transformer2.save_expert(file, world.adapter, vector)
     assert torch.equal(transformer2.load_expert(file, world.adapter, False), vector)
-    parts = load_file(file)
-    old = parts.pop(name)
-    save_file(parts | ({name: change(old)} if change else {}), file)
-    with pytest.raises(UserError, match=words):
-        transformer2.load_expert(file, world.adapter, True)
-
-
-def test_an_expert_of_other_weights_needs_a_flag_and_a_torn_file_is_one_line(tmp_path):
-    world, file = toy_world(), tmp_path / "e.safetensors"
-    transformer2.save_expert(file, world.adapter, experts(world, 1)[0])
-    world.adapter.layers["layers.1.mlp.up_proj"].linear.weight.data += 0.1
-    with pytest.raises(UserError, match=r"layers.1.mlp.up_proj was trained on other weights"):
+    save_file(load_file(file) | {k.replace("X", name): x for k, x in change.items()}, file)
+    with pytest.raises(UserError, match=words.replace("X", name)):
         transformer2.load_expert(file, world.adapter, False)
-    transformer2.load_expert(file, world.adapter, True)
     file.write_bytes(file.read_bytes()[:99])
     with pytest.raises(UserError, match="no expert"):
         transformer2.load_expert(file, world.adapter, True)
@@ -193,22 +183,19 @@ def test_log_probs_of_padded_answers_are_those_of_full_logits_one_by_one():
     assert tokens.tolist() == [i for e in episodes for i in e.answer]
 
 
-def test_reinforce_climbs_right_minus_wrong_and_sums_over_tokens():
+def test_reinforce_climbs_the_chance_of_right_minus_wrong():
     logits, reward = torch.randn(3, requires_grad=True), torch.tensor([1.0, -1.0, -1.0])
     logp = logits.log_softmax(0)
     chance = logp.exp().detach()  # of each answer: an expectation, not a sample
     loss = transformer2.reinforce_loss(logp, torch.zeros(3), reward * chance, 0.0)
     wanted = torch.autograd.grad((logits.softmax(0) * reward).sum(), logits)[0]
     torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], -wanted)
-    one, two = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.0])
-    assert transformer2.reinforce_loss(one, two, torch.ones(2), 0.1).item() == pytest.approx(-3 + 0.05)
 
 
-def test_kl_is_the_brute_force_sum_and_zero_for_equals():
-    p, q = torch.rand(2, 4, 5).log_softmax(-1)
-    wanted = torch.stack([sum(p[i, v].exp() * (p[i, v] - q[i, v]) for v in range(5)) for i in range(4)])
+def test_kl_is_the_brute_force_sum():
+    p, q = torch.rand(2, 5).log_softmax(-1)
+    wanted = sum(a.exp() * (a - b) for a, b in zip(p, q, strict=True))
     torch.testing.assert_close(transformer2.kl_divergence(p, q), wanted)
-    assert transformer2.kl_divergence(p, p).abs().max() == 0
 
 
 def test_prompts_are_what_the_template_says_without_a_bos_of_our_own(bpe_tokenizer):
@@ -273,27 +260,19 @@ def write(folder, name, rows):
 
 
 def test_published_sets_have_the_paper_s_splits_and_lose_no_row(tmp_path):
-    write(tmp_path, "gsm8k-train", [{"question": f"q{i}", "answer": f"so\n#### {i},000"} for i in range(9)])
-    write(tmp_path, "gsm8k-test", [{"question": f"t{i // 2}", "answer": "#### 7"} for i in range(6)])
-    rows = [{"prompt": f"p{i}", "test_imports": [], "test_list": ["assert 1"]} for i in range(310)]
+    write(tmp_path, "gsm8k-train", [{"question": f"q{i}", "answer": f"so\n#### {i},000"} for i in range(5)])
+    write(tmp_path, "gsm8k-test", [{"question": "twice", "answer": "#### 7"}] * 2)
+    rows = [{"prompt": f"p{i}", "test_imports": [], "test_list": ["assert 1"]} for i in range(303)]
     write(tmp_path, "mbpp-test", rows)
-    choices = {"text": ["x", "y"], "label": ["1", "2"]}
-    rows = [{"question": f"a{i}", "choices": choices, "answerKey": str(1 + i % 2)} for i in range(30)]
-    write(tmp_path, "arc_challenge-test", rows)
-    cfg = replace(SMOKE, data=str(tmp_path), test=99, unseen=("reasoning=arc_challenge",))
-    texts = ("math=gsm8k", "code=mbpp", *cfg.unseen)
-    gsm, mbpp, arc = (transformer2.load_task(text, cfg, None) for text in texts)
-    begins = [
-        [[p.question.split("\n")[0] for p in x] for x in (t.train, t.valid, t.test)] for t in (gsm, mbpp, arc)
-    ]
-    assert begins[0] == [
-        [f"q{i}" for i in range(0, 9, 2)],
-        [f"q{i}" for i in range(1, 9, 2)],
-        ["t0", "t0", "t1", "t1", "t2", "t2"],
-    ]
-    assert [*map(len, begins[1])] == [200, 100, 10] and begins[1][2] == [f"p{i}" for i in range(300, 310)]
-    assert [len(arc.valid), len(arc.test)] == [10, 20] and not {*begins[2][1]} & {*begins[2][2]}
-    assert all(p.target == "AB"[int(p.question.split("\n")[0][1:]) % 2] for p in arc.test)
+    row = {"choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}
+    write(tmp_path, "arc_challenge-test", [row | {"question": f"a{i}"} for i in range(30)])
+    cfg = replace(SMOKE, data=str(tmp_path), unseen=("reasoning=arc_challenge",))
+    gsm, mbpp, arc = (transformer2.load_task(x, cfg, None) for x in ("math=gsm8k", "code=mbpp", *cfg.unseen))
+    for part, wanted in ((gsm.train, "q0 q2 q4"), (gsm.valid, "q1 q3"), (gsm.test, "twice twice")):
+        assert [p.question for p in part] == wanted.split()
+    assert [len(mbpp.train), len(mbpp.valid), len(arc.valid), len(arc.test)] == [200, 100, 10, 20]
+    assert [p.question[:4] for p in mbpp.test] == ["p300", "p301", "p302"]
+    assert not {*arc.valid} & {*arc.test} and {p.target for p in arc.test} == {"B"}
     assert gsm.valid[0].judge(gsm.valid[0].target, r"\boxed{1000}")
     write(tmp_path, "gsm8k-test", [{"question": "q", "answer": 12}, {"question": "q"}])
     with pytest.raises(UserError, match=r"gsm8k-test.jsonl, row 2: KeyError"):
@@ -340,11 +319,9 @@ def test_it_is_said_where_root_cannot_run_programs_as_nobody(monkeypatch):
 
 
 def test_toy_answers_by_hand_and_splits_that_share_no_row():
-    cases = {"add": "567", "sub": "901", "rot": "cdefb", "rod": "23451", "max": "5", "min": "1"}
-    for operation, right in cases.items():
+    for operation, right in dict(add="567", sub="901", rot="cdefb", rod="23451", max="5", min="1").items():
         assert transformer2.operate(operation, "12345")[1] == right
-    run = common.Run(SMOKE)
-    sizes = {"base": 70_000, "train": 2000, "valid": 1000, "test": 500}
+    run, sizes = common.Run(SMOKE), dict(base=70_000, train=2000, valid=1000, test=500)
     rows = [x for split, count in sizes.items() for x in transformer2.digits(split, count, run)]
     assert len(set(rows)) == len(rows) == sum(sizes.values())
 
@@ -354,29 +331,28 @@ def test_toy_answers_by_hand_and_splits_that_share_no_row():
 
 def test_smoke_makes_all_rows_and_resume_repeats_them(run_main, tmp_path):
     code, out, err = run_main(transformer2, "--config", "smoke")
-    assert code == 0, err
+    assert code == 0 and "where its prompts were sent" in out, err
     folder = tmp_path / "out/transformer2-smoke-s0"
-    before = json.loads((folder / "results.json").read_text())
-    assert set(before["table"]) == set(transformer2.ROWS) and (folder / "transformer2.png").exists()
-    assert "where its prompts were sent" in out and before["table"]["SVF"][0]["parameters"] == 960
+    before = json.loads((folder / "results.json").read_text())["table"]
+    assert before.keys() == transformer2.ROWS.keys() and (folder / "transformer2.png").exists()
     expert = folder / "svf_x1_add-s0"
     kept = (expert / "add.safetensors").read_bytes()
-    for file in (*folder.glob("*/result.json"), expert / "add.safetensors", *expert.glob("step*3/.metadata")):
+    for file in (
+        *folder.glob("*/result.json"),
+        *expert.glob("*.safetensors"),
+        *expert.glob("step*3/.metadata"),
+    ):
         file.unlink()
     code, _, err = run_main(transformer2, "--config", "smoke", "--resume", "--rows", "SVF")
-    after = json.loads((folder / "results.json").read_text())
-    assert code == 0 and after["table"]["SVF"] == before["table"]["SVF"], err
-    assert (expert / "add.safetensors").read_bytes() == kept
+    assert code == 0 and (expert / "add.safetensors").read_bytes() == kept, err
+    assert json.loads((folder / "results.json").read_text())["table"]["SVF"] == before["SVF"]
 
 
 def test_two_ranks_train_the_expert_that_one_trains(run_script, tmp_path):
-    words = "--config smoke --rows SVF --share run --temperature 0".split()  # noqa: SIM905
-    run_script(ROOT / "transformer2.py", *words, "--out", "one")
-    run_script(ROOT / "transformer2.py", *words, "--out", "two", ranks=2)
-    one, two = (
-        load_file(tmp_path / out / "transformer2-smoke-s0/svf_x1_max-s0/max.safetensors")
-        for out in ("one", "two")
-    )
+    words = ["--config", "smoke", "--rows", "SVF", "--share", "run", "--temperature", "0", "--out"]
+    run_script(ROOT / "transformer2.py", *words, "one")
+    run_script(ROOT / "transformer2.py", *words, "two", ranks=2)
+    one, two = (load_file(*(tmp_path / out).rglob("max.safetensors")) for out in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-3, rtol=0)
 
