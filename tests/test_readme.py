@@ -27,7 +27,7 @@ SCRIPTS = {
     "transformer2.py": transformer2.CONFIGS,
 }
 
-NEW = {"mood.py", "rlt.py", "rmc.py"}  # scripts on the new common.py
+NEW = {"mood.py", "rlt.py", "rmc.py", "transformer2.py"}  # scripts on the new common.py
 
 
 def commands():
