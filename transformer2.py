@@ -1008,8 +1008,14 @@ def draw(figure, table: dict):
     axis.invert_yaxis()
 
 
-LLAMA_8B = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
-LLAMA_8B |= dict(num_attention_heads=32, num_key_value_heads=8)
+LLAMA_8B = dict(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
 
 
 def missing(cfg: Config, run: Run) -> list[str]:
