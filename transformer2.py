@@ -170,7 +170,7 @@ CONFIGS = {
         test=24,
     ),
     "demo": DEMO,
-    "gpu": replace(DEMO, ranks=4, seeds=5, width=256, layers=6, base_steps=4000, lr=0.05),
+    "gpu": replace(DEMO, ranks=4, seeds=5, width=256, base_steps=4000, base_lr=1e-3, lr=0.05),
     "text": REAL,
     "full": replace(
         REAL,
