@@ -385,12 +385,11 @@ def save_expert(file: Path, adapter: Adapter, vector: Tensor):
 
 def load_expert(file: Path, adapter: Adapter, cross_model: bool) -> Tensor:
     """Read a vector (R,). UserError names file and layer where it does not fit the model or is not finite."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         found = load_file(file)
-    except (OSError, SafetensorError) as e:
+    except Exception as e:  # a torn file raises what its reader likes
         raise UserError(f"{file}: no expert ({e})") from None
     if found.keys() != {name + end for name in adapter.layers for end in ("", " base")}:
         raise UserError(f"{file}: for {', '.join(found)}; the model adapts {', '.join(adapter.layers)}")
@@ -416,7 +415,7 @@ class Problem:
     instruction: str  # how to answer
     question: str  # all that dispatch sees
     target: str
-    judge: Callable[[str, str], bool]  # (target, text of an answer) -> right or not
+    judge: Callable  # (target, text of an answer) -> right or not
     opening: str = ""  # of the answer, given
 
 
@@ -447,7 +446,7 @@ class Episode:
         return len(self.prompt) + len(self.answer)
 
 
-def encode(problems: list[Problem], tokenizer) -> list[list[int]]:
+def encode(problems: list[Problem], tokenizer):
     """Ids of the prompts by the chat template, which has the BOS if the model wants one."""
     texts = []
     for p in problems:
@@ -536,7 +535,7 @@ def train_expert(task: Task, world: World, run: Run):
     size = min(cfg.batch, len(task.train)) // run.world_size * run.world_size
     run.print(f"{run.folder.name}: {size} of {len(task.train)} prompts an update")
 
-    def vector() -> Tensor:
+    def vector():
         return torch.sigmoid(policy.p) if cfg.adapter == "svf" else policy.p  # eq. (2)
 
     for step in run.steps(cfg.steps, policy=policy, optimizer=optimizer, schedule=schedule, best=best):
@@ -679,7 +678,7 @@ def few_shot(task: Task, experts: Tensor, world: World) -> Tensor:
     shots = task.valid[: cfg.shots]
 
     @torch.no_grad()
-    def score(members: Tensor) -> Tensor:
+    def score(members):
         z = mix(experts, members)
         index = torch.arange(len(members), device=z.device).repeat_interleave(len(shots))
         with world.adapter.using(z, index), run.autocast():
@@ -708,7 +707,7 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     dtype = torch.bfloat16 if run.amp else torch.float32
     world = replace(open_world(base, cfg.adapter == "lora", cfg.modules, run.device, dtype), run=run)
 
-    def expert(task: Task) -> Tensor:
+    def expert(task: Task):
         """From a file of --experts, or trained here, once for all rows that share it."""
         folder = Path(cfg.experts)
         if not cfg.experts:
@@ -866,9 +865,11 @@ SOURCES = {
 def read(name: str, split: str, cfg: Config) -> list[Problem]:
     """Problems of a split of a published set, or of a .jsonl or gym: source. UserError names a faulty row."""
     source, subset, reader, _ = SOURCES.get(name, (name, None, boxed, 0))
-    more = dict(size=600, seed=cfg.seed) if name.startswith("gym:") else dict(split=split, subset=subset)
+    more = dict(size=600, seed=cfg.seed) if name.startswith("gym:") else {}
     if name in SOURCES and cfg.data:
-        source, more = f"{cfg.data}/{name}-{split}.jsonl", {}
+        source = f"{cfg.data}/{name}-{split}.jsonl"
+    elif name in SOURCES:
+        more = dict(split=split, subset=subset)
     problems = []
     for number, row in enumerate(common.load_rows(source, **more), 1):
         try:
@@ -906,7 +907,7 @@ def load_task(text: str, cfg: Config, run: Run) -> Task:
         train, valid, test = rows[::2], rows[1::2], read(name, "test", cfg)
     if not (valid and test):
         raise UserError(f"{text}: {len(rows)} rows are too few for its splits")
-    return Task(common.slug(Path(name).stem), category, train, valid, test[: cfg.test])
+    return Task(common.slug(text), category, train, valid, test[: cfg.test])
 
 
 # --- the toy tasks, and a base model that knows them ---
@@ -962,14 +963,17 @@ def toy_task(operation: str, category: str, tag: str, cfg: Config, run: Run) -> 
     return Task(operation, category, *splits)
 
 
+def tiny_model(cfg: Config) -> nn.Module:
+    """The base model of the toy tasks, untrained."""
+    return common.tiny_lm(len(SYMBOLS), cfg.width, cfg.layers, intermediate_size=2 * cfg.width)
+
+
 def make_base(run: Run):
     """Pre-train the tiny model on documents; UserError if it lacks a skill in the end."""
     cfg, pool = run.cfg, digits("base", 70_000, run)
     tokenizer = common.CharTokenizer(SYMBOLS, eos="$")
     tokenizer.chat_template = TOY_CHAT
-    model = common.tiny_lm(len(SYMBOLS), cfg.width, cfg.layers, intermediate_size=2 * cfg.width).to(
-        run.device
-    )
+    model = tiny_model(cfg).to(run.device)
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.base_lr, cfg.base_steps)
     for step in run.steps(cfg.base_steps, model=model, optimizer=optimizer, schedule=schedule):
@@ -1043,6 +1047,8 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
     config = LlamaConfig(**LLAMA_8B)
     with contextlib.suppress(OSError, ValueError):
         config = AutoConfig.from_pretrained(cfg.model).get_text_config()
+    if cfg.model == "tiny":
+        config = tiny_model(cfg).config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     n, gpus = model.num_parameters(), run.world_size
@@ -1070,7 +1076,7 @@ def main():
             raise UserError("; ".join(lacking))
         table = run.grid(ROWS, train)
         run.check(CLAIMS, table)
-        if cfg.model == "tiny":
+        if cfg.unseen:
             run.figure(draw, table)
 
 

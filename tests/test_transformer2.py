@@ -347,7 +347,7 @@ def test_two_ranks_train_the_expert_that_one_trains(run_script, tmp_path):
 def test_a_real_tokenizer_and_jsonl_tasks_go_the_same_way(run_main, text_files, tmp_path):
     rows = [{"question": f"Is {i} even?", "answer": "yes" if i % 2 else "no"} for i in range(30)]
     write(tmp_path, "even", rows)
-    words = "--config text --model lm --tasks math=p.jsonl reasoning=even.jsonl --unseen code=even.jsonl"
+    words = "--config text --model lm --tasks math=even.jsonl reasoning=even.jsonl --unseen code=even.jsonl"
     words += " --device cpu --steps 2 --batch 2 --test 2 --valid 2 --max_new 4 --generations 2 --rows SVF"
     code, out, err = run_main(transformer2, *words.split(), "B: category expert", "C: few-shot mixing")
     assert code == 0 and "unseen" in out, err
