@@ -110,11 +110,11 @@ class Config(common.Config):
     max_new: int = 6  # tokens of an answer, at most
     test: int = 500  # test problems of a task, at most
     # the tiny base model
-    width: int = 64  # of its hidden layers
-    layers: int = 3  # decoder layers
-    base_steps: int = 1000  # pre-training steps
-    base_batch: int = 288  # documents a step
-    base_lr: float = 4e-3  # peak of one cycle
+    width: int = 48  # of its hidden layers
+    layers: int = 2  # decoder layers
+    base_steps: int = 800  # pre-training steps
+    base_batch: int = 96  # documents a step
+    base_lr: float = 8e-3  # peak of one cycle
     gate: float = 0.9  # accuracy on documents tagged as good that a base model must reach in every skill
     # memory and speed
     micro: int = 256  # answers in one forward and backward pass
