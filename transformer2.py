@@ -91,8 +91,8 @@ class Config(common.Config):
     # training of one expert
     steps: int = 40  # updates
     batch: int = 96  # prompts an update, one answer each
-    lr: float = 0.2  # of p; AdamW, cosine to 0
-    lora_lr: float = 5e-3  # the same for LoRA
+    lr: float = 0.1  # of p; AdamW, cosine to 0
+    lora_lr: float = 1.25e-3  # the same for LoRA
     rate: float = 1.0  # multiple of either
     clip: float = 1e-3  # norm of the gradient
     lam: float = 0.0  # weight of the KL (lambda)
@@ -112,9 +112,9 @@ class Config(common.Config):
     # the tiny base model
     width: int = 48  # of its hidden layers
     layers: int = 2  # decoder layers
-    base_steps: int = 800  # pre-training steps
+    base_steps: int = 1200  # pre-training steps
     base_batch: int = 96  # documents a step
-    base_lr: float = 8e-3  # peak of one cycle
+    base_lr: float = 6e-3  # peak of one cycle
     gate: float = 0.9  # accuracy on documents tagged as good that a base model must reach in every skill
     # memory and speed
     micro: int = 256  # answers in one forward and backward pass
