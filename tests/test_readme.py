@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import before
 import common
 
 README = (ROOT / "README.md").read_text()
 NAMES = re.findall(r"^\| \[`(\w+)\.py`\]", README, re.M)  # of the scripts that are there
 SCRIPTS = {f"{name}.py": importlib.import_module(name).CONFIGS for name in NAMES}
-NEW = {name for name in SCRIPTS if "import before as common" not in (ROOT / name).read_text()}
 
 
 def commands():
@@ -44,8 +42,7 @@ def test_every_command_of_readme_is_understood(line):
     assert (ROOT / words[script]).exists()
     if words[script].startswith("tests/"):
         return
-    parse = common.parse_config if words[script] in NEW else before.parse_config
-    parse(SCRIPTS[words[script]], words[script + 1 :])
+    common.parse_config(SCRIPTS[words[script]], words[script + 1 :])
 
 
 def test_a_row_for_each_of_ten_methods_and_coming_where_there_is_no_file():
@@ -70,8 +67,7 @@ def test_no_placeholder_is_left():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_setting_has_the_comment_that_help_shows(script):
-    plumbing = "common.py" if script in NEW else "before.py"
-    source = (ROOT / script).read_text() + (ROOT / plumbing).read_text()
+    source = (ROOT / script).read_text() + (ROOT / "common.py").read_text()
     for name in vars(SCRIPTS[script]["demo"]):
         assert re.search(rf"^    {name}: .*?  # \S", source, re.M), name
 
