@@ -72,9 +72,7 @@ def test_every_setting_has_the_comment_that_help_shows(script):
         assert re.search(rf"^    {name}: .*?  # \S", source, re.M), name
 
 
-@pytest.mark.parametrize(
-    "script", sorted(s for s in NEW if (ROOT / "assets" / s).with_suffix(".json").exists())
-)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_readme_quotes_the_demo_that_is_kept_in_assets(script):
     """Every number of the script's table and claims is that of assets/<script>.json."""
     name = script.removesuffix(".py")
