@@ -1131,8 +1131,12 @@ def missing(cfg: Config) -> list[str]:
     """What this config needs and does not find, a line each, with the flag that mends it."""
     from transformers import AutoConfig
 
-    found = []
-    for name in (cfg.base, encoder_name(cfg.encoder)[0]):
+    found, names = [], [cfg.base]
+    try:
+        names.append(encoder_name(cfg.encoder)[0])
+    except UserError as e:
+        found.append(str(e))
+    for name in names:
         try:
             if name not in ("tiny", "hash", "onehot") and not Path(name).is_file():
                 AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust)
@@ -1140,8 +1144,9 @@ def missing(cfg: Config) -> list[str]:
             found.append(f"{name!r} of --base or --encoder: neither here nor on the hub")
     try:
         load_tasks(cfg)
-        if cfg.bench:
+        for name in cfg.bench:
             common.need("lm_eval", "lm")
+            read_metadata(Path(cfg.data) / name)
     except UserError as e:
         found.append(str(e))
     if {*PROGRAMS} & {*cfg.bench} and os.environ.get("HF_ALLOW_CODE_EVAL") != "1":

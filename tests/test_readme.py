@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shlex
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -36,7 +37,8 @@ def test_ci_runs_readmes_own_test_command():
 
 
 @pytest.mark.parametrize("line", [c for c in commands() if re.search(r"\w+\.py", c)])
-def test_every_command_of_readme_is_understood(line):
+def test_every_command_of_readme_is_understood(line, monkeypatch):
+    monkeypatch.setattr(common, "need", mock.MagicMock())  # extras need not be here
     words = shlex.split(line)
     script = next(i for i, w in enumerate(words) if w.endswith(".py"))
     assert (ROOT / words[script]).exists()
