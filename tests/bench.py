@@ -244,7 +244,8 @@ def bench_fb(folder: Path, run: common.Run, obs=24, actions=6, dim=50, width=256
     buffer = {"train": SimpleNamespace(sample=sample)}
     steps = {"ours": lambda: fb.learn(agent, data, cfg, loop)}
     steps["theirs"] = lambda: [reference.update(buffer, 0) for _ in range(count)]
-    report("fb", median_rates(steps, run.device, rounds=5))
+    rates = median_rates(steps, run.device, rounds=5)
+    report("fb", {name: count * rate for name, rate in rates.items()})
 
 
 def bench_transformer2(folder: Path, run: common.Run, answers: int = 16, length: int = 64, steps: int = 4):
