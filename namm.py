@@ -391,7 +391,7 @@ class LayerMemory(DynamicLayer):
         """Score every token, choose and keep, eqs. (3) to (5): everything held moves by one index."""
         score = SCORES[self.policy.kind](self).nan_to_num(nan=-math.inf)  # such a member fails by itself
         place, valid = select(score, self.store["valid"], self.cap)
-        if place.shape[2] < score.shape[2]:
+        if not torch.equal(valid, self.store["valid"]):  # a row that keeps all must not spare the others
             n, heads = (torch.arange(size, device=place.device) for size in place.shape[:2])
             at = n[:, None, None], heads[:, None], place
             self.store = {name: x[at] for name, x in self.store.items()} | {"valid": valid}

@@ -688,7 +688,7 @@ def read_puzzle(row: dict) -> Puzzle:
     """A row of the official sets, whose rules may be JSON in the string; an f-puzzles link says it all."""
     name, board, solution, rules, elements, author, url = (str(row.get(key) or "") for key in KEYS)
     if "/fpuz" in url:
-        return replace(import_link(url), id=name)
+        return replace(import_link(url), id=name, solution=solution)
     if rules[:1] in ('"', "["):
         rules = "\n".join([json.loads(rules)] if rules[0] == '"' else json.loads(rules))
     elements = json.loads(elements) if elements[:1] == "[" else []
@@ -1020,10 +1020,11 @@ def http_player(spec: str, cfg: Config, run: Run) -> Callable:
     async def ask(messages, game, key):
         try:
             found = await client.chat.completions.create(model=model, messages=messages, **asked)
-            text, why = found.choices[0].message.content or "", found.choices[0].finish_reason
+            [choice] = found.choices
+            text, why = choice.message.content or "", choice.finish_reason
             if not text and why != "length":
                 raise ValueError(f"empty reply ({why})")
-            return text, found.usage.completion_tokens if found.usage else 0
+            return text, (found.usage and found.usage.completion_tokens) or 0
         except (openai.OpenAIError, ValueError, TypeError, AttributeError) as e:
             raise Stop("api_error", str(e)) from None
 

@@ -104,7 +104,7 @@ class Config(common.Config):
     each: int = 8  # examples of each
     steps: int = 450  # optimizer steps of T2L
     lr: float = 2e-3  # peak; linear warm-up, linear decay
-    plain_steps: int = 110  # of plain LoRAs: the multi-task one, oracles
+    plain_steps: int = 110  # of oracles
     plain_lr: float = 1e-2  # their peak
     smoothing: float = 0.0  # of labels
     neftune: float = 0.0  # noise on input embeddings
@@ -396,6 +396,7 @@ def to_pair(row: dict, where: str) -> Pair:
             common.need_text(where, [row], (prompt, response))
             return Pair(row[prompt], row[response])
     text, answers = str(row.get("input")), row.get("output")
+    answers = [answers] if isinstance(answers, str) else answers
     definition = text.partition("Definition: ")[2].partition("\n\nPositive Example")[0]
     problem = text.partition("Now complete the following example -")[2].partition("Input: ")[2]
     problem = problem.rpartition("\nOutput:")[0]
@@ -837,12 +838,15 @@ def fit(net: nn.Module, base: Base, tasks: list[Task], z: list[Tensor], count: i
     cfg, mine = run.cfg, slice(run.rank, None, run.world_size)
     plan = (cfg.steps, cfg.lr, 1e-2, 1.0)  # steps, peak rate, weight decay, largest gradient
     if isinstance(net, Table):
-        plan = (cfg.plain_steps, cfg.plain_lr, 1e-3, math.inf)
+        several = len(net.adapters) > 1  # one for all tasks gets as many steps as T2L
+        plan = (cfg.plain_steps if several else cfg.steps, cfg.plain_lr, 1e-3, math.inf)
     count, parallel = min(count, len(tasks)), run.wrap(net.to(run.device).train())
     for step, descend in training(net, *plan, 0.2, run):
         chosen, draws = tasks_of_step(step, count, len(tasks), run), torch.rand(cfg.each).tolist()
         described, chosen = draw_descriptions(z, chosen)[mine], chosen[mine]
         batch = base.batch([tasks[k].train[int(u * len(tasks[k].train))] for k in chosen for u in draws])
+        if run.world_size > 1:  # dropout and noise of its own for each rank
+            torch.manual_seed(common.stable_seed(cfg.seed, step, run.rank))
         with run.autocast():
             adapters = parallel(described, chosen)
             logits = base.response_logits(batch, adapters)
@@ -865,7 +869,7 @@ def reconstruct(net: T2L, library: Tensor, z: list[Tensor], run: Run):
     net.std.copy_(library.std(0) + 1e-10)
     target = (library - net.mean) / net.std
     for step, descend in training(net, cfg.recon_steps, cfg.recon_lr, 1e-3, 1.0, 0.1, run):
-        chosen = tasks_of_step(step, cfg.recon_tasks or n, n, run)
+        chosen = tasks_of_step(step, min(cfg.recon_tasks or n, n), n, run)
         predicted = net.z_scores(draw_descriptions(z, chosen))
         descend(recon_loss(predicted, target[chosen], net.form))
 

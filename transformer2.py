@@ -547,7 +547,7 @@ def train_expert(task: Task, world: World, run: Run):
 
         # eq. (1), cfg.micro answers at a time
         numbers = {"loss": 0.0, "kl": 0.0, "reward": 2 * np.mean([e.right for e in episodes]) - 1}
-        for i in range(0, size, cfg.micro):
+        for i in range(0, len(episodes), cfg.micro):
             part = episodes[i : i + cfg.micro]
             reward = torch.tensor([2.0 * e.right - 1 for e in part for _ in e.answer], device=run.device)
             with torch.no_grad(), run.autocast():
@@ -898,7 +898,7 @@ def load_task(text: str, cfg: Config, run: Run) -> Task:
         train, valid, test = rows[::3], rows[1::3], rows[2::3]
     elif unseen:
         random.Random(SOURCES[name][3]).shuffle(rows)
-        train, valid, test = rows, rows[: cfg.shots], rows[cfg.shots :]
+        train, valid, test = [], rows[: cfg.shots], rows[cfg.shots :]
     elif name == "mbpp":
         first, test = rows[:300], rows[300:]
         random.Random(16).shuffle(first)
