@@ -33,7 +33,7 @@ Departures from the paper and its code
 - Oracles train side by side for fixed steps from one A0 (the code: one by one, early stopping) and, as the
   multi-task LoRA, unclipped, by the loss of eq. (6). A step's tasks share their draws of examples.
 - Validation on held-out tasks, not on slices of the benchmarks. Prompts and graders are lm-eval's.
-- Left out: dW reconstruction, Hyperdecoders. Hypernetwork dropout differs between ranks' shares of a batch.
+- Left out: dW reconstruction, Hyperdecoders. Ranks draw the same dropout and noise for their shares.
 - The demo's base model knows every skill by a code; adapters must elicit it where codes are hidden. The
   multi-task LoRA cannot know the task from such a prompt; in the paper prompts do hold an instruction.
 
@@ -845,8 +845,6 @@ def fit(net: nn.Module, base: Base, tasks: list[Task], z: list[Tensor], count: i
         chosen, draws = tasks_of_step(step, count, len(tasks), run), torch.rand(cfg.each).tolist()
         described, chosen = draw_descriptions(z, chosen)[mine], chosen[mine]
         batch = base.batch([tasks[k].train[int(u * len(tasks[k].train))] for k in chosen for u in draws])
-        if run.world_size > 1:  # dropout and noise of its own for each rank
-            torch.manual_seed(common.stable_seed(cfg.seed, step, run.rank))
         with run.autocast():
             adapters = parallel(described, chosen)
             logits = base.response_logits(batch, adapters)
