@@ -231,6 +231,12 @@ def mirrored(p, clue):
     return [*zip(clue.cells, clue.cells[::-1], strict=True)]
 
 
+def within(p, clue):
+    """Each cell of a line with the line's ends around it."""
+    first, *inner, last = clue.cells
+    return [(first, cell, last) for cell in inner]
+
+
 def neighbours(p, clue):
     """The cell with each of its neighbours that is not marked in the same way."""
     marked = [c.cells[0] for c in p.clues if c.kind == clue.kind]
@@ -255,37 +261,41 @@ def ray(p, clue):
     return [[cell for cell in line if cell in square(p.n)]]
 
 
-# small families: whether digits x are allowed, v the clue's numbers; `allow` posts the table of those
+# small families: whether digits are allowed, v the clue's numbers; `allow` posts the table of those that are
 
 
-def equal(x, v):
-    return x[0] == x[1]
+def equal(v, a, b):
+    return a == b
 
 
-def less(x, v):
-    return x[0] < x[1]
+def less(v, a, b):
+    return a < b
 
 
-def difference(x, v):
-    return abs(x[0] - x[1]) in v
+def difference(v, a, b):
+    return abs(a - b) in v
 
 
-def ratio(x, v):
-    return any(x[0] == k * x[1] or x[1] == k * x[0] for k in v)
+def ratio(v, a, b):
+    return any(a == k * b or b == k * a for k in v)
 
 
-def total(x, v):
-    return sum(x) in v
+def total(v, a, b):
+    return a + b in v
 
 
 @functools.cache
 def allowed(check, size, v):
     """All tuples of digits that such a rule lets pass."""
-    return [x for x in itertools.product(range(10), repeat=size) if check(x, v)]
+    return [x for x in itertools.product(range(10), repeat=size) if check(v, *x)]
 
 
 def allow(check):
     return lambda m, x, v: m.add_allowed_assignments(x, allowed(check, len(x), v))
+
+
+def forbid(check):
+    return allow(lambda v, *x: not check(v, *x))
 
 
 # all others: what they post to a CP-SAT model m, x its variables in the clue's order
@@ -321,15 +331,6 @@ def post_consecutive(m, x, v):
     m.add_all_different(x)
     for cell in x:
         m.add_linear_constraint(cell - low, 0, len(x) - 1)
-
-
-def post_between(m, x, v):
-    low, high = m.new_int_var(0, 9, ""), m.new_int_var(0, 9, "")
-    m.add_min_equality(low, [x[0], x[-1]])
-    m.add_max_equality(high, [x[0], x[-1]])
-    for cell in x[1:-1]:
-        m.add(low < cell)
-        m.add(cell < high)
 
 
 def post_sandwich(m, x, v):
@@ -378,37 +379,41 @@ RULES = {
     "black dot": Rule("Of cells joined by a black dot one is {} times the other.", allow(ratio)),
     "V or X": Rule("Cells joined by V sum to 5, cells joined by X to 10.", allow(total)),
     "smaller, larger": Rule("An inequality sign points at the smaller digit.", allow(less)),
-    "gray square": Rule("Grey squares hold even digits.", allow(lambda x, v: x[0] % 2 == 0)),
-    "gray circle": Rule("Grey circles hold odd digits.", allow(lambda x, v: x[0] % 2 == 1)),
+    "gray square": Rule("Grey squares hold even digits.", allow(lambda v, a: a % 2 == 0)),
+    "gray circle": Rule("Grey circles hold odd digits.", allow(lambda v, a: a % 2 == 1)),
     "min": Rule(
         "A cell marked min is smaller than its neighbours without that mark.", allow(less), neighbours
     ),
-    "max": Rule("A cell marked max is larger than those.", allow(lambda x, v: x[0] > x[1]), neighbours),
-    "pencil marks": Rule("A cell with pencil marks holds one of them.", allow(lambda x, v: x[0] in v)),
+    "max": Rule("A cell marked max is larger than those.", allow(lambda v, a, b: a > b), neighbours),
+    "pencil marks": Rule("A cell with pencil marks holds one of them.", allow(lambda v, a: a in v)),
     "quadruple": Rule(
         "Digits in a circle are in the four cells around it, as often.",
-        allow(lambda x, v: all(x.count(d) >= v.count(d) for d in v)),
+        allow(lambda v, *x: all(x.count(d) >= v.count(d) for d in v)),
     ),
     "clones": Rule("Lists of clones read the same from both ends.", allow(equal), mirrored),
     # lines
     "thermometer": Rule("Digits increase along a thermometer from its bulb.", allow(less), along(2)),
     "slow thermometer": Rule(
-        "Digits never decrease along a slow thermometer.", allow(lambda x, v: x[0] <= x[1]), along(2)
+        "Digits never decrease along a slow thermometer.", allow(lambda v, a, b: a <= b), along(2)
     ),
     "green line": Rule(
         "Neighbouring digits on a green line differ by at least {}.",
-        allow(lambda x, v: abs(x[0] - x[1]) >= v[0]),
+        allow(lambda v, a, b: abs(a - b) >= v[0]),
         along(2),
     ),
     "gray line": Rule("Grey lines read the same from both ends.", allow(equal), mirrored),
     "turquoise line": Rule(
         "Three neighbours on a turquoise line leave three remainders when divided by 3.",
-        allow(lambda x, v: len({d % 3 for d in x}) == 3),
+        allow(lambda v, *x: len({d % 3 for d in x}) == 3),
         along(3),
     ),
     "purple line": Rule("A purple line holds consecutive digits without repeats.", post_consecutive),
     "blue line": Rule("Box borders cut a blue line into parts of equal sums.", post_equal_parts),
-    "line between circles": Rule("Digits on a line between circles lie between those in them.", post_between),
+    "line between circles": Rule(
+        "Digits on a line between circles lie between those in them.",
+        allow(lambda v, a, b, c: a < b < c or a > b > c),
+        within,
+    ),
     "arrow": Rule("Digits along an arrow sum to the number in its circle or pill.", post_arrow),
     # groups
     "killer cage": Rule("Digits in a cage do not repeat, and sum to its number, if any.", post_cage),
@@ -437,21 +442,21 @@ RULES = {
     "anti-king": Rule("Cells that touch at a corner differ.", post_distinct, apart((1, 1), (1, -1))),
     "non-consecutive": Rule(
         "Neighbours without a white dot are never consecutive.",
-        allow(lambda x, v: not difference(x, (1,))),
+        allow(lambda v, a, b: abs(a - b) != 1),
         unmarked("white dot"),
     ),
     "no other white dot": Rule(
         "Neighbours without a dot do not differ by {}.",
-        allow(lambda x, v: not difference(x, v)),
+        forbid(difference),
         unmarked("white dot", "black dot"),
     ),
     "no other black dot": Rule(
         "Neighbours without a dot have no ratio of {}.",
-        allow(lambda x, v: not ratio(x, v)),
+        forbid(ratio),
         unmarked("white dot", "black dot"),
     ),
     "no other V or X": Rule(
-        "Neighbours without V or X do not sum to {}.", allow(lambda x, v: not total(x, v)), unmarked("V or X")
+        "Neighbours without V or X do not sum to {}.", forbid(total), unmarked("V or X")
     ),
     # numbers outside the grid
     "little killer": Rule("A number with an arrow is the sum of its diagonal.", post_total, ray),
