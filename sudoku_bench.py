@@ -61,6 +61,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from jinja2.sandbox import SandboxedEnvironment
+from matplotlib import colors
 from scipy import stats
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -79,7 +81,9 @@ class Config(common.Config):
     # what is played
     data: str = str(MINI_48)  # .jsonl, .parquet, folder, hub id[:subset]; an f-puzzles or fpuz link
     limit: int = 0  # puzzles, at most; 0: all
-    backend: str = ""  # solver, random, vanilla, neural, hf:NAME, http:URL#MODEL; empty: the table's rows
+    backend: str = (
+        ""  # solver, random, vanilla, neural, hf:NAME, http:URL#MODEL, scripted:FILE; empty: all rows
+    )
     modes: tuple[Mode, ...] = ("multi_step", "single_shot")  # protocols; single_step, too
     trials: int = 1  # episodes of each puzzle and mode
     history: int = field(default_factory=lambda: 5)  # turns of the past that a model sees (N); -1: all
@@ -100,7 +104,9 @@ class Config(common.Config):
 
     def check(self):
         super().check()
-        if not re.fullmatch("(solver|random|expected|vanilla|neural|hf:.+|http:https?://.+|)", self.backend):
+        if not re.fullmatch(
+            "(solver|random|expected|vanilla|neural|hf:.+|http:https?://.+|scripted:.+|)", self.backend
+        ):
             raise UserError(f"--backend {self.backend}: is none of those that --help names")
         load_prompts(self.prompts)
 
@@ -165,8 +171,8 @@ class Puzzle:
     n: int
     givens: str
     solution: str | None = None
-    clues: tuple[Clue, ...] | None = None
-    regions: tuple[tuple[Cell, ...], ...] = ()
+    clues: tuple | None = None
+    regions: tuple = ()
     rules: str = ""
     elements: list = field(default_factory=list)
     plain: bool = False  # gets the plain-sudoku prompt, as in the paper's code
@@ -183,23 +189,28 @@ class Puzzle:
 
 
 @functools.cache
-def square(n: int) -> list[Cell]:
+def square(n: int) -> list:
     """All cells, row by row."""
     return list(itertools.product(range(1, n + 1), repeat=2))
 
 
-def boxes(n: int) -> tuple[tuple[Cell, ...], ...]:
+def boxes(n: int) -> tuple:
     """The standard boxes; their height is the largest divisor of n up to its root (6: 2 x 3)."""
     h = {4: 2, 6: 2, 8: 2, 9: 3}.get(n, 1)
     cells = sorted(square(n), key=lambda cell: ((cell[0] - 1) // h, (cell[1] - 1) * h // n))
     return tuple(tuple(cells[k : k + n]) for k in range(0, n * n, n))
 
 
-def names(cells: Sequence[Cell]) -> list[str]:
+def with_blanks(d: dict) -> dict:
+    """What is missing or null reads as ""."""
+    return defaultdict(str, {key: value for key, value in d.items() if value is not None})
+
+
+def names(cells: Sequence) -> list:
     return [f"r{r}c{c}" for r, c in cells]
 
 
-def cells_of(names: Sequence[str]) -> tuple[Cell, ...]:
+def cells_of(names: Sequence) -> tuple:
     """`r3c4` -> (3, 4) for each; an exception for anything else."""
     found = [re.fullmatch("[rR]([0-9]{1,2})[cC]([0-9]{1,2})", name).groups() for name in names]
     return tuple((int(r), int(c)) for r, c in found)
@@ -208,14 +219,18 @@ def cells_of(names: Sequence[str]) -> tuple[Cell, ...]:
 # --- rules: a family is a sentence, groups(puzzle, clue) of cells, and what digits there are allowed ---
 
 
-def leaps(n: int, *moves: Cell) -> list[tuple[Cell, Cell]]:
-    """Pairs of cells that lie one of the moves apart."""
-    pairs = [((r, c), (r + a, c + b)) for r, c in square(n) for a, b in moves]
-    return [pair for pair in pairs if pair[1] in square(n)]
+def distance(a: Cell, b: Cell) -> int:
+    """Squared: 1 for neighbours, 2 for cells that touch at a corner, 5 for a knight's move."""
+    return (a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2
 
 
-def apart(*moves):
-    return lambda p, clue: leaps(p.n, *moves)
+def pairs_of(n: int, apart: int) -> list:
+    """All pairs of cells at this squared distance."""
+    return [pair for pair in itertools.combinations(square(n), 2) if distance(*pair) == apart]
+
+
+def at_distance(apart):
+    return lambda p, clue: pairs_of(p.n, apart)
 
 
 def whole(p, clue):
@@ -239,9 +254,8 @@ def within(p, clue):
 
 def neighbours(p, clue):
     """The cell with each of its neighbours that is not marked in the same way."""
-    marked = [c.cells[0] for c in p.clues if c.kind == clue.kind]
-    near = leaps(p.n, (0, 1), (1, 0), (0, -1), (-1, 0))
-    return [(a, b) for a, b in near if a == clue.cells[0] and b not in marked]
+    marked, [cell] = [c.cells[0] for c in p.clues if c.kind == clue.kind], clue.cells
+    return [(cell, near) for near in square(p.n) if distance(cell, near) == 1 and near not in marked]
 
 
 def unmarked(*kinds):
@@ -249,7 +263,7 @@ def unmarked(*kinds):
 
     def groups(p, clue):
         marked = [{*c.cells} for c in p.clues if c.kind in kinds]
-        return [pair for pair in leaps(p.n, (0, 1), (1, 0)) if {*pair} not in marked]
+        return [pair for pair in pairs_of(p.n, 1) if {*pair} not in marked]
 
     return groups
 
@@ -344,22 +358,22 @@ def post_sandwich(m, x, v):
 
 
 def post_skyscraper(m, x, v):
-    top, seen = x[0], 1
-    for cell in x[1:]:
-        higher, visible = m.new_int_var(0, 9, ""), m.new_bool_var("")
-        m.add_max_equality(higher, [top, cell])
-        m.add(cell > top).only_enforce_if(visible)
+    seen = []
+    for k, cell in enumerate(x):
+        top, visible = m.new_int_var(0, 9, ""), m.new_bool_var("")
+        m.add_max_equality(top, x[: k + 1])
+        m.add(cell == top).only_enforce_if(visible)
         m.add(cell < top).only_enforce_if(~visible)
-        top, seen = higher, seen + visible
-    m.add(seen == v[0])
+        seen.append(visible)
+    m.add(sum(seen) == v[0])
 
 
 def post_xsum(m, x, v):
-    for k in range(1, 10):
-        first = m.new_bool_var("")
-        m.add(x[0] != k).only_enforce_if(~first)
-        m.add(x[0] == k).only_enforce_if(first)
-        m.add(sum(x[:k]) == v[0]).only_enforce_if(first)
+    sums = [m.new_constant(0)]
+    for cell in x:
+        sums.append(m.new_int_var(0, 99, ""))
+        m.add(sums[-1] == sums[-2] + cell)
+    m.add_element(x[0], sums, v[0])
 
 
 class Rule(NamedTuple):
@@ -436,10 +450,8 @@ RULES = {
     "disjoint groups": Rule(
         "Cells at the same place of boxes differ.", post_distinct, lambda p, c: zip(*boxes(p.n), strict=True)
     ),
-    "anti-knight": Rule(
-        "Cells a knight's move apart differ.", post_distinct, apart((1, 2), (1, -2), (2, 1), (2, -1))
-    ),
-    "anti-king": Rule("Cells that touch at a corner differ.", post_distinct, apart((1, 1), (1, -1))),
+    "anti-knight": Rule("Cells a knight's move apart differ.", post_distinct, at_distance(5)),
+    "anti-king": Rule("Cells that touch at a corner differ.", post_distinct, at_distance(2)),
     "non-consecutive": Rule(
         "Neighbours without a white dot are never consecutive.",
         allow(lambda v, a, b: abs(a - b) != 1),
@@ -451,13 +463,9 @@ RULES = {
         unmarked("white dot", "black dot"),
     ),
     "no other black dot": Rule(
-        "Neighbours without a dot have no ratio of {}.",
-        forbid(ratio),
-        unmarked("white dot", "black dot"),
+        "Neighbours without a dot have no ratio of {}.", forbid(ratio), unmarked("white dot", "black dot")
     ),
-    "no other V or X": Rule(
-        "Neighbours without V or X do not sum to {}.", forbid(total), unmarked("V or X")
-    ),
+    "no other V or X": Rule("Neighbours without V or X do not sum to {}.", forbid(total), unmarked("V or X")),
     # numbers outside the grid
     "little killer": Rule("A number with an arrow is the sum of its diagonal.", post_total, ray),
     "sandwich": Rule(
@@ -486,38 +494,39 @@ def described(p: Puzzle) -> Puzzle:
     return replace(p, rules=p.rules or " ".join(dict.fromkeys(rules)), elements=elements + p.elements)
 
 
+CAGES = {"killer": "killer cage", "box": "region"}
+
+
 def element_text(e: dict) -> str:
     """A visual element of the official sets as a line of the prompt; empty for what has no description."""
-    cells = e.get("cells") or e.get("coords") or []
+    e = with_blanks(e)
+    cells = e["cells"] or e["coords"]
     cells = cells.split() if isinstance(cells, str) else [*map(str, cells)]
-    e = defaultdict(str, {key: value for key, value in e.items() if value is not None})
-    kind, color, border, loc = e["type"], e["color_name"], e["border_color_name"], e["loc"]
-    every, edge = " ".join(cells), f"between {' and '.join(cells[:2])}"
-    cage = {"killer": "killer cage", "box": "region"}.get(e["style"], "cage")
+    kind, color, border, every = str(e["type"]), e["color_name"], e["border_color_name"], " ".join(cells)
+    edge, value = f"between {' and '.join(cells[:2])}", e["value"] and f" (value {e['value']})"
     lines = {
         "lines": f"line, color: {color}, coords: {every}",
         "arrows": f"arrow, color: {color}, coords (base to tip): {every}",
         "inequality": f"inequality arrow: {e['direction']} {edge}",
-        "cage": f"{cage} (value {e['value']}): {every}" if e["value"] else f"{cage}: {every}",
+        "cage": f"{CAGES.get(e['style'], 'cage')}{value}: {every}",
         "global": f"global: {e['text']}",
         "manual": e["text"],
     }
-    if str(kind).endswith(" arrow"):
+    if kind.endswith(" arrow"):
         return f"{kind}, color: {color}, in location: {every}, pointing {e['direction']}"
     if kind not in ("underlays", "overlays"):
         return lines.get(kind, "")
-    paint = f"color: {color}" if color else border and f"stroke color: {border}"
-    if color and border not in ("", color):
-        paint = f"{paint} (stroke color: {border})"
-    place = {"cell": every, "corner": f"at the corner of {every}"}.get(loc, loc and edge)
-    pieces = {"text: ": e["text"], "shape: ": e["shape"], "": paint, "location: ": place}
-    return ", ".join(f"{key}{value}" for key, value in pieces.items() if value)
+    place = {"cell": every, "corner": f"at the corner of {every}", "": ""}.get(e["loc"], edge)
+    paint = f"{color} (stroke color: {border})" if border not in ("", color) else color
+    words = {"text": e["text"], "shape": e["shape"], "color": color and paint}
+    words |= {"stroke color": "" if color else border, "location": place}
+    return ", ".join(f"{key}: {value}" for key, value in words.items() if value)
 
 
 # --- solver ---
 
 
-def groups_of(p: Puzzle) -> Iterator[tuple[Rule, Sequence[Cell], tuple]]:
+def groups_of(p: Puzzle) -> Iterator[tuple]:
     """(rule, cells, numbers) of all that must hold: rows, columns, regions, then clues."""
     cells, k = square(p.n), range(p.n)
     for group in [*(cells[i :: p.n] for i in k), *(cells[i * p.n :][: p.n] for i in k), *p.regions]:
@@ -527,7 +536,7 @@ def groups_of(p: Puzzle) -> Iterator[tuple[Rule, Sequence[Cell], tuple]]:
             yield RULES[clue.kind], group, clue.numbers
 
 
-def solve(p: Puzzle, limit: int = 2, seed: int = 0) -> tuple[str, list[str]]:
+def solve(p: Puzzle, limit: int = 2, seed: int = 0) -> tuple[str, list]:
     """(none | unique | multiple | undecided, up to `limit` solutions) by CP-SAT, in 30 CPU seconds each.
 
     unique only where it was proved that there is no other. A seed other than 0 randomises the search.
@@ -541,7 +550,7 @@ def solve(p: Puzzle, limit: int = 2, seed: int = 0) -> tuple[str, list[str]]:
     settings = solver.parameters
     settings.num_workers, settings.max_deterministic_time = 1, 30
     settings.random_seed, settings.randomize_search = seed, seed > 0
-    while len(found) < limit and (status := solver.solve(m)) in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+    while len(found) < limit and (status := solver.solve(m)) == cp_model.OPTIMAL:
         grid = [solver.value(cell) for cell in x]
         m.add_forbidden_assignments(x, [grid])
         found.append("".join(map(str, grid)))
@@ -607,26 +616,25 @@ USUAL = {"white dot": [1], "black dot": [2], "V or X": [5, 10], "green line": [5
 def decode_link(link: str) -> dict:
     """The JSON in a link or in bare data; an exception for what is no link."""
     data = urllib.parse.unquote(link.strip()).replace(" ", "+")
-    body = re.search(r"(?:load=|fpuzzles|fpuz|^)([A-Za-z0-9+/]{9,40000})[=\\]*$", data)[1]
+    body = re.search(r"(?:load=|fpuzzles|fpuz|scl|ctc|^)([A-Za-z0-9+/]{9,99999})[=\\]*(?:[?&#]|$)", data)[1]
     text = common.need("lzstring", "sudoku").LZString().decompressFromBase64(body)
-    return json.loads(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
-
-
-def link_of(data: dict) -> str:
-    """SudokuPad's link of f-puzzles JSON."""
-    code = common.need("lzstring", "sudoku").LZString().compressToBase64(json.dumps(data))
-    return "https://sudokupad.app/fpuz" + urllib.parse.quote(code, safe="")
+    text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    try:
+        return json.loads(text)
+    except ValueError:
+        return unzip(text)
 
 
 def import_link(link: str) -> Puzzle:
     """A puzzle from a link; UserError for what is none."""
     try:
-        return replace(from_fpuzzles(decode_link(link)), url=link.strip())
+        data = decode_link(link)
+        return replace((from_scl if "cells" in data else from_fpuzzles)(data), url=link.strip())
     except Exception as e:  # data from outside raise a dozen kinds
-        raise UserError(printable(f"{link[:60]}: no f-puzzles or fpuz link ({e!r:.80})")) from None
+        raise UserError(printable(f"{link[:60]}: no f-puzzles or SudokuPad link ({e!r:.80})")) from None
 
 
-def clues_of(kind: str, item: dict, home: dict[Cell, int], n: int) -> list[Clue]:
+def clues_of(kind: str, item: dict, home: dict, n: int) -> list:
     """Clues of one item of f-puzzles; a total of nothing or 0 is none, but for a sandwich's 0."""
     number = item.get("value") or USUAL.get(kind, [0])[0]
     number = int({"V": 5, "X": 10}.get(number, number))
@@ -643,39 +651,103 @@ def clues_of(kind: str, item: dict, home: dict[Cell, int], n: int) -> list[Clue]
         elif kind == "clones":
             where += cells_of(item["cloneCells"])[::-1]
         elif RULES[kind].groups is ray:
-            (r, c), way = where[0], item.get("direction", "")
-            down = ("D" in way) - ("U" in way) if way else (r == 0) - (r > n)
-            right = ("R" in way) - ("L" in way) if way else (c == 0) - (c > n)
-            where += ((r + down, c + right),)
-        if numbers or RULES[kind].groups is not ray:
-            found.append(Clue(kind, where, numbers))
+            [(r, c)] = where
+            way = item.get("direction") or "D" * (r == 0) + "U" * (r > n) + "R" * (c == 0) + "L" * (c > n)
+            where += ((r + ("D" in way) - ("U" in way), c + ("R" in way) - ("L" in way)),)
+            if not numbers:
+                continue
+        found.append(Clue(kind, where, numbers))
     return found
 
 
 def from_fpuzzles(data: dict) -> Puzzle:
     """A puzzle from f-puzzles JSON. With unknown keys, named in its id, it has no clues to prove it by."""
-    n, clues = int(data["size"]), []
+    keys = set()
+    json.loads(json.dumps(data), object_hook=keys.update)  # the keys at any depth
+    unknown = ", ".join(sorted(keys - {*KNOWN, *COSMETIC, *FPUZZLES}))
+    data, n, clues = with_blanks(data), int(data["size"]), []
     cells = dict(zip(square(n), itertools.chain(*data["grid"]), strict=True))
-    home = {c: k for k, box in enumerate(boxes(n)) for c in box}
-    home |= {c: cell["region"] for c, cell in cells.items() if "region" in cell}
+    home = {c: cells[c].get("region", k) for k, box in enumerate(boxes(n)) for c in box}
     for key, kind in FPUZZLES.items():
-        items = data.get(key) or []
-        for item in items if isinstance(items, list) else [{}]:
+        for item in [{}] if data[key] is True else data[key] or []:
             clues += clues_of(kind, item, home, n)
-    for kind in map(FPUZZLES.get, data.get("negative") or []):
+    for kind in map(FPUZZLES.get, data["negative"]):
         own = {c.numbers[0] for c in clues if c.kind == kind}  # what marks say, other edges must not be
         clues.append(Clue(f"no other {kind}", (), tuple(own or USUAL[kind])))
     clues += [Clue("pencil marks", (c,), tuple(x)) for c in cells if (x := cells[c].get("givenPencilMarks"))]
-    drawn = [{"type": "manual", "text": f"{key} {item}"} for key in COSMETIC for item in data.get(key) or []]
+    drawn = [{"type": "manual", "text": f"{key} {item}"} for key in COSMETIC for item in data[key]]
     board = "".join(str(cell["value"]) if cell.get("given") else "." for cell in cells.values())
     regions = tuple(tuple(c for c in cells if home[c] == k) for k in sorted({*home.values()} - {None}))
-    solution = "".join(map(str, data.get("solution") or ""))
-    keys, rules = set(), str(data.get("ruleset") or "")
-    json.loads(json.dumps(data), object_hook=keys.update)  # the keys at any depth
-    unknown = keys - {*KNOWN, *COSMETIC, *FPUZZLES}
-    p = Puzzle(f"{data.get('title')}", n, board, solution, tuple(clues), regions, rules, drawn)
-    p = described(p)
-    return replace(p, id=f"unknown keys: {', '.join(sorted(unknown))}", clues=None) if unknown else p
+    solution, rules = "".join(map(str, data["solution"])), str(data["ruleset"])
+    p = described(Puzzle(str(data["title"]), n, board, solution, tuple(clues), regions, rules, drawn))
+    return replace(p, id=f"unknown keys: {unknown}", clues=None) if unknown else p
+
+
+# --- SudokuPad's own links (scl): drawings without a meaning, in the words of the official sets ---
+
+SHORT = """c color, ca cages, ct center, c1 borderColor, c2 backgroundColor, ce cells, cs cellSize, a arrows,
+o overlays, u underlays, w width, h height, v value, l lines, r rounded, re regions, fs fontSize,
+th thickness, hl headLength, wp wayPoints, t title, te text, d duration, d2 d, vd videos"""
+SHORT = dict(pair.split() for pair in SHORT.split(","))
+SHORTENED = re.compile(  # strings in ' or ", keys without them, {} left out of lists, words after a colon
+    r"""'(?P<text>(?:\\.|[^'\\])*)'|"(?P<json>(?:\\.|[^"\\])*)"|(?<=[{,])(?P<key>\w+)(?=:)"""
+    r"""|(?P<hole>(?<=[\[,])(?=[],]))"""
+    r"""|(?<=:)(?:(?P<true>t)|(?P<false>f)|#(?P<black>0)|#(?P<white>F)|(?P<color>[0-9a-fA-F]{6}))(?=[,}])"""
+)
+FULL = dict(true="true", false="false", black='"#000000"', white='"#FFFFFF"', color='"#{}"', hole="{{}}")
+
+
+def unzip(text: str) -> dict:
+    """SudokuPad's shortened JSON."""
+
+    def full(m):
+        return FULL.get(m.lastgroup, '"{}"').format(m[m.lastgroup].replace("\\'", "'"))
+
+    return json.loads(SHORTENED.sub(full, text), object_hook=lambda d: {SHORT.get(k, k): d[k] for k in d})
+
+
+@functools.cache
+def color_name(code: str) -> str:
+    """The nearest of CSS's names; what is no colour stays as it is."""
+    if not colors.is_color_like(code):
+        return code
+    return min(colors.CSS4_COLORS, key=lambda name: math.dist(colors.to_rgb(code), colors.to_rgb(name)))
+
+
+PAINTS = {"color": "color_name", "backgroundColor": "color_name", "borderColor": "border_color_name"}
+
+
+def drawing(kind: str, e: dict) -> dict:
+    """A drawing in the official vocabulary; without a type, so without words, where it follows the grid's lines."""
+    points = np.array(e["wayPoints"] or [], float)
+    path = [x for a, b in itertools.pairwise(points) for x in np.linspace(a, b, 100)]  # misses the corners
+    coords = [name for name, _ in itertools.groupby(names(np.floor(path).astype(int) + 1))]
+    if e["center"]:  # in a cell, on an edge, at a corner, which are where its numbers are whole
+        coords = names(itertools.product(*(range(math.ceil(x), math.floor(x) + 2) for x in e["center"])))
+    place = {"coords": coords, "loc": {1: "cell", 4: "corner"}.get(len(coords), "edge")}
+    place["shape"] = "circle" if e["rounded"] else "diamond" if e["angle"] == 45 else "square"
+    place["type"] = kind if coords and not (abs(points - points.round()) < 0.05).any() else ""
+    return e | place | {PAINTS[key]: color_name(e[key]) for key in PAINTS if e[key]}
+
+
+def from_scl(data: dict) -> Puzzle:
+    """A puzzle from SudokuPad's own JSON. Its rules are prose, so that nothing proves it."""
+    data = with_blanks(data)
+    told, n = with_blanks(data["metadata"] or {}), len(data["cells"])
+    groups = tuple(tuple((r + 1, c + 1) for r, c in group) for group in data["regions"])
+    drawn = [{"type": "cage", "style": "box", "cells": names(x)} for x in groups if x not in boxes(n)]
+    for cage in map(with_blanks, data["cages"]):
+        name, _, text = str(cage["value"]).partition(": ")
+        if cells := names((r + 1, c + 1) for r, c in cage["cells"]):
+            drawn.append({"type": "cage", "style": "killer"} | cage | {"cells": cells})
+        else:  # older puzzles tell title, rules and solution so
+            told[name] = text
+    for kind in ("lines", "arrows", "underlays", "overlays"):
+        drawn += [drawing(kind, e) for e in map(with_blanks, data[kind])]
+    drawn += [{"type": "global", "text": f"anti-{x}"} for x in ("king", "knight") if told[f"anti{x}"]]
+    board = "".join(str(cell.get("value") or ".") for row in data["cells"] for cell in row)
+    rules, solution = ("".join(map(str, told[key])) for key in ("rules", "solution"))
+    return Puzzle(str(told["title"]), n, board, solution, None, groups, rules, drawn)
 
 
 # --- puzzles from files ---
@@ -713,7 +785,7 @@ def read_puzzle(row: dict) -> Puzzle:
 
 
 @functools.cache
-def load_puzzles(data: str, limit: int) -> list[Puzzle]:
+def load_puzzles(data: str, limit: int) -> list:
     """The puzzles to play; UserError where there are none. One without a stored solution needs a proof."""
     name, *subset = [data] if Path(data).exists() else data.split(":")
     place = (name, KEYS[:2], "test" if subset else "train", *subset)
@@ -802,7 +874,7 @@ Please show me the board.""",
 
 
 @functools.cache
-def load_prompts(path: str) -> dict[str, str]:
+def load_prompts(path: str) -> dict:
     """The templates: ours, with those of a JSON file in their place."""
     try:
         given = json.loads(Path(path).read_text()) if path else {}
@@ -813,20 +885,24 @@ def load_prompts(path: str) -> dict[str, str]:
     return PROMPTS | given
 
 
+compiled = functools.cache(SandboxedEnvironment().from_string)
+
+
 def fill(template: str, p: Puzzle, board: str) -> str:
-    """Put a puzzle into {{name}} and {{ rows * cols }}, once: what is put in is not looked at again."""
+    """Put a puzzle into a template of jinja, as the paper's code does; what is put in is not looked at again."""
     drawn = "\n".join(f"- {text}" for text in map(element_text, p.elements) if text)
     rows = [" ".join(board[k : k + p.n]) for k in range(0, p.n**2, p.n)]
-    values = {"rows": p.n, "cols": p.n, "rows * cols": p.n**2, "current_board": "\n".join(rows)}
-    values |= {"rules": p.rules.strip(), "pretty_visual_elements": drawn or "none"}
+    said = {
+        "current_board": "\n".join(rows),
+        "rules": p.rules.strip(),
+        "pretty_visual_elements": drawn or "none",
+    }
+    for name, text in said.items():  # a puzzle from outside must not open a turn of the chat
+        said[name] = re.sub(r"(<(?=[|/a-z])|\[(?=/?INST))", "\\1\u200b", text)
+    return compiled(template).render(said, rows=p.n, cols=p.n).strip()
 
-    def value(m: re.Match) -> str:  # a puzzle from outside must not open a turn of the chat
-        return re.sub(r"(<(?=[|/a-z])|\[(?=/?INST))", "\\1\u200b", str(values.get(m[1], m[0])))
 
-    return re.sub(r"\{\{ ?([\w *]+?) ?\}\}", value, template).strip()
-
-
-def window(messages: list[dict], turns: int) -> list[dict]:
+def window(messages: list, turns: int) -> list:
     """What of a conversation is sent: its first two messages, the last 2N of those between, and the board.
 
     N = 0 sends none of the past (a slice [-0:] would send all of it, as the paper's code does).
@@ -846,7 +922,7 @@ PLACEMENT = re.compile(
 FULL_WIDTH = {c: chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)}
 
 
-def answer_blocks(reply: str, extract: str) -> list[str]:
+def answer_blocks(reply: str, extract: str) -> list:
     """ref: what re.findall("(?is)<answer>(.*?)</answer>") finds, in linear time.
 
     robust: thoughts are cut (Stop for one that does not end), full-width forms are folded, and a block begins
@@ -867,25 +943,24 @@ def read_grid(reply: str, p: Puzzle, board: str, extract: str) -> str:
     ref: last block, whatever str.isdigit accepts, the last n^2 of it. robust: n^2 digits in any layout, or
     placements that cover every empty cell.
     """
-    blocks, placed = answer_blocks(reply, extract), {}
+    blocks = answer_blocks(reply, extract)
     if not blocks:
         raise Stop("no_answer_tag")
     if extract == "ref":
         return "".join(filter(str.isdigit, blocks[-1]))[-(p.n**2) :]
-    for r, c, digit in PLACEMENT.findall(blocks[-1]):
-        cell = int(r), int(c)
-        if cell not in square(p.n) or len(digit) > 1:
-            raise Stop("invalid_action_parsing")
-        if placed.setdefault(cell, digit) != digit:
-            raise Stop("contradictory_placement")
-    grid = [placed.get(cell, c) for cell, c in zip(square(p.n), board, strict=True)]
-    grid = grid if placed else re.findall("[0-9]", blocks[-1])
-    if len(grid) != p.n**2 or "." in grid:
+    found = PLACEMENT.findall(blocks[-1])
+    placed = {(int(r), int(c)): digit for r, c, digit in found}
+    if len({*found}) > len(placed):
+        raise Stop("contradictory_placement")
+    grid = re.findall("[0-9]", blocks[-1])
+    if found:
+        grid = [placed.get(cell, c) for cell, c in zip(square(p.n), board, strict=True)]
+    if len("".join(grid)) != p.n**2 or "." in grid:
         raise Stop("bad_length")
     return "".join(grid)
 
 
-def read_placements(reply: str, mode: str, extract: str) -> list[tuple[str, str, str]]:
+def read_placements(reply: str, mode: str, extract: str) -> list:
     """(row, column, digit) texts of a stepwise reply; Stop where there is none.
 
     ref, multi-step: the first block; ref, single-step: the last block that is nothing but one placement.
@@ -926,7 +1001,7 @@ class Game:
         except Stop as e:
             self.stop = str(e)
 
-    def place(self, placements: list[tuple[str, str, str]]):
+    def place(self, placements: list):
         robust, seen, before, cells = self.extract == "robust", {}, self.board, square(self.p.n)
         for row, column, digit in placements:
             if not re.fullmatch("[0-9]", digit):
@@ -951,19 +1026,19 @@ class Game:
             raise Stop("invalid_action")  # nothing was placed: the same question would come again
 
 
-# --- players: ask(messages, game, key) -> (text, tokens), or Stop; all answer in text, as models do ---
+# --- players: ask(messages, game, key) -> text, or Stop; all answer in text, as models do ---
 
 
-def say(game: Game, grid: str) -> tuple[str, int]:
+def say(game: Game, grid: str) -> str:
     """The grid, or its digit in the first cell that is empty."""
     if game.mode != "single_shot":
         i, n = game.board.index("."), game.p.n
         grid = f"r{i // n + 1}c{i % n + 1}: {grid[i]}"
-    return f"<ANSWER>\n{grid}\n</ANSWER>", 0
+    return f"<ANSWER>\n{grid}\n</ANSWER>"
 
 
 @functools.cache
-def completions(p: Puzzle, seed: int) -> list[str]:
+def completions(p: Puzzle, seed: int) -> list:
     """Grids that keep givens and plain rules: all of them, or the first twenty of a random search."""
     return solve(replace(p, clues=()), 20, seed + 1)[1]
 
@@ -977,8 +1052,7 @@ def simple_player(kind: str, cfg: Config, run: Run) -> Callable:
             return say(game, proof(p))
         if kind == "vanilla":
             return say(game, chance.choice(completions(p, cfg.seed)))
-        chance.seed(key + game.board)
-        return say(game, "".join(str(chance.choice(p.digits)) if c == "." else c for c in game.board))
+        return say(game, "".join(str(chance.choice(p.digits)) if c == "." else c for c in p.givens))
 
     return ask
 
@@ -1000,14 +1074,15 @@ def hf_player(name: str, cfg: Config, run: Run) -> Callable:
         ends = common.end_ids(model, tokenizer)
         found = common.generate(model, prompts, draws, ends, cfg.temperature or 0.0)
         for tokens, reply in zip(found, replies, strict=True):
-            reply.set_result((tokenizer.decode(tokens, skip_special_tokens=True), len(tokens)))
+            reply.set_result(tokenizer.decode(tokens, skip_special_tokens=True))
 
     async def ask(messages, game, key):
         loop = asyncio.get_running_loop()
         if not waiting:
             loop.call_soon(answer)  # after all others that are ready to ask
         reply = loop.create_future()
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        sent = window(messages, cfg.history)
+        ids = tokenizer.apply_chat_template(sent, add_generation_prompt=True, return_dict=False)
         waiting.append((ids, reply))
         return await reply
 
@@ -1017,21 +1092,36 @@ def hf_player(name: str, cfg: Config, run: Run) -> Callable:
 def http_player(spec: str, cfg: Config, run: Run) -> Callable:
     """An OpenAI-compatible endpoint, URL#MODEL; its client retries 408, 409, 429, 5xx, lost connections."""
     openai, (url, _, model) = common.need("openai", "sudoku"), spec.partition("#")
-    key = os.environ.get("OPENAI_API_KEY", "none")
-    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=5)
-    asked = {"temperature": cfg.temperature, "max_completion_tokens": cfg.max_tokens or None}
-    asked = {name: value for name, value in asked.items() if value is not None}
+    os.environ.setdefault("OPENAI_API_KEY", "none")  # the client insists, local endpoints do not
+    client = openai.AsyncOpenAI(base_url=url, max_retries=5)
+    asked = {} if cfg.temperature is None else {"temperature": cfg.temperature}
+    if cfg.max_tokens:
+        asked["max_completion_tokens"] = cfg.max_tokens
 
     async def ask(messages, game, key):
+        sent = window(messages, cfg.history)
         try:
-            found = await client.chat.completions.create(model=model, messages=messages, **asked)
+            found = await client.chat.completions.create(model=model, messages=sent, **asked)
             [choice] = found.choices
             text, why = choice.message.content or "", choice.finish_reason
             if not text and why != "length":
                 raise ValueError(f"empty reply ({why})")
-            return text, (found.usage and found.usage.completion_tokens) or 0
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError) as e:
+            return text
+        except Exception as e:  # an endpoint may answer with anything
             raise Stop("api_error", str(e)) from None
+
+    return ask
+
+
+def scripted_player(place: str, cfg: Config, run: Run) -> Callable:
+    """Repeats episodes of a file or folder: what was said in the same one after as many messages."""
+    script = {row["key"]: row["messages"] for row in read_episodes(Path(place))}
+
+    async def ask(messages, game, key):
+        try:
+            return script[key][len(messages)]["content"]
+        except LookupError:
+            raise Stop("api_error", f"no reply to {key} in {place}") from None
 
     return ask
 
@@ -1045,75 +1135,75 @@ async def play(p: Puzzle, mode: str, key: str, ask: Callable, cfg: Config) -> di
     The other reading judges the same replies as long as it would have been shown the same boards.
     """
     prompts, kind = load_prompts(cfg.prompts), "standard" if p.plain else "variant"
-    tokens, error = 0, []
+    error, stepwise = "", mode != "single_shot"
     messages = [{"role": "user", "content": fill(prompts[f"{mode}_{kind}"], p, p.givens)}]
-    if mode != "single_shot":
+    if stepwise:
         messages.append({"role": "assistant", "content": prompts["acknowledgement"]})
     games = {extract: Game(p, mode, extract, p.givens) for extract in READINGS}
     game = games[cfg.extract]
     while not game.stop:
         board = game.board
-        if mode != "single_shot":
+        if stepwise:
             messages.append({"role": "user", "content": fill(prompts["board"], p, board)})
         try:
-            text, used = await ask(window(messages, cfg.history), game, key)
+            text = await ask(messages, game, key)
         except Stop as e:
-            games, (game.stop, *error) = {}, e.args
+            games, (game.stop, error) = {}, e.args
             break
         messages.append({"role": "assistant", "content": text})
-        tokens += used
         for reading in games.values():
             if not reading.stop and reading.board == board:
                 reading.take(text)
-    row = dict(
-        player=cfg.backend, puzzle=p.id, mode=mode, key=key, tokens=tokens, error=error, messages=messages
-    )
-    row |= {extract: [g.stop == "solved", g.correct] for extract, g in games.items() if g.stop}
-    return row | {"stop": game.stop, "board": game.board}
+    row = {extract: [g.stop == "solved", g.correct] for extract, g in games.items() if g.stop}
+    row |= dict(player=cfg.backend, puzzle=p.id, mode=mode, key=key, messages=messages)
+    return row | dict(stop=game.stop, error=error, board=game.board)
 
 
-def read_episodes(folder: Path) -> list[dict]:
-    """All episodes below a folder; a torn line is left out, and of two of one episode the last holds."""
+def read_episodes(place: Path) -> list:
+    """All episodes of a file or below a folder, without torn lines.
+
+    Of two of one episode the last holds, but a failed one never holds against one that ended.
+    """
     found = {}
-    for file in sorted(folder.rglob("episodes*.jsonl")):
+    for file in [place] if place.is_file() else sorted(place.rglob("episodes*.jsonl")):
         for line in file.read_text().split("\n"):
             with contextlib.suppress(ValueError):
                 row = json.loads(line)
-                found[row["player"], row["key"]] = row
+                episode = row["player"], row["key"]
+                if row["stop"] != "api_error" or episode not in found:
+                    found[episode] = row
     return [*found.values()]
 
 
-def evaluate(cfg: Config, run: Run, ask: Callable, puzzles: list[Puzzle]) -> list[dict]:
+def evaluate(cfg: Config, run: Run, ask: Callable, puzzles: list) -> list:
     """Play every puzzle in every mode; an episode's line is on disk when it ends, and is not played again."""
-    done = {row["key"] for row in read_episodes(run.folder) if row["stop"] != "api_error"}
-    jobs = []
-    for p, mode, trial in itertools.product(puzzles, cfg.modes, range(cfg.trials)):
-        what = common.stable_seed(vars(p), cfg.history, cfg.extract, load_prompts(cfg.prompts))
-        key = f"{p.id} {mode} {cfg.seed} {trial} {what}"
-        if key not in done:
-            jobs.append((p, mode, key))
+    done = {(row["key"], row["settings"]) for row in read_episodes(run.folder) if row["stop"] != "api_error"}
+    jobs = [*itertools.product(puzzles, cfg.modes, range(cfg.trials))][run.rank :: run.world_size]
+    free = asyncio.Semaphore(cfg.concurrency)
 
-    async def play_all(out):
-        async def one(job):
+    async def one(p, mode, trial):
+        settings = common.stable_seed(vars(p), cfg.history, cfg.extract, load_prompts(cfg.prompts))
+        key = f"{p.id} {mode} {cfg.seed} {trial}"
+        if (key, settings) not in done:
             async with free:
-                row = await play(*job, ask, cfg)
-            print(json.dumps(row), file=out, flush=True)
+                row = await play(p, mode, key, ask, cfg)
+            print(json.dumps(row | {"settings": settings}), file=out, flush=True)
 
-        free = asyncio.Semaphore(cfg.concurrency)
-        await asyncio.gather(*map(one, jobs[run.rank :: run.world_size]))
+    async def play_all():
+        await asyncio.gather(*itertools.starmap(one, jobs))
 
     with open(run.folder / f"episodes{run.rank}.jsonl", "a") as out:
         print(file=out)  # ends a torn line
-        asyncio.run(play_all(out))
+        asyncio.run(play_all())
     run.gather("played")
     rows = read_episodes(run.folder)
-    if failed := [row["error"] for row in rows if row["error"]]:
+    if failed := [row["error"] for row in rows if row["stop"] == "api_error"]:
         run.print(tabulate(score_table(rows, puzzles, cfg), "keys"))
         sys.exit(f"{len(failed)} of {len(rows)} episodes failed: {failed[0]}; --resume plays them again")
     return rows
 
 
-def score(rows: list[dict], puzzles: list[Puzzle], mode: str, reading: str) -> np.ndarray:
+def score(rows: list, puzzles: list, mode: str, reading: str) -> np.ndarray:
     """ASR and ACP, means over the puzzles of means over trials; NaN where a result is missing."""
     found, missing = defaultdict(list), [math.nan] * 2
     for row in rows:
@@ -1121,7 +1211,7 @@ def score(rows: list[dict], puzzles: list[Puzzle], mode: str, reading: str) -> n
     return np.mean([np.mean(found[p.id, mode] or [missing], 0) for p in puzzles], 0)
 
 
-def score_table(rows: list[dict], puzzles: list[Puzzle], cfg: Config) -> list[dict]:
+def score_table(rows: list, puzzles: list, cfg: Config) -> list:
     """A line a player, mode and reading: by size ASR in % with its Wilson interval over puzzles, and ACP."""
     sizes = {n: [p for p in puzzles if p.n == n] for n in sorted({p.n for p in puzzles})} | {"all": puzzles}
     table, players = [], dict.fromkeys(row["player"] for row in rows)
@@ -1158,19 +1248,29 @@ Llama 4 Maverick                 0.2 / 0.5 / 0.4 / 0.4  0                       
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>Sudoku-Bench</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>body{font:15px sans-serif;max-width:70em;margin:2em auto}td,th{border:1px solid #ccc;padding:.2em .6em}
-table{border-collapse:collapse}pre{white-space:pre-wrap;background:#f6f6f6;max-height:24em;overflow:auto}</style>"""
+<style>body{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}td,th{border:1px solid #ccc;padding:.2em .6em}
+table{border-collapse:collapse;margin-bottom:1.5em}td{white-space:nowrap}summary{cursor:pointer;padding:.2em 0}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f6;padding:.5em;max-height:24em;overflow:auto}
+pre::before{content:"user";display:block;font:bold 12px sans-serif;color:#777}
+pre.assistant{background:#eaf2fc}pre.assistant::before{content:"model"}</style>
+<h1>Sudoku-Bench</h1><p>ASR in % with Wilson's 95 % interval over the puzzles; ACP: right placements before the first
+mistake. Robust reading, and that of the paper's code (ref).</p>"""
+SUMMARY = "{mode} {puzzle}: {stop} {error} {board} ({player})"
 
 
-def report(table: list[dict], rows: list[dict], puzzles: list[Puzzle]) -> str:
+def report(table: list, rows: list, puzzles: list) -> str:
     """One static page: the table, and episodes with what was said, escaped, and a link to the puzzle."""
+
+    def clean(text):
+        return html.escape(printable(text))
+
     urls, parts = {p.id: p.url for p in puzzles}, [PAGE, tabulate(table, "keys", tablefmt="html")]
     for row in rows[:400]:
-        said = ["{player} {mode} {puzzle} {stop} {error} {board}".format_map(row), urls[row["puzzle"]]]
-        said += [m["content"][:20_000] for m in row["messages"][:1] + row["messages"][1:][-12:]]
-        head, url, *said = (html.escape(printable(text)) for text in said)
-        body = f'<a href="{url}">the puzzle</a><pre>{"</pre><pre>".join(said)}</pre>'
-        parts.append(f"<details><summary>{head}</summary>{body}</details>")
+        parts.append(f"<details><summary>{clean(SUMMARY.format_map(row))}</summary>")
+        parts.append(f'<a href="{clean(urls[row["puzzle"]])}">the puzzle</a>')
+        for m in row["messages"][:1] + row["messages"][1:][-12:]:
+            parts.append(f'<pre class="{m["role"]}">{clean(m["content"][:20_000])}</pre>')
+        parts.append("</details>")
     return "".join(parts)
 
 
@@ -1209,15 +1309,16 @@ class Small(NamedTuple):
 
 @functools.cache
 def grids() -> np.ndarray:
-    """The 288 grids of 4x4, (288, 16)."""
-    found = np.array([*itertools.product(itertools.permutations(FOUR), repeat=4)]).reshape(-1, 16)
-    for _, group, _ in groups_of(Puzzle("", 4, "." * 16, regions=boxes(4))):
-        line = [square(4).index(cell) for cell in group]
-        found = found[(np.sort(found[:, line]) == FOUR).all(1)]
-    return found
+    """The 288 grids of 4x4, (288, 16): 12 forms, each with its 24 names of the digits."""
+    rows = [*itertools.permutations(FOUR)]
+    found = np.array([*itertools.product(rows[:1], rows, rows, rows)]).reshape(-1, 16)
+    for place in PLACES.T[2:]:  # by column, by box
+        lines = found[:, place.argsort()].reshape(-1, 4, 4)
+        found = found[(np.sort(lines) == FOUR).all((1, 2))]
+    return np.concatenate([np.array(rows)[:, grid - 1] for grid in found])
 
 
-def draw_puzzles(mixes: list, count: int, chance: random.Random, rows: list[int]) -> Small:
+def draw_puzzles(mixes: list, count: int, chance: random.Random, rows: list) -> Small:
     """`count` puzzles with one solution each, one of these rows of the table of grids."""
     made, g = [], grids()
     while len(made) < count:
@@ -1238,12 +1339,11 @@ def draw_puzzles(mixes: list, count: int, chance: random.Random, rows: list[int]
     return Small(*(torch.from_numpy(np.stack(column)) for column in zip(*made, strict=True)))
 
 
-def draw_splits(cfg: Config) -> tuple[Small, dict[str, Small]]:
+def draw_splits(cfg: Config) -> tuple[Small, dict]:
     """Puzzles to train on and test splits; no test has a training puzzle's grid, up to names of digits."""
     chance = random.Random(cfg.seed)
-    forms = [tuple([*dict.fromkeys(grid)].index(d) for d in grid) for grid in grids().tolist()]
-    held = chance.sample(sorted({*forms}), 3)  # of 12
-    test, train = ([k for k in range(288) if (forms[k] in held) == which] for which in (True, False))
+    held = chance.sample(range(12), 3)  # forms of grids
+    test, train = ([k for k in range(288) if (k // 24 in held) == which] for which in (True, False))
     tests = {split: draw_puzzles(mixes, cfg.tests, chance, test) for split, mixes in SPLITS.items()}
     return draw_puzzles(SPLITS["seen"], cfg.puzzles, chance, train), tests
 
@@ -1257,7 +1357,7 @@ class RuleNet(nn.Module):
         self.update, self.head = nn.GRUCell(width + 4, width), nn.Linear(width, 4)
         self.register_buffer("same", torch.tensor(SAME, dtype=torch.float32))
 
-    def forward(self, given: Tensor, table: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    def forward(self, given: Tensor, table: Tensor, iterations: int) -> tuple:
         """given (B, 16), table (B, 16, 16, 4, 4) -> logits of iterations (T, B, 16, 4), last p (B, 16, 4)."""
         known, fixed, logits = F.one_hot(given, 5)[..., 1:].float(), given[..., None] > 0, []
         p, h = known.where(fixed, 0.25), known.new_zeros(given.numel(), self.head.in_features)
@@ -1305,7 +1405,7 @@ def expected_acp(digits: int, empty: int) -> float:
     return (1 - digits**-empty) / (digits - 1)
 
 
-def train(cfg: Config, run: Run) -> dict[str, float]:
+def train(cfg: Config, run: Run) -> dict:
     """One cell of the table: what a player reaches in the protocols, and network and chance on the splits."""
     puzzles, (kind, _, name) = load_puzzles(cfg.data, cfg.limit), cfg.backend.partition(":")
     found = {}
@@ -1323,7 +1423,8 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
         found = {split: (1 / small.plain.double()).mean().item() for split, small in tests.items()}
     if kind == "solver" and not all(map(proof, puzzles)):
         run.print(printable(f"puzzle has no proof: {', '.join(p.id for p in puzzles if not proof(p))}"))
-    ask = {"hf": hf_player, "http": http_player}.get(kind, simple_player)(name or kind, cfg, run)
+    players = {"hf": hf_player, "http": http_player, "scripted": scripted_player}
+    ask = players.get(kind, simple_player)(name or kind, cfg, run)
     rows = evaluate(cfg, run, ask, [p for p in puzzles if kind != "solver" or proof(p)])
     for mode in cfg.modes:
         found[mode], acp = score(rows, puzzles, mode, cfg.extract)
@@ -1344,9 +1445,9 @@ def draw(figure, table: dict):
 def dry_run(cfg: Config, run: Run):
     """Print what this config plays and trains."""
     puzzles = load_puzzles(cfg.data, cfg.limit)
-    calls, net = sum(p.givens.count(".") for p in puzzles), RuleNet(cfg.width)
-    size = f"a network of {sum(x.numel() for x in net.parameters()):,} parameters, {cfg.steps} updates a seed"
-    run.print(f"{len(puzzles)} puzzles, {len(puzzles)} to {calls} calls a trial and mode; {size}")
+    empty = sum(p.givens.count(".") for p in puzzles)
+    size = sum(x.numel() for x in RuleNet(cfg.width).parameters())
+    run.print(f"{len(puzzles)} puzzles with {empty} empty cells; a network of {size:,} parameters")
 
 
 def main():

@@ -116,7 +116,7 @@ def make_puzzle(n, key, chance):
     """A puzzle of one family of dots with one solution and minimal givens, by its link."""
     grid, kind = [[{} for _ in range(n)] for _ in range(n)], sb.FPUZZLES[key]
     solution = sb.solve(blank(n), 1, chance.randrange(1, 99))[1][0]
-    items = [{"cells": sb.names(pair)} for pair in sb.leaps(n, (0, 1), (1, 0))]
+    items = [{"cells": sb.names(pair)} for pair in sb.pairs_of(n, 1)]
     fits = [sb.solve(blank(n, *sb.clues_of(kind, item, {}, n), givens=solution))[1] for item in items]
     data = {"size": n, "grid": grid, "solution": [*solution], key: [*itertools.compress(items, fits)]}
     p, kept = sb.from_fpuzzles(data), [*solution]
