@@ -54,7 +54,7 @@ import re
 import sys
 import urllib.parse
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -73,7 +73,6 @@ from common import Claim, Run, UserError
 
 MINI_48 = Path(__file__).parent / "assets" / "mini_48.jsonl"
 READINGS = ("robust", "ref")
-Mode = Literal["multi_step", "single_step", "single_shot"]
 
 
 @dataclass
@@ -84,7 +83,10 @@ class Config(common.Config):
     backend: str = (
         ""  # solver, random, vanilla, neural, hf:NAME, http:URL#MODEL, scripted:FILE; empty: all rows
     )
-    modes: tuple[Mode, ...] = ("multi_step", "single_shot")  # protocols; single_step, too
+    modes: tuple[Literal["multi_step", "single_step", "single_shot"], ...] = (
+        "multi_step",
+        "single_shot",
+    )  # protocols
     trials: int = 1  # episodes of each puzzle and mode
     history: int = field(default_factory=lambda: 5)  # turns of the past that a model sees (N); -1: all
     extract: Literal["robust", "ref"] = "robust"  # reading that the game goes by; ref: the paper's code
@@ -119,9 +121,9 @@ ROWS = {
     "ignores the rules": dict(backend="vanilla", trials=10),
     "network": dict(backend="neural"),
 }
-DEMO = Config(seeds=3, ranks=2)
+DEMO = Config(seed=10, seeds=5, ranks=2)
 CONFIGS = {
-    "smoke": replace(DEMO, ranks=1, seeds=1, limit=3, puzzles=64, tests=8, steps=4, width=16),
+    "smoke": replace(DEMO, seed=0, ranks=1, seeds=1, limit=3, puzzles=64, tests=8, steps=4, width=16),
     "demo": DEMO,
     "gpu": replace(DEMO, ranks=1, puzzles=60_000, width=256, batch=512, steps=8000, lr=1e-3),
     "full": replace(
@@ -148,15 +150,16 @@ CLAIMS = [
 
 # --- puzzles ---
 
-Cell = tuple[int, int]  # row and column from 1; 0 and n + 1 are outside the grid
-
 
 class Clue(NamedTuple):
-    """A constraint: a family of RULES, cells in the order that matters for it, and its numbers."""
+    """A constraint: a family of RULES, cells in the order that matters for it, and its numbers.
+
+    A cell is (row, column) from 1; 0 and n + 1 are outside the grid.
+    """
 
     kind: str
-    cells: tuple[Cell, ...] = ()
-    numbers: tuple[int, ...] = ()
+    cells: tuple = ()
+    numbers: tuple = ()
 
 
 @dataclass(eq=False)
@@ -189,28 +192,28 @@ class Puzzle:
 
 
 @functools.cache
-def square(n: int) -> list:
+def square(n):
     """All cells, row by row."""
     return list(itertools.product(range(1, n + 1), repeat=2))
 
 
-def boxes(n: int) -> tuple:
+def boxes(n):
     """The standard boxes; their height is the largest divisor of n up to its root (6: 2 x 3)."""
     h = {4: 2, 6: 2, 8: 2, 9: 3}.get(n, 1)
     cells = sorted(square(n), key=lambda cell: ((cell[0] - 1) // h, (cell[1] - 1) * h // n))
     return tuple(tuple(cells[k : k + n]) for k in range(0, n * n, n))
 
 
-def with_blanks(d: dict) -> dict:
+def with_blanks(d):
     """What is missing or null reads as ""."""
     return defaultdict(str, {key: value for key, value in d.items() if value is not None})
 
 
-def names(cells: Sequence) -> list:
+def names(cells):
     return [f"r{r}c{c}" for r, c in cells]
 
 
-def cells_of(names: Sequence) -> tuple:
+def cells_of(names):
     """`r3c4` -> (3, 4) for each; an exception for anything else."""
     found = [re.fullmatch("[rR]([0-9]{1,2})[cC]([0-9]{1,2})", name).groups() for name in names]
     return tuple((int(r), int(c)) for r, c in found)
@@ -219,12 +222,12 @@ def cells_of(names: Sequence) -> tuple:
 # --- rules: a family is a sentence, groups(puzzle, clue) of cells, and what digits there are allowed ---
 
 
-def distance(a: Cell, b: Cell) -> int:
+def distance(a, b):
     """Squared: 1 for neighbours, 2 for cells that touch at a corner, 5 for a knight's move."""
     return (a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2
 
 
-def pairs_of(n: int, apart: int) -> list:
+def pairs_of(n, apart):
     """All pairs of cells at this squared distance."""
     return [pair for pair in itertools.combinations(square(n), 2) if distance(*pair) == apart]
 
@@ -324,9 +327,9 @@ def post_total(m, x, v):
 
 
 def post_cage(m, x, v):
-    m.add_all_different(x)
+    post_distinct(m, x, v)
     if v:
-        m.add(sum(x) == v[0])
+        post_total(m, x, v)
 
 
 def post_arrow(m, x, v):
@@ -389,100 +392,105 @@ class Rule(NamedTuple):
 
 RULES = {
     # marks on an edge, in a cell, at a corner
-    "white dot": Rule("Cells joined by a white dot differ by {}.", allow(difference)),
-    "black dot": Rule("Of cells joined by a black dot one is {} times the other.", allow(ratio)),
-    "V or X": Rule("Cells joined by V sum to 5, cells joined by X to 10.", allow(total)),
-    "smaller, larger": Rule("An inequality sign points at the smaller digit.", allow(less)),
-    "gray square": Rule("Grey squares hold even digits.", allow(lambda v, a: a % 2 == 0)),
-    "gray circle": Rule("Grey circles hold odd digits.", allow(lambda v, a: a % 2 == 1)),
-    "min": Rule(
-        "A cell marked min is smaller than its neighbours without that mark.", allow(less), neighbours
-    ),
-    "max": Rule("A cell marked max is larger than those.", allow(lambda v, a, b: a > b), neighbours),
-    "pencil marks": Rule("A cell with pencil marks holds one of them.", allow(lambda v, a: a in v)),
-    "quadruple": Rule(
+    "white dot": ("Cells joined by a white dot differ by {}.", allow(difference)),
+    "black dot": ("Of cells joined by a black dot one is {} times the other.", allow(ratio)),
+    "V or X": ("Cells joined by V sum to 5, cells joined by X to 10.", allow(total)),
+    "smaller, larger": ("An inequality sign points at the smaller digit.", allow(less)),
+    "gray square": ("Grey squares hold even digits.", allow(lambda v, a: a % 2 == 0)),
+    "gray circle": ("Grey circles hold odd digits.", allow(lambda v, a: a % 2 == 1)),
+    "min": ("A cell marked min is smaller than its neighbours without that mark.", allow(less), neighbours),
+    "max": ("A cell marked max is larger than those.", allow(lambda v, a, b: a > b), neighbours),
+    "pencil marks": ("A cell with pencil marks holds one of them.", allow(lambda v, a: a in v)),
+    "quadruple": (
         "Digits in a circle are in the four cells around it, as often.",
         allow(lambda v, *x: all(x.count(d) >= v.count(d) for d in v)),
     ),
-    "clones": Rule("Lists of clones read the same from both ends.", allow(equal), mirrored),
+    "clones": ("Lists of clones read the same from both ends.", allow(equal), mirrored),
     # lines
-    "thermometer": Rule("Digits increase along a thermometer from its bulb.", allow(less), along(2)),
-    "slow thermometer": Rule(
-        "Digits never decrease along a slow thermometer.", allow(lambda v, a, b: a <= b), along(2)
+    "thermometer": ("Digits increase along a thermometer from its bulb.", allow(less), along(2)),
+    "slow thermometer": (
+        "Digits never decrease along a slow thermometer.",
+        allow(lambda v, a, b: a <= b),
+        along(2),
     ),
-    "green line": Rule(
+    "green line": (
         "Neighbouring digits on a green line differ by at least {}.",
         allow(lambda v, a, b: abs(a - b) >= v[0]),
         along(2),
     ),
-    "gray line": Rule("Grey lines read the same from both ends.", allow(equal), mirrored),
-    "turquoise line": Rule(
+    "gray line": ("Grey lines read the same from both ends.", allow(equal), mirrored),
+    "turquoise line": (
         "Three neighbours on a turquoise line leave three remainders when divided by 3.",
         allow(lambda v, *x: len({d % 3 for d in x}) == 3),
         along(3),
     ),
-    "purple line": Rule("A purple line holds consecutive digits without repeats.", post_consecutive),
-    "blue line": Rule("Box borders cut a blue line into parts of equal sums.", post_equal_parts),
-    "line between circles": Rule(
+    "purple line": ("A purple line holds consecutive digits without repeats.", post_consecutive),
+    "blue line": ("Box borders cut a blue line into parts of equal sums.", post_equal_parts),
+    "line between circles": (
         "Digits on a line between circles lie between those in them.",
         allow(lambda v, a, b, c: a < b < c or a > b > c),
         within,
     ),
-    "arrow": Rule("Digits along an arrow sum to the number in its circle or pill.", post_arrow),
+    "arrow": ("Digits along an arrow sum to the number in its circle or pill.", post_arrow),
     # groups
-    "killer cage": Rule("Digits in a cage do not repeat, and sum to its number, if any.", post_cage),
-    "extra region": Rule("No digit repeats in an extra region.", post_distinct),
-    "rising diagonal": Rule(
+    "killer cage": ("Digits in a cage do not repeat, and sum to its number, if any.", post_cage),
+    "extra region": ("No digit repeats in an extra region.", post_distinct),
+    "rising diagonal": (
         "No digit repeats on a marked diagonal.",
         post_distinct,
-        lambda p, c: [[(p.n + 1 - k, k) for k in range(1, p.n + 1)]],
+        lambda p, clue: [[cell for cell in square(p.n) if sum(cell) == p.n + 1]],
     ),
-    "falling diagonal": Rule(
+    "falling diagonal": (
         "No digit repeats on a marked diagonal.",
         post_distinct,
-        lambda p, c: [[(k, k) for k in range(1, p.n + 1)]],
+        lambda p, clue: [[(r, c) for r, c in square(p.n) if r == c]],
     ),
-    "windows": Rule(
+    "windows": (
         "No digit repeats in a window: r2c2 to r4c4, and r2c6, r6c2, r6c6 likewise.",
         post_distinct,
         lambda p, c: [[(r + a, k + b) for a, b in square(3)] for r in (1, 5) for k in (1, 5)],
     ),
-    "disjoint groups": Rule(
-        "Cells at the same place of boxes differ.", post_distinct, lambda p, c: zip(*boxes(p.n), strict=True)
+    "disjoint groups": (
+        "Cells at the same place of boxes differ.",
+        post_distinct,
+        lambda p, c: zip(*boxes(p.n), strict=True),
     ),
-    "anti-knight": Rule("Cells a knight's move apart differ.", post_distinct, at_distance(5)),
-    "anti-king": Rule("Cells that touch at a corner differ.", post_distinct, at_distance(2)),
-    "non-consecutive": Rule(
+    "anti-knight": ("Cells a knight's move apart differ.", post_distinct, at_distance(5)),
+    "anti-king": ("Cells that touch at a corner differ.", post_distinct, at_distance(2)),
+    "non-consecutive": (
         "Neighbours without a white dot are never consecutive.",
         allow(lambda v, a, b: abs(a - b) != 1),
         unmarked("white dot"),
     ),
-    "no other white dot": Rule(
+    "no other white dot": (
         "Neighbours without a dot do not differ by {}.",
         forbid(difference),
         unmarked("white dot", "black dot"),
     ),
-    "no other black dot": Rule(
-        "Neighbours without a dot have no ratio of {}.", forbid(ratio), unmarked("white dot", "black dot")
+    "no other black dot": (
+        "Neighbours without a dot have no ratio of {}.",
+        forbid(ratio),
+        unmarked("white dot", "black dot"),
     ),
-    "no other V or X": Rule("Neighbours without V or X do not sum to {}.", forbid(total), unmarked("V or X")),
+    "no other V or X": ("Neighbours without V or X do not sum to {}.", forbid(total), unmarked("V or X")),
     # numbers outside the grid
-    "little killer": Rule("A number with an arrow is the sum of its diagonal.", post_total, ray),
-    "sandwich": Rule(
+    "little killer": ("A number with an arrow is the sum of its diagonal.", post_total, ray),
+    "sandwich": (
         "A sandwich clue sums the digits between the smallest and the largest of its line.",
         post_sandwich,
         ray,
     ),
-    "skyscraper": Rule(
+    "skyscraper": (
         "A skyscraper clue counts the digits seen from there; larger ones hide smaller ones.",
         post_skyscraper,
         ray,
     ),
-    "X-sum": Rule("An X-sum clue sums the first X digits from there, X being the first.", post_xsum, ray),
+    "X-sum": ("An X-sum clue sums the first X digits from there, X being the first.", post_xsum, ray),
 }
+RULES = {kind: Rule(*rule) for kind, rule in RULES.items()}
 
 
-def described(p: Puzzle) -> Puzzle:
+def described(p):
     """The puzzle with rules and drawings in words, those of its clues before its own."""
     rules = [f"Place the digits {p.digits}; none repeats in a row, a column or a region."]
     drawn = [f"region: {' '.join(names(cells))}" for cells in p.regions if p.regions != boxes(p.n)]
@@ -500,15 +508,14 @@ CAGES = {"killer": "killer cage", "box": "region"}
 def element_text(e: dict) -> str:
     """A visual element of the official sets as a line of the prompt; empty for what has no description."""
     e = with_blanks(e)
-    cells = e["cells"] or e["coords"]
-    cells = cells.split() if isinstance(cells, str) else [*map(str, cells)]
+    cells = [*map(str, e["cells"] or e["coords"])]
     kind, color, border, every = str(e["type"]), e["color_name"], e["border_color_name"], " ".join(cells)
-    edge, value = f"between {' and '.join(cells[:2])}", e["value"] and f" (value {e['value']})"
+    edge, value = f"between {' and '.join(cells[:2])}", f" (value {e['value']})"
     lines = {
         "lines": f"line, color: {color}, coords: {every}",
         "arrows": f"arrow, color: {color}, coords (base to tip): {every}",
         "inequality": f"inequality arrow: {e['direction']} {edge}",
-        "cage": f"{CAGES.get(e['style'], 'cage')}{value}: {every}",
+        "cage": f"{CAGES.get(e['style'], 'cage')}{value if e['value'] != '' else ''}: {every}",
         "global": f"global: {e['text']}",
         "manual": e["text"],
     }
@@ -520,23 +527,23 @@ def element_text(e: dict) -> str:
     paint = f"{color} (stroke color: {border})" if border not in ("", color) else color
     words = {"text": e["text"], "shape": e["shape"], "color": color and paint}
     words |= {"stroke color": "" if color else border, "location": place}
-    return ", ".join(f"{key}: {value}" for key, value in words.items() if value)
+    return ", ".join(f"{key}: {value}" for key, value in words.items() if value != "")
 
 
 # --- solver ---
 
 
-def groups_of(p: Puzzle) -> Iterator[tuple]:
+def groups_of(p):
     """(rule, cells, numbers) of all that must hold: rows, columns, regions, then clues."""
-    cells, k = square(p.n), range(p.n)
-    for group in [*(cells[i :: p.n] for i in k), *(cells[i * p.n :][: p.n] for i in k), *p.regions]:
+    columns = [square(p.n)[k :: p.n] for k in range(p.n)]
+    for group in (*columns, *zip(*columns, strict=True), *p.regions):
         yield RULES["extra region"], group, ()
     for clue in p.clues or ():
         for group in RULES[clue.kind].groups(p, clue):
             yield RULES[clue.kind], group, clue.numbers
 
 
-def solve(p: Puzzle, limit: int = 2, seed: int = 0) -> tuple[str, list]:
+def solve(p: Puzzle, limit: int = 2, seed: int = 0) -> tuple:
     """(none | unique | multiple | undecided, up to `limit` solutions) by CP-SAT, in 30 CPU seconds each.
 
     unique only where it was proved that there is no other. A seed other than 0 randomises the search.
@@ -603,26 +610,20 @@ nonconsecutive: non-consecutive
 disjointgroups: disjoint groups"""
 FPUZZLES = dict(line.split(": ") for line in FPUZZLES.splitlines())  # its keys and our families
 COSMETIC = ("line", "circle", "rectangle", "text", "cage")
-KNOWN = re.findall(
-    r"\S+",
-    """size grid title author ruleset solution negative id value metadata highlightConflicts given region
-    givenPencilMarks centerPencilMarks cornerPencilMarks cells cell lines direction values cloneCells fontC
-    angle baseC outlineC width height highlight c isNewConstraint
-    fromConstraint disabledlogic truecandidatesoptions fromRangskSolver""",
-)
+KNOWN = """size grid title author ruleset solution negative id value metadata highlightConflicts given region
+givenPencilMarks centerPencilMarks cornerPencilMarks cells cell lines direction values cloneCells fontC
+angle baseC outlineC width height highlight c isNewConstraint
+fromConstraint disabledlogic truecandidatesoptions fromRangskSolver"""
 USUAL = {"white dot": [1], "black dot": [2], "V or X": [5, 10], "green line": [5]}
 
 
-def decode_link(link: str) -> dict:
+def decode_link(link):
     """The JSON in a link or in bare data; an exception for what is no link."""
     data = urllib.parse.unquote(link.strip()).replace(" ", "+")
     body = re.search(r"(?:load=|fpuzzles|fpuz|scl|ctc|^)([A-Za-z0-9+/]{9,99999})[=\\]*(?:[?&#]|$)", data)[1]
     text = common.need("lzstring", "sudoku").LZString().decompressFromBase64(body)
     text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    try:
-        return json.loads(text)
-    except ValueError:
-        return unzip(text)
+    return json.loads(text) if '"' in text else unzip(text)
 
 
 def import_link(link: str) -> Puzzle:
@@ -634,13 +635,14 @@ def import_link(link: str) -> Puzzle:
         raise UserError(printable(f"{link[:60]}: no f-puzzles or SudokuPad link ({e!r:.80})")) from None
 
 
-def clues_of(kind: str, item: dict, home: dict, n: int) -> list:
+def clues_of(kind, item, home, n):
     """Clues of one item of f-puzzles; a total of nothing or 0 is none, but for a sandwich's 0."""
-    number = item.get("value") or USUAL.get(kind, [0])[0]
+    item, found = with_blanks(item), []
+    number = item["value"] or USUAL.get(kind, [0])[0]
     number = int({"V": 5, "X": 10}.get(number, number))
-    numbers = (number,) if number or (kind == "sandwich" and "value" in item) else ()
-    cells, found = [item["cell"]] if "cell" in item else item.get("cells", []), []
-    for line in item.get("lines") or [cells]:
+    numbers = (number,) if number or (kind == "sandwich" and item["value"] != "") else ()
+    cells = [item["cell"]] if item["cell"] else item["cells"]
+    for line in item["lines"] or [cells]:
         where = cells_of(line)
         if kind == "arrow":
             numbers, where = (len(cells),), tuple(dict.fromkeys(cells_of(cells + line)))
@@ -652,7 +654,7 @@ def clues_of(kind: str, item: dict, home: dict, n: int) -> list:
             where += cells_of(item["cloneCells"])[::-1]
         elif RULES[kind].groups is ray:
             [(r, c)] = where
-            way = item.get("direction") or "D" * (r == 0) + "U" * (r > n) + "R" * (c == 0) + "L" * (c > n)
+            way = item["direction"] or "D" * (r == 0) + "U" * (r > n) + "R" * (c == 0) + "L" * (c > n)
             where += ((r + ("D" in way) - ("U" in way), c + ("R" in way) - ("L" in way)),)
             if not numbers:
                 continue
@@ -660,11 +662,11 @@ def clues_of(kind: str, item: dict, home: dict, n: int) -> list:
     return found
 
 
-def from_fpuzzles(data: dict) -> Puzzle:
+def from_fpuzzles(data):
     """A puzzle from f-puzzles JSON. With unknown keys, named in its id, it has no clues to prove it by."""
     keys = set()
     json.loads(json.dumps(data), object_hook=keys.update)  # the keys at any depth
-    unknown = ", ".join(sorted(keys - {*KNOWN, *COSMETIC, *FPUZZLES}))
+    unknown = ", ".join(sorted(keys - {*KNOWN.split(), *COSMETIC, *FPUZZLES}))
     data, n, clues = with_blanks(data), int(data["size"]), []
     cells = dict(zip(square(n), itertools.chain(*data["grid"]), strict=True))
     home = {c: cells[c].get("region", k) for k, box in enumerate(boxes(n)) for c in box}
@@ -692,12 +694,12 @@ SHORT = dict(pair.split() for pair in SHORT.split(","))
 SHORTENED = re.compile(  # strings in ' or ", keys without them, {} left out of lists, words after a colon
     r"""'(?P<text>(?:\\.|[^'\\])*)'|"(?P<json>(?:\\.|[^"\\])*)"|(?<=[{,])(?P<key>\w+)(?=:)"""
     r"""|(?P<hole>(?<=[\[,])(?=[],]))"""
-    r"""|(?<=:)(?:(?P<true>t)|(?P<false>f)|#(?P<black>0)|#(?P<white>F)|(?P<color>[0-9a-fA-F]{6}))(?=[,}])"""
+    r"""|(?<=:)(?:(?P<true>t)|(?P<false>f)|#(?P<short>[0F])|(?P<color>[0-9a-fA-F]{6}))(?=[,}])"""
 )
-FULL = dict(true="true", false="false", black='"#000000"', white='"#FFFFFF"', color='"#{}"', hole="{{}}")
+FULL = dict(true="true", false="false", short='"#{0}{0}{0}"', color='"#{}"', hole="{{}}")
 
 
-def unzip(text: str) -> dict:
+def unzip(text):
     """SudokuPad's shortened JSON."""
 
     def full(m):
@@ -707,30 +709,30 @@ def unzip(text: str) -> dict:
 
 
 @functools.cache
-def color_name(code: str) -> str:
+def color_name(code):
     """The nearest of CSS's names; what is no colour stays as it is."""
     if not colors.is_color_like(code):
         return code
     return min(colors.CSS4_COLORS, key=lambda name: math.dist(colors.to_rgb(code), colors.to_rgb(name)))
 
 
-PAINTS = {"color": "color_name", "backgroundColor": "color_name", "borderColor": "border_color_name"}
-
-
-def drawing(kind: str, e: dict) -> dict:
-    """A drawing in the official vocabulary; without a type, so without words, where it follows the grid's lines."""
+def drawing(kind, e):
+    """A drawing in the official vocabulary; {} for one that follows the grid's lines."""
     points = np.array(e["wayPoints"] or [], float)
     path = [x for a, b in itertools.pairwise(points) for x in np.linspace(a, b, 100)]  # misses the corners
     coords = [name for name, _ in itertools.groupby(names(np.floor(path).astype(int) + 1))]
     if e["center"]:  # in a cell, on an edge, at a corner, which are where its numbers are whole
         coords = names(itertools.product(*(range(math.ceil(x), math.floor(x) + 2) for x in e["center"])))
-    place = {"coords": coords, "loc": {1: "cell", 4: "corner"}.get(len(coords), "edge")}
-    place["shape"] = "circle" if e["rounded"] else "diamond" if e["angle"] == 45 else "square"
-    place["type"] = kind if coords and not (abs(points - points.round()) < 0.05).any() else ""
-    return e | place | {PAINTS[key]: color_name(e[key]) for key in PAINTS if e[key]}
+    if not coords or (abs(points - points.round()) < 0.05).any():
+        return {}
+    shape = "circle" if e["rounded"] else "diamond" if e["angle"] == 45 else "square"
+    loc = {1: "cell", 4: "corner"}.get(len(coords), "edge")
+    color, border = map(color_name, (e["color"] or e["backgroundColor"], e["borderColor"]))
+    e |= {"type": kind, "shape": shape, "loc": loc, "coords": coords}
+    return e | {"color_name": color, "border_color_name": border}
 
 
-def from_scl(data: dict) -> Puzzle:
+def from_scl(data):
     """A puzzle from SudokuPad's own JSON. Its rules are prose, so that nothing proves it."""
     data = with_blanks(data)
     told, n = with_blanks(data["metadata"] or {}), len(data["cells"])
@@ -746,14 +748,14 @@ def from_scl(data: dict) -> Puzzle:
         drawn += [drawing(kind, e) for e in map(with_blanks, data[kind])]
     drawn += [{"type": "global", "text": f"anti-{x}"} for x in ("king", "knight") if told[f"anti{x}"]]
     board = "".join(str(cell.get("value") or ".") for row in data["cells"] for cell in row)
-    rules, solution = ("".join(map(str, told[key])) for key in ("rules", "solution"))
+    rules, solution = "\n".join(np.ravel(told["rules"])), "".join(map(str, told["solution"]))
     return Puzzle(str(told["title"]), n, board, solution, None, groups, rules, drawn)
 
 
 # --- puzzles from files ---
 
 
-def printable(text: str) -> str:
+def printable(text):
     """Without control characters, escapes and lone surrogates: safe for a terminal and a page."""
     return re.sub(r"[^\n\t -~\u00a0-\ud7ff\ue000-\uffff]", "\ufffd", text)
 
@@ -767,7 +769,7 @@ def read_puzzle(row: dict) -> Puzzle:
     if "/fpuz" in url:
         return replace(import_link(url), id=name, solution=solution)
     if rules[:1] in ('"', "["):
-        rules = "\n".join([json.loads(rules)] if rules[0] == '"' else json.loads(rules))
+        rules = "\n".join(np.ravel(json.loads(rules)))
     elements = json.loads(elements) if elements[:1] == "[" else []
     plain, n = author.lower() == "nikoli", int(row["rows"])
     return Puzzle(
@@ -793,9 +795,9 @@ def load_puzzles(data: str, limit: int) -> list:
         found = [import_link(data)] if "://" in data else [*map(read_puzzle, common.load_rows(*place))]
         for p in found:
             p.solution = proof(p) or p.solution
-    except (UserError, ValueError, LookupError, TypeError) as e:
-        hint = "the official sets were withdrawn in 2026, --data takes a local copy"
-        raise UserError(printable(f"{data[:60]}: {str(e)[:200]} ({hint})")) from None
+    except Exception as e:  # so may a set of puzzles
+        why = f"{e!s:.200} (the official sets were withdrawn in 2026, --data takes a local copy)"
+        raise UserError(printable(f"{data[:60]}: {why}")) from None
     playable = [p for p in found if p.solution]
     if not playable:
         raise UserError(printable(f"{data[:60]}: puzzle has no proof ({found[0].id})"))
@@ -874,13 +876,13 @@ Please show me the board.""",
 
 
 @functools.cache
-def load_prompts(path: str) -> dict:
+def load_prompts(path):
     """The templates: ours, with those of a JSON file in their place."""
     try:
         given = json.loads(Path(path).read_text()) if path else {}
         "".join(given.values())  # TypeError for what is no text
         assert {*given} <= {*PROMPTS}
-    except (OSError, ValueError, TypeError, AttributeError, AssertionError) as e:
+    except Exception as e:  # a file may hold anything
         raise UserError(f"--prompts {path}: not texts named {', '.join(PROMPTS)} ({e})") from None
     return PROMPTS | given
 
@@ -889,26 +891,25 @@ compiled = functools.cache(SandboxedEnvironment().from_string)
 
 
 def fill(template: str, p: Puzzle, board: str) -> str:
-    """Put a puzzle into a template of jinja, as the paper's code does; what is put in is not looked at again."""
+    """Put a puzzle into a jinja template, as the paper's code does; what is put in is not looked at again."""
     drawn = "\n".join(f"- {text}" for text in map(element_text, p.elements) if text)
     rows = [" ".join(board[k : k + p.n]) for k in range(0, p.n**2, p.n)]
-    said = {
-        "current_board": "\n".join(rows),
-        "rules": p.rules.strip(),
-        "pretty_visual_elements": drawn or "none",
-    }
-    for name, text in said.items():  # a puzzle from outside must not open a turn of the chat
-        said[name] = re.sub(r"(<(?=[|/a-z])|\[(?=/?INST))", "\\1\u200b", text)
-    return compiled(template).render(said, rows=p.n, cols=p.n).strip()
+
+    def defused(text):  # a puzzle from outside must not open a turn of the chat
+        return re.sub(r"(<(?=[|/a-z])|\[(?=/?INST))", "\\1\u200b", text)
+
+    values = dict(rows=p.n, cols=p.n, current_board="\n".join(rows), rules=defused(p.rules.strip()))
+    return compiled(template).render(values, pretty_visual_elements=defused(drawn or "none")).strip()
 
 
-def window(messages: list, turns: int) -> list:
+def window(messages, turns):
     """What of a conversation is sent: its first two messages, the last 2N of those between, and the board.
 
     N = 0 sends none of the past (a slice [-0:] would send all of it, as the paper's code does).
     """
-    first = max(2, len(messages) - 1 - 2 * turns) if turns >= 0 else 2
-    return messages[:2] + messages[first:]
+    if turns < 0:
+        return messages
+    return messages[:2] + messages[max(2, len(messages) - 1 - 2 * turns) :]
 
 
 class Stop(Exception):
@@ -922,7 +923,7 @@ PLACEMENT = re.compile(
 FULL_WIDTH = {c: chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)}
 
 
-def answer_blocks(reply: str, extract: str) -> list:
+def answer_blocks(reply, extract):
     """ref: what re.findall("(?is)<answer>(.*?)</answer>") finds, in linear time.
 
     robust: thoughts are cut (Stop for one that does not end), full-width forms are folded, and a block begins
@@ -937,46 +938,6 @@ def answer_blocks(reply: str, extract: str) -> list:
     return [block[-1] for block in blocks if len(block) > 1]
 
 
-def read_grid(reply: str, p: Puzzle, board: str, extract: str) -> str:
-    """The grid that a single-shot reply states; Stop where it states none.
-
-    ref: last block, whatever str.isdigit accepts, the last n^2 of it. robust: n^2 digits in any layout, or
-    placements that cover every empty cell.
-    """
-    blocks = answer_blocks(reply, extract)
-    if not blocks:
-        raise Stop("no_answer_tag")
-    if extract == "ref":
-        return "".join(filter(str.isdigit, blocks[-1]))[-(p.n**2) :]
-    found = PLACEMENT.findall(blocks[-1])
-    placed = {(int(r), int(c)): digit for r, c, digit in found}
-    if len({*found}) > len(placed):
-        raise Stop("contradictory_placement")
-    grid = re.findall("[0-9]", blocks[-1])
-    if found:
-        grid = [placed.get(cell, c) for cell, c in zip(square(p.n), board, strict=True)]
-    if len("".join(grid)) != p.n**2 or "." in grid:
-        raise Stop("bad_length")
-    return "".join(grid)
-
-
-def read_placements(reply: str, mode: str, extract: str) -> list:
-    """(row, column, digit) texts of a stepwise reply; Stop where there is none.
-
-    ref, multi-step: the first block; ref, single-step: the last block that is nothing but one placement.
-    """
-    blocks = answer_blocks(reply, extract)
-    if extract == "robust":
-        found = PLACEMENT.findall("".join(blocks[-1:]))
-    elif mode == "single_step":
-        found = re.findall(r"<ANSWER>\s*r(\d+)c(\d+):\s*(\d+)\s*</ANSWER>", reply)[-1:]
-    else:
-        found = re.findall(r"r(\d+)c(\d+):\s*(\d+)", "".join(blocks[:1]))
-    if not found or (mode == "single_step" and len({*found}) > 1):
-        raise Stop("invalid_action")
-    return found
-
-
 @dataclass
 class Game:
     """An episode under one reading: the board, how many digits were placed right, and why it ended."""
@@ -989,19 +950,55 @@ class Game:
     stop: str = ""
 
     def take(self, reply: str):
-        """Judge a reply. The board changes only by placements that were read from an answer block."""
+        """Judge a reply. The board changes only by what was read from an answer block."""
         try:
             if not reply:
                 raise Stop("truncated")
             if self.mode == "single_shot":
-                self.board = read_grid(reply, self.p, self.board, self.extract)
+                self.board = self.read_grid(answer_blocks(reply, self.extract))
                 self.correct = int(self.board == self.p.solution)
                 raise Stop("solved" if self.correct else "incorrect_solution")
-            self.place(read_placements(reply, self.mode, self.extract))
+            self.place(self.read_placements(reply, answer_blocks(reply, self.extract)))
         except Stop as e:
             self.stop = str(e)
 
-    def place(self, placements: list):
+    def read_grid(self, blocks):
+        """The grid that a single-shot reply states; Stop where it states none.
+
+        ref: last block, whatever str.isdigit accepts, the last n^2 of it. robust: n^2 digits in any layout,
+        or placements that cover every empty cell.
+        """
+        size, text = self.p.n**2, "".join(blocks[-1:])
+        if not blocks:
+            raise Stop("no_answer_tag")
+        if self.extract == "ref":
+            return "".join(filter(str.isdigit, text))[-size:]
+        found, grid = PLACEMENT.findall(text), re.findall("[0-9]", text)
+        placed = {(int(r), int(c)): digit for r, c, digit in found}
+        if len({*found}) > len(placed):
+            raise Stop("contradictory_placement")
+        if found:
+            grid = [placed.get(cell, c) for cell, c in zip(square(self.p.n), self.board, strict=True)]
+        if len("".join(grid)) != size or "." in grid:
+            raise Stop("bad_length")
+        return "".join(grid)
+
+    def read_placements(self, reply, blocks):
+        """(row, column, digit) texts of a stepwise reply; Stop where there is none.
+
+        ref, multi-step: the first block; ref, single-step: the last block that is nothing but one placement.
+        """
+        if self.extract == "robust":
+            found = PLACEMENT.findall("".join(blocks[-1:]))
+        elif self.mode == "single_step":
+            found = re.findall(r"<ANSWER>\s*r(\d+)c(\d+):\s*(\d+)\s*</ANSWER>", reply)[-1:]
+        else:
+            found = re.findall(r"r(\d+)c(\d+):\s*(\d+)", "".join(blocks[:1]))
+        if not found or (self.mode == "single_step" and len({*found}) > 1):
+            raise Stop("invalid_action")
+        return found
+
+    def place(self, placements):
         robust, seen, before, cells = self.extract == "robust", {}, self.board, square(self.p.n)
         for row, column, digit in placements:
             if not re.fullmatch("[0-9]", digit):
@@ -1026,10 +1023,10 @@ class Game:
             raise Stop("invalid_action")  # nothing was placed: the same question would come again
 
 
-# --- players: ask(messages, game, key) -> text, or Stop; all answer in text, as models do ---
+# --- players: make(name, cfg, run) -> ask(messages, game, key) -> text, or Stop; all talk as models do ---
 
 
-def say(game: Game, grid: str) -> str:
+def say(game, grid):
     """The grid, or its digit in the first cell that is empty."""
     if game.mode != "single_shot":
         i, n = game.board.index("."), game.p.n
@@ -1038,12 +1035,12 @@ def say(game: Game, grid: str) -> str:
 
 
 @functools.cache
-def completions(p: Puzzle, seed: int) -> list:
+def completions(p, seed):
     """Grids that keep givens and plain rules: all of them, or the first twenty of a random search."""
     return solve(replace(p, clues=()), 20, seed + 1)[1]
 
 
-def simple_player(kind: str, cfg: Config, run: Run) -> Callable:
+def simple_player(kind, cfg, run):
     """solver: the proved solution. random: any digits. vanilla: ignores the rules, a pick of completions."""
 
     async def ask(messages, game, key):
@@ -1060,7 +1057,7 @@ def simple_player(kind: str, cfg: Config, run: Run) -> Callable:
 ROLES = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}assistant:"  # for base models
 
 
-def hf_player(name: str, cfg: Config, run: Run) -> Callable:
+def hf_player(name, cfg, run):
     """A causal language model; what all episodes in flight ask is answered as one batch."""
     model, tokenizer = common.load_lm(name, torch.bfloat16 if run.amp else torch.float32)
     model.to(run.device)
@@ -1077,10 +1074,9 @@ def hf_player(name: str, cfg: Config, run: Run) -> Callable:
             reply.set_result(tokenizer.decode(tokens, skip_special_tokens=True))
 
     async def ask(messages, game, key):
-        loop = asyncio.get_running_loop()
+        reply = asyncio.get_running_loop().create_future()
         if not waiting:
-            loop.call_soon(answer)  # after all others that are ready to ask
-        reply = loop.create_future()
+            reply.get_loop().call_soon(answer)  # after all others that are ready to ask
         sent = window(messages, cfg.history)
         ids = tokenizer.apply_chat_template(sent, add_generation_prompt=True, return_dict=False)
         waiting.append((ids, reply))
@@ -1089,7 +1085,7 @@ def hf_player(name: str, cfg: Config, run: Run) -> Callable:
     return ask
 
 
-def http_player(spec: str, cfg: Config, run: Run) -> Callable:
+def http_player(spec, cfg, run):
     """An OpenAI-compatible endpoint, URL#MODEL; its client retries 408, 409, 429, 5xx, lost connections."""
     openai, (url, _, model) = common.need("openai", "sudoku"), spec.partition("#")
     os.environ.setdefault("OPENAI_API_KEY", "none")  # the client insists, local endpoints do not
@@ -1113,7 +1109,7 @@ def http_player(spec: str, cfg: Config, run: Run) -> Callable:
     return ask
 
 
-def scripted_player(place: str, cfg: Config, run: Run) -> Callable:
+def scripted_player(place, cfg, run):
     """Repeats episodes of a file or folder: what was said in the same one after as many messages."""
     script = {row["key"]: row["messages"] for row in read_episodes(Path(place))}
 
@@ -1129,7 +1125,7 @@ def scripted_player(place: str, cfg: Config, run: Run) -> Callable:
 # --- episodes and scores ---
 
 
-async def play(p: Puzzle, mode: str, key: str, ask: Callable, cfg: Config) -> dict:
+async def play(p, mode, key, ask, cfg) -> dict:
     """One episode as a line of episodes.jsonl; robust, ref: [solved, right placements], None where unknown.
 
     The other reading judges the same replies as long as it would have been shown the same boards.
@@ -1159,7 +1155,7 @@ async def play(p: Puzzle, mode: str, key: str, ask: Callable, cfg: Config) -> di
     return row | dict(stop=game.stop, error=error, board=game.board)
 
 
-def read_episodes(place: Path) -> list:
+def read_episodes(place):
     """All episodes of a file or below a folder, without torn lines.
 
     Of two of one episode the last holds, but a failed one never holds against one that ended.
@@ -1203,7 +1199,7 @@ def evaluate(cfg: Config, run: Run, ask: Callable, puzzles: list) -> list:
     return rows
 
 
-def score(rows: list, puzzles: list, mode: str, reading: str) -> np.ndarray:
+def score(rows, puzzles, mode, reading):
     """ASR and ACP, means over the puzzles of means over trials; NaN where a result is missing."""
     found, missing = defaultdict(list), [math.nan] * 2
     for row in rows:
@@ -1211,13 +1207,13 @@ def score(rows: list, puzzles: list, mode: str, reading: str) -> np.ndarray:
     return np.mean([np.mean(found[p.id, mode] or [missing], 0) for p in puzzles], 0)
 
 
-def score_table(rows: list, puzzles: list, cfg: Config) -> list:
+def score_table(rows, puzzles, cfg) -> list:
     """A line a player, mode and reading: by size ASR in % with its Wilson interval over puzzles, and ACP."""
-    sizes = {n: [p for p in puzzles if p.n == n] for n in sorted({p.n for p in puzzles})} | {"all": puzzles}
     table, players = [], dict.fromkeys(row["player"] for row in rows)
     for player, mode, reading in itertools.product(players, cfg.modes, READINGS):
-        line = {"player": player, "mode": mode, "reading": reading}
-        for size, some in sizes.items():
+        line = {"player": Path(player).name, "mode": mode, "reading": reading}
+        for size in [*sorted({p.n for p in puzzles}), "all"]:
+            some = [p for p in puzzles if size in (p.n, "all")]
             asr, acp = score([row for row in rows if row["player"] == player], some, mode, reading)
             shown = "-"
             if math.isfinite(asr):
@@ -1248,29 +1244,33 @@ Llama 4 Maverick                 0.2 / 0.5 / 0.4 / 0.4  0                       
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>Sudoku-Bench</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>body{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}td,th{border:1px solid #ccc;padding:.2em .6em}
-table{border-collapse:collapse;margin-bottom:1.5em}td{white-space:nowrap}summary{cursor:pointer;padding:.2em 0}
+<style>body{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}
+table{border-collapse:collapse;margin-bottom:1.5em}td{white-space:nowrap}
+td,th{border:1px solid #ccc;padding:.2em .6em}summary{cursor:pointer;padding:.2em 0}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f6;padding:.5em;max-height:24em;overflow:auto}
 pre::before{content:"user";display:block;font:bold 12px sans-serif;color:#777}
 pre.assistant{background:#eaf2fc}pre.assistant::before{content:"model"}</style>
-<h1>Sudoku-Bench</h1><p>ASR in % with Wilson's 95 % interval over the puzzles; ACP: right placements before the first
-mistake. Robust reading, and that of the paper's code (ref).</p>"""
-SUMMARY = "{mode} {puzzle}: {stop} {error} {board} ({player})"
+<h1>Sudoku-Bench</h1><p>ASR in % with Wilson's 95 % interval over the puzzles; ACP: right placements before
+the first mistake; by robust reading, and by that of the paper's code (ref).</p>"""
 
 
-def report(table: list, rows: list, puzzles: list) -> str:
+def report(table, rows, puzzles) -> str:
     """One static page: the table, and episodes with what was said, escaped, and a link to the puzzle."""
 
     def clean(text):
         return html.escape(printable(text))
 
     urls, parts = {p.id: p.url for p in puzzles}, [PAGE, tabulate(table, "keys", tablefmt="html")]
+    head = "{mode} {puzzle}: {stop} {error} {board} ({player})"
     for row in rows[:400]:
-        parts.append(f"<details><summary>{clean(SUMMARY.format_map(row))}</summary>")
-        parts.append(f'<a href="{clean(urls[row["puzzle"]])}">the puzzle</a>')
-        for m in row["messages"][:1] + row["messages"][1:][-12:]:
-            parts.append(f'<pre class="{m["role"]}">{clean(m["content"][:20_000])}</pre>')
-        parts.append("</details>")
+        said = [
+            f'<pre class="{m["role"]}">{clean(m["content"][:20_000])}</pre>'
+            for m in window(row["messages"], 6)
+        ]
+        link = f'<a href="{clean(urls[row["puzzle"]])}">the puzzle</a>'
+        parts.append(
+            f"<details><summary>{clean(head.format_map(row))}</summary>{link}{''.join(said)}</details>"
+        )
     return "".join(parts)
 
 
@@ -1308,17 +1308,15 @@ class Small(NamedTuple):
 
 
 @functools.cache
-def grids() -> np.ndarray:
+def grids():
     """The 288 grids of 4x4, (288, 16): 12 forms, each with its 24 names of the digits."""
-    rows = [*itertools.permutations(FOUR)]
+    rows, (i, j) = [*itertools.permutations(FOUR)], np.indices((16, 16))
     found = np.array([*itertools.product(rows[:1], rows, rows, rows)]).reshape(-1, 16)
-    for place in PLACES.T[2:]:  # by column, by box
-        lines = found[:, place.argsort()].reshape(-1, 4, 4)
-        found = found[(np.sort(lines) == FOUR).all((1, 2))]
+    found = found[PLAIN[i, j, found[:, i] - 1, found[:, j] - 1].all((1, 2))]
     return np.concatenate([np.array(rows)[:, grid - 1] for grid in found])
 
 
-def draw_puzzles(mixes: list, count: int, chance: random.Random, rows: list) -> Small:
+def draw_puzzles(mixes, count, chance, rows) -> Small:
     """`count` puzzles with one solution each, one of these rows of the table of grids."""
     made, g = [], grids()
     while len(made) < count:
@@ -1339,7 +1337,7 @@ def draw_puzzles(mixes: list, count: int, chance: random.Random, rows: list) -> 
     return Small(*(torch.from_numpy(np.stack(column)) for column in zip(*made, strict=True)))
 
 
-def draw_splits(cfg: Config) -> tuple[Small, dict]:
+def draw_splits(cfg):
     """Puzzles to train on and test splits; no test has a training puzzle's grid, up to names of digits."""
     chance = random.Random(cfg.seed)
     held = chance.sample(range(12), 3)  # forms of grids
@@ -1380,7 +1378,9 @@ def network_loss(logits: Tensor, given: Tensor, solution: Tensor) -> Tensor:
 def train_network(cfg: Config, run: Run, data: Small) -> RuleNet:
     """One net; the same batches on any number of ranks, each takes its part."""
     net = RuleNet(cfg.width).to(run.device)
-    wrapped = run.wrap(torch.compile(net) if cfg.compile else net)
+    if cfg.compile:
+        net.compile()
+    wrapped = run.wrap(net)
     optimizer = torch.optim.AdamW(net.parameters(), cfg.lr)
     data = Small(*(x.to(run.device) for x in data))
     for step in run.steps(cfg.steps, net=net, optimizer=optimizer):
@@ -1400,7 +1400,7 @@ def train_network(cfg: Config, run: Run, data: Small) -> RuleNet:
 # --- the table, main ---
 
 
-def expected_acp(digits: int, empty: int) -> float:
+def expected_acp(digits, empty):
     """Eq. (1)."""
     return (1 - digits**-empty) / (digits - 1)
 
@@ -1416,13 +1416,13 @@ def train(cfg: Config, run: Run) -> dict:
         net = train_network(cfg, run, data).cpu()
         for split, small in tests.items():
             digits = net(small.given, small.table, 2 * cfg.iterations)[1].argmax(-1) + 1
-            found[split] = (digits == small.solution).all(-1).double().mean().item()
+            found[split] = (digits == small.solution).all(-1).double().mean()
         return found
     if kind == "vanilla":
         tests = draw_splits(replace(cfg, puzzles=1))[1]
-        found = {split: (1 / small.plain.double()).mean().item() for split, small in tests.items()}
-    if kind == "solver" and not all(map(proof, puzzles)):
-        run.print(printable(f"puzzle has no proof: {', '.join(p.id for p in puzzles if not proof(p))}"))
+        found = {split: (1 / small.plain.double()).mean() for split, small in tests.items()}
+    if kind == "solver":
+        run.print(printable(f"puzzle has no proof: {[p.id for p in puzzles if not proof(p)] or 'none'}"))
     players = {"hf": hf_player, "http": http_player, "scripted": scripted_player}
     ask = players.get(kind, simple_player)(name or kind, cfg, run)
     rows = evaluate(cfg, run, ask, [p for p in puzzles if kind != "solver" or proof(p)])
@@ -1433,7 +1433,7 @@ def train(cfg: Config, run: Run) -> dict:
     return found
 
 
-def draw(figure, table: dict):
+def draw(figure, table):
     """The splits of part B, a dot a seed."""
     axis = figure.subplots()
     axis.set_title(f"4x4 puzzles solved: {NET} (o), {BLIND} (x)")
@@ -1442,12 +1442,11 @@ def draw(figure, table: dict):
             axis.plot([*SPLITS], [cell[split] for split in SPLITS], dot)
 
 
-def dry_run(cfg: Config, run: Run):
+def dry_run(cfg, run):
     """Print what this config plays and trains."""
     puzzles = load_puzzles(cfg.data, cfg.limit)
-    empty = sum(p.givens.count(".") for p in puzzles)
     size = sum(x.numel() for x in RuleNet(cfg.width).parameters())
-    run.print(f"{len(puzzles)} puzzles with {empty} empty cells; a network of {size:,} parameters")
+    run.print(f"{len(puzzles)} puzzles; a network of {size:,} parameters, {cfg.steps} updates a seed")
 
 
 def main():
