@@ -22,6 +22,7 @@ How to run
   python sudoku_bench.py                                        both parts, on two CPU cores
   python sudoku_bench.py --backend hf:FOLDER --max_tokens 2000  a language model plays (hub id, folder, .gguf)
   python sudoku_bench.py --backend http:http://HOST/v1#MODEL    an endpoint plays; key in OPENAI_API_KEY
+  python sudoku_bench.py --backend scripted:FOLDER              the episodes of a run once more, judged anew
   python sudoku_bench.py --backend solver --data LINK           prove an f-puzzles or SudokuPad (fpuz) link
   torchrun --nproc_per_node=8 sudoku_bench.py --config full --data challenge_100.jsonl   the paper's puzzles
 
@@ -34,7 +35,9 @@ Departures from the paper and its code
   block, accepts r1c1 = 5 and grids in lines, and refuses two digits for a cell. The game goes by --extract;
   the other reading judges the same replies, as long as it would have been shown the same boards.
 - Intervals, the random and the rule-ignoring player, proofs and the network are ours. Grids go up to 9x9.
-- Not here: hints (the code's num_empty_cells), scl links, human traces, pictures of boards.
+- Of SudokuPad's own links (scl) come the drawings, in the words of the official sets; an inequality sign or a
+  small arrow that is drawn as lines is told as such. Not here: hints (the code's num_empty_cells), human
+  traces, pictures of boards.
 
 Reading order: Puzzle, Rule and RULES, solve, the protocols (Game, play), players, RuleNet, train.
 """
@@ -573,7 +576,7 @@ def proof(p: Puzzle) -> str | None:
     return found[0] if status == "unique" and p.solution in (None, found[0]) else None
 
 
-# --- links of f-puzzles and SudokuPad (fpuz) ---
+# --- links: f-puzzles and SudokuPad (fpuz), whose keys are clues ---
 
 FPUZZLES = """\
 thermometer: thermometer
