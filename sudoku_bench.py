@@ -694,10 +694,9 @@ SHORT = """c color, ca cages, ct center, c1 borderColor, c2 backgroundColor, ce 
 o overlays, u underlays, w width, h height, v value, l lines, r rounded, re regions, fs fontSize,
 th thickness, hl headLength, wp wayPoints, t title, te text, d duration, d2 d, vd videos"""
 SHORT = dict(pair.split() for pair in SHORT.split(","))
-SHORTENED = re.compile(  # strings in ' or ", keys without them, {} left out of lists, words after a colon
-    r"""'(?P<text>(?:\\.|[^'\\])*)'|"(?P<json>(?:\\.|[^"\\])*)"|(?<=[{,])(?P<key>\w+)(?=:)"""
-    r"""|(?P<hole>(?<=[\[,])(?=[],]))"""
-    r"""|(?<=:)(?:(?P<true>t)|(?P<false>f)|#(?P<short>[0F])|(?P<color>[0-9a-fA-F]{6}))(?=[,}])"""
+SHORTENED = re.compile(  # strings in ', keys without quotes, {} left out of lists, words after a colon
+    r"'(?P<text>(?:\\.|[^'\\])*)'|(?<=[{,])(?P<key>\w+)(?=:)|(?P<hole>(?<=[\[,])(?=[],]))"
+    r"|(?<=:)(?:(?P<true>t)|(?P<false>f)|#(?P<short>[0F])|(?P<color>[0-9a-fA-F]{6}))(?=[,}])"
 )
 FULL = dict(true="true", false="false", short='"#{0}{0}{0}"', color='"#{}"', hole="{{}}")
 
@@ -878,19 +877,20 @@ Please show me the board.""",
 }
 
 
+compiled = functools.cache(SandboxedEnvironment().from_string)
+
+
 @functools.cache
 def load_prompts(path):
     """The templates: ours, with those of a JSON file in their place."""
     try:
         given = json.loads(Path(path).read_text()) if path else {}
-        "".join(given.values())  # TypeError for what is no text
         assert {*given} <= {*PROMPTS}
+        for text in given.values():
+            compiled(text)
     except Exception as e:  # a file may hold anything
         raise UserError(f"--prompts {path}: not texts named {', '.join(PROMPTS)} ({e})") from None
     return PROMPTS | given
-
-
-compiled = functools.cache(SandboxedEnvironment().from_string)
 
 
 def fill(template: str, p: Puzzle, board: str) -> str:
@@ -1077,12 +1077,12 @@ def hf_player(name, cfg, run):
             reply.set_result(tokenizer.decode(tokens, skip_special_tokens=True))
 
     async def ask(messages, game, key):
-        reply = asyncio.get_running_loop().create_future()
-        if not waiting:
-            reply.get_loop().call_soon(answer)  # after all others that are ready to ask
-        sent = window(messages, cfg.history)
+        reply, sent = asyncio.get_running_loop().create_future(), window(messages, cfg.history)
         ids = tokenizer.apply_chat_template(sent, add_generation_prompt=True, return_dict=False)
         waiting.append((ids, reply))
+        await asyncio.sleep(0)  # all others that are ready ask, too
+        if waiting:
+            answer()
         return await reply
 
     return ask
@@ -1098,9 +1098,10 @@ def http_player(spec, cfg, run):
         asked["max_completion_tokens"] = cfg.max_tokens
 
     async def ask(messages, game, key):
-        sent = window(messages, cfg.history)
         try:
-            found = await client.chat.completions.create(model=model, messages=sent, **asked)
+            found = await client.chat.completions.create(
+                model=model, messages=window(messages, cfg.history), **asked
+            )
             [choice] = found.choices
             text, why = choice.message.content or "", choice.finish_reason
             if not text and why != "length":
