@@ -35,6 +35,9 @@ Departures from the paper and its code
   block, accepts r1c1 = 5 and grids in lines, and refuses two digits for a cell. The game goes by --extract;
   the other reading judges the same replies, as long as it would have been shown the same boards.
 - Intervals, the random and the rule-ignoring player, proofs and the network are ours. Grids go up to 9x9.
+- Eq. (2) hands the network what a rule's table means, so that new rules are no harder. An attention with a bias
+  and a value gate from the table, which must learn to read it, solved .82 of seen, .77 of recombined, .11 of
+  novel puzzles after as many updates, each twice as long (seed 100).
 - Of SudokuPad's own links (scl) come the drawings, in the words of the official sets; an inequality sign or a
   small arrow that is drawn as lines is told as such. Not here: hints (the code's num_empty_cells), human
   traces, pictures of boards.
