@@ -35,9 +35,9 @@ Departures from the paper and its code
   block, accepts r1c1 = 5 and grids in lines, and refuses two digits for a cell. The game goes by --extract;
   the other reading judges the same replies, as long as it would have been shown the same boards.
 - Intervals, the random and the rule-ignoring player, proofs and the network are ours. Grids go up to 9x9.
-- Eq. (2) hands the network what a rule's table means, so that new rules are no harder. An attention with a bias
-  and a value gate from the table, which must learn to read it, solved .82 of seen, .77 of recombined, .11 of
-  novel puzzles after as many updates, each twice as long (seed 100).
+- Eq. (2) hands the network what a rule's table means, so that new rules are no harder. An attention with a
+  bias and a value gate from the table, which must learn to read it, solved .82 of seen, .77 of recombined and
+  .11 of novel puzzles after as many updates, each twice as long (seed 100).
 - Of SudokuPad's own links (scl) come the drawings, in the words of the official sets; an inequality sign or a
   small arrow that is drawn as lines is told as such. Not here: hints (the code's num_empty_cells), human
   traces, pictures of boards.
@@ -79,6 +79,7 @@ from common import Claim, Run, UserError
 
 MINI_48 = Path(__file__).parent / "assets" / "mini_48.jsonl"
 READINGS = ("robust", "ref")
+Mode = Literal["multi_step", "single_step", "single_shot"]
 
 
 @dataclass
@@ -89,10 +90,7 @@ class Config(common.Config):
     backend: str = (
         ""  # solver, random, vanilla, neural, hf:NAME, http:URL#MODEL, scripted:FILE; empty: all rows
     )
-    modes: tuple[Literal["multi_step", "single_step", "single_shot"], ...] = (
-        "multi_step",
-        "single_shot",
-    )  # protocols
+    modes: tuple[Mode, ...] = ("multi_step", "single_shot")  # protocols; single_step, too
     trials: int = 1  # episodes of each puzzle and mode
     history: int = field(default_factory=lambda: 5)  # turns of the past that a model sees (N); -1: all
     extract: Literal["robust", "ref"] = "robust"  # reading that the game goes by; ref: the paper's code
