@@ -85,11 +85,9 @@ Mode = Literal["multi_step", "single_step", "single_shot"]
 @dataclass
 class Config(common.Config):
     # what is played
-    data: str = str(MINI_48)  # .jsonl, .parquet, folder, hub id[:subset]; an f-puzzles or fpuz link
+    data: str = str(MINI_48)  # .jsonl, .parquet, folder, hub id[:subset]; a link of f-puzzles or SudokuPad
     limit: int = 0  # puzzles, at most; 0: all
-    backend: str = (
-        ""  # solver, random, vanilla, neural, hf:NAME, http:URL#MODEL, scripted:FILE; empty: all rows
-    )
+    backend: str = ""  # solver, random, vanilla, neural, hf:NAME, http:URL#MODEL, scripted:FILE; empty: all
     modes: tuple[Mode, ...] = ("multi_step", "single_shot")  # protocols; single_step, too
     trials: int = 1  # episodes of each puzzle and mode
     history: int = field(default_factory=lambda: 5)  # turns of the past that a model sees (N); -1: all
