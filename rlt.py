@@ -101,7 +101,7 @@ class Config(common.Config):
     solve: float = 0.0  # share that the learner gets of correctness RL, after distillation
     prompts: int = 8  # questions an update (P)
     group: int = 8  # completions a question (G)
-    max_new: int = 32  # tokens a completion, at most
+    max_new: int = 32  # tokens of an explanation, at most
     temperature: float = 1.0  # of sampling and of every log-prob (tau)
     lr: float = 1e-3  # AdamW, constant
     beta: float = 0.04  # weight of the KL to the reference model
@@ -780,7 +780,8 @@ def train_grpo(start: str, examples: list[Example], updates: int, explain: bool,
     for step in run.steps(updates, model=policy, optimizer=optimizer, reference=reference):
         rows = distinct_rows(step, cfg.prompts, len(examples), run)
         batch = [examples[i] for i in rows for _ in range(cfg.group)]
-        episodes = rollout(sample, text_of, batch, cfg.max_new, cfg.temperature, prompts, run)
+        new = cfg.max_new if explain else cfg.eval_new
+        episodes = rollout(sample, text_of, batch, new, cfg.temperature, prompts, run)
 
         if explain:
             numbers, _, _ = rlt_reward(episodes, policy, student, prompts, run)
