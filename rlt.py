@@ -44,13 +44,12 @@ Reading order: Config, ROWS, Prompts, align, rlt_reward, grpo_loss, train_grpo, 
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -70,8 +69,8 @@ SYMBOLS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-"
 class Config(common.Config):
     # models and data
     teacher: str = "tiny"  # becomes the teacher: hub id, folder or .gguf; tiny: trained here on pointers
-    student: str = "self"  # frozen model that computes the reward (pi_S); self: the teacher as it starts
-    learner: str = "self"  # model that is distilled; self: the teacher as it starts
+    student: str = ""  # frozen model that computes the reward (pi_S); empty: the teacher as it starts
+    learner: str = ""  # model that is distilled; empty: the teacher as it starts
     data: str = "pointers"  # or a .jsonl with question, solution, reasoning_trace; Stratos, GSM8K; gym:NAME
     problems: int = 1536  # of pointers and gym: problems to make
     holdout: int = 256  # problems kept for evaluation, the last ones
@@ -85,11 +84,10 @@ class Config(common.Config):
     base_steps: int = 1500  # pre-training steps with every symbol written, at most
     web_steps: int = 250  # pre-training steps on corpus traces
     base_lr: float = 4e-3  # of pre-training
-    base_check: bool = True  # stop when the tiny model cannot follow single hops
     # supervised stages
     warmup_steps: int = 40  # optimizer steps of the teacher on corpus traces
     warmup_batch: int = 32  # texts a step
-    source: Literal["teacher", "corpus"] = "teacher"  # explanations that the learner is distilled from
+    source: Literal["teacher", "warm teacher", "corpus"] = "teacher"  # of what is distilled; warm: before RL
     traces: int = 384  # explanations to distil from
     distil_steps: int = 80  # optimizer steps
     distil: float = 1.0  # share of the two that the learner gets; 0: no distillation
@@ -97,8 +95,7 @@ class Config(common.Config):
     distil_batch: int = 32  # texts a step
     # reinforcement learning
     updates: int = 40  # optimizer steps, one for each batch of completions
-    teach: float = 1.0  # share of them that the teacher gets; 0: explanations of the teacher before RL
-    solve: float = 0.0  # share that the learner gets of correctness RL, after distillation
+    solve: float = 0.0  # share of them that the learner gets of correctness RL, after distillation
     prompts: int = 8  # questions an update (P)
     group: int = 8  # completions a question (G)
     max_new: int = 32  # tokens of an explanation, at most
@@ -109,7 +106,6 @@ class Config(common.Config):
     sync_mix: float = 0.9  # how far it moves towards the policy
     alpha: float = 0.01  # weight of the min in r_SS and of the max in r_KL
     lam: float = 3.0  # weight of r_KL (lambda)
-    penalty: float = -1.0  # reward for a missing closing tag
     # evaluation, memory and speed
     eval_new: int = 40  # tokens of an answer, at most
     context: int = 128  # tokens of the longest text; problems that may not fit are dropped and counted
@@ -139,9 +135,8 @@ DEMO = Config(seeds=3, ranks=2, log_every=4, save_every=1000)
 REAL = Config(
     share="run",
     rows=("RLT", "distilled from the corpus"),
-    data="",
-    teacher="",
-    problems=64,
+    teacher="Qwen/Qwen2.5-0.5B-Instruct",
+    data="openai/gsm8k",
     holdout=4,
     warmup_steps=2,
     sft_lr=1e-5,
@@ -169,7 +164,6 @@ CONFIGS = {
         width=32,
         base_steps=20,
         web_steps=10,
-        base_check=False,
         warmup_steps=3,
         warmup_batch=8,
         distil_batch=8,
@@ -233,7 +227,7 @@ ROWS = {
     "RLT, lambda = 0": dict(lam=0.0),
     "correctness RL": dict(distil=0.0, solve=1.0),
     "distilled from the corpus": dict(source="corpus"),
-    "teacher before RL": dict(teach=0.0),
+    "teacher before RL": dict(source="warm teacher"),
     "RL from a few RLT traces": dict(distil=0.25, solve=0.4),
     "two chains: RLT": dict(chains=2),
     "two chains: correctness RL": dict(chains=2, distil=0.0, solve=1.0),
@@ -335,44 +329,40 @@ def load_examples(cfg: Config, run: Run) -> tuple[list[Example], str]:
         return make_problems(cfg.problems, cfg, run.generator("problems"), cfg.p_write), tags.student
     gym = dict(size=cfg.problems, seed=cfg.seed) if source.startswith("gym:") else {}
     rows = common.load_rows(source, subset="main" if "gsm8k" in source else None, **gym)
-    if "conversations" in rows[0]:
-        rows = [from_turns(row, f"{source}, row {number}") for number, row in enumerate(rows, 1)]
-    elif "solution" not in rows[0]:
-        common.need_text(source, rows, ["answer"])
-        rows = [row | from_answer(row["answer"]) for row in rows]
+    rows = [row | sections(row) for row in rows]
     common.need_text(source, rows, ["question", "solution"])
-    examples, systems = [], {row.get("system") or tags.student for row in rows}
+    systems = {row.get("system") or tags.student for row in rows}
     if len(systems) > 1:
         raise UserError(f"{source}: the column system varies, so there is no one student prompt")
+    examples = []
     for row in rows:
+        solution, trace = (padded(row.get(key), tags.gap) for key in ("solution", "reasoning_trace"))
         judge = partial(gym_score, row["score"]) if gym else right_box
-        trace = row.get("reasoning_trace")
-        trace = padded(trace, tags.gap) if isinstance(trace, str) and trace else None
-        examples.append(Example(row["question"], padded(row["solution"], tags.gap), trace, judge))
+        examples.append(Example(row["question"], solution, trace, judge))
     return examples, systems.pop()
 
 
-def padded(text: str, gap: str) -> str:
-    return gap + text.strip() + gap
+def padded(text, gap: str) -> str | None:
+    return gap + str(text).strip() + gap if text else None
 
 
-def from_answer(answer: str) -> dict:
-    """GSM8K's answers are a rationale, #### and a number; those of a gym task are a solution alone."""
-    trace, _, number = answer.rpartition("####")
-    return {"solution": rf"The answer is \boxed{{{number.strip()}}}", "reasoning_trace": trace}
-
-
-def from_turns(row: dict, where: str) -> dict:
-    """Bespoke-Stratos has two turns: a question, and an answer of a thought block and a solution block."""
-    texts = [str(turn.get("value")) for turn in row["conversations"] or ()]
-    found = re.search(BLOCKS, texts[-1], re.DOTALL) if len(texts) == 2 else None
-    if not found:
-        raise UserError(f"{where}: not a question and an answer of {TEXT.thought} and {TEXT.solution}")
-    return row | {"question": texts[0], "reasoning_trace": found[1], "solution": found[2]}
+def sections(row: dict) -> dict:
+    """What Stratos and GSM8K call otherwise, as question, solution and reasoning_trace."""
+    if "conversations" in row:  # a question, and an answer of a thought block and a solution block
+        texts = [str(turn.get("value")) for turn in row["conversations"] or ()]
+        found = re.search(BLOCKS, texts[-1], re.DOTALL) if len(texts) == 2 else None
+        return {"question": texts[0]} | found.groupdict() if found else {}
+    if (
+        row.get("answer") and "solution" not in row
+    ):  # a rationale, #### and a number; a gym task has no rationale
+        trace, _, number = str(row["answer"]).rpartition("####")
+        return {"solution": rf"The answer is \boxed{{{number.strip()}}}", "reasoning_trace": trace}
+    return {}
 
 
 BLOCKS = (
-    r"<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>.*?<\|begin_of_solution\|>(.*?)<\|end_of_solution\|>"
+    r"<\|begin_of_thought\|>(?P<reasoning_trace>.*?)<\|end_of_thought\|>.*?"
+    r"<\|begin_of_solution\|>(?P<solution>.*?)<\|end_of_solution\|>"
 )
 
 
@@ -445,14 +435,28 @@ class Text:
         """First token that is trained on."""
         return int(np.searchsorted(self.offsets[:, 0], self.begin))
 
-    def places(self, span: tuple[int, int]) -> list[int]:
-        """Tokens whose characters, one at least, all lie in the span: those that straddle a tag are out."""
-        a, b = self.offsets.T
-        return np.flatnonzero((a >= span[0]) & (b <= span[1]) & (b > a)).tolist()
+    def places(self, span: tuple[int, int]) -> dict[tuple, int]:
+        """{(id, first and last character counted from where the span begins): place} of its tokens.
 
-    def explanation(self) -> dict[tuple, int]:
-        """{(id, first and last character counted from where t begins): place} of t's tokens."""
-        return {(self.ids[i], *(self.offsets[i] - self.t[0])): i for i in self.places(self.t)}
+        All characters of such a token, one at least, lie in the span: those that straddle a tag are out.
+        """
+        a, b = self.offsets.T
+        inside = np.flatnonzero((a >= span[0]) & (b <= span[1]) & (b > a)).tolist()
+        return {(self.ids[i], *(self.offsets[i] - span[0])): i for i in inside}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A completion t of the teacher in both contexts, and where the tokens of t and s stand in them."""
+
+    example: Example
+    t: str
+    closed: bool  # the closing tag was there
+    teacher: Text
+    student: Text
+    t_teacher: Sequence[int]  # places of t's tokens in the teacher's text (J,)
+    t_student: Sequence[int]  # places of the same tokens in the student's
+    s_student: Sequence[int]  # places of s in the student's text (K,)
 
 
 class Prompts:
@@ -462,8 +466,8 @@ class Prompts:
     tokenizer or its chat template cannot carry them.
     """
 
-    def __init__(self, tokenizer, tags: Tags, system: str, context: int):
-        self.tokenizer, self.tags, self.system, self.context = tokenizer, tags, system, context
+    def __init__(self, tokenizer, tags: Tags, system: str):
+        self.tokenizer, self.tags, self.system = tokenizer, tags, system
         if not tokenizer.is_fast:
             raise UserError("the tokenizer has no fast version, so no character offsets: take another model")
         for tag in tags.solution + tags.thought + tags.explanation:
@@ -487,68 +491,43 @@ class Prompts:
 
     def teacher(self, e: Example, t: str) -> Text:
         """Question and solution are given; generation begins after the gap that t starts with."""
-        head = self.chat(self.tags.teacher, e.question)
-        text, s, t = self.sections(head, (self.tags.solution, e.solution), (self.tags.explanation, t))
-        return Text(text, *self.encode(text), t[0] + len(self.tags.gap), t, s)
+        tags = self.tags
+        told = self.answer(tags.teacher, e, s=(e.solution, tags.solution), t=(t, tags.explanation))
+        return replace(told, begin=told.t[0] + len(tags.gap))
 
     def student(self, e: Example, t: str) -> Text:
         """The question is given, t and s are the answer."""
-        head = self.chat(self.system, e.question)
-        text, t, s = self.sections(head, (self.tags.thought, t), (self.tags.solution, e.solution))
-        return Text(text, *self.encode(text), len(head), t, s)
+        tags = self.tags
+        return self.answer(self.system, e, t=(t, tags.thought), s=(e.solution, tags.solution))
 
-    def sections(self, text: str, *sections: tuple) -> tuple:
-        """The text, continued by ((opening tag, closing tag), content)s, and the span of each content."""
-        spans = []
-        for (opening, closing), content in sections:
+    def answer(self, system: str, e: Example, **sections: tuple) -> Text:
+        """A question and its answer, of sections name=(content, its tags); a name is that of a span."""
+        text, spans = self.chat(system, e.question), {}
+        begin = len(text)
+        for name, (content, (opening, closing)) in sections.items():
             text += opening
-            spans.append((len(text), len(text) + len(content)))
+            spans[name] = len(text), len(text) + len(content)
             text += content + closing + self.tags.gap
-        return text.removesuffix(self.tags.gap) + self.end_of_turn, *spans
+        text = text.removesuffix(self.tags.gap) + self.end_of_turn
+        return Text(text, *self.encode(text), begin, **spans)
 
     def encode(self, text: str) -> tuple[list[int], np.ndarray]:
-        """Ids and character offsets (T, 2), `context` of them at most."""
-        try:
-            code = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-        except Exception as e:  # a character that the alphabet lacks
-            raise UserError(f"the tokenizer refuses {text[-40:]!r} ({e})") from None
-        return code.ids[: self.context], np.array(code.offsets)[: self.context]
+        """Ids and the characters (T, 2) of each."""
+        code = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        return code.ids, np.array(code.offsets)
 
+    def explain(self, e: Example, completion: str) -> Explanation:
+        """Encode a completion anew in both contexts; where its tokens differ, those that both have are kept.
 
-@dataclass
-class Episode:
-    """A completion and all that belongs to it; `align` finds where t and s stand in both contexts."""
-
-    example: Example
-    ids: list[int]  # prompt and completion as sampled, the end of turn included
-    first: int  # where in ids the completion begins
-    text: str  # the completion, decoded
-    t: str = ""
-    closed: bool = True  # the closing tag was there
-    teacher: Text | None = None
-    student: Text | None = None
-    t_teacher: Sequence[int] = ()  # places of t's tokens in the teacher's text (J,)
-    t_student: Sequence[int] = ()  # places of the same tokens in the student's
-    s_student: Sequence[int] = ()  # places of s in the student's text (K,)
-
-    def credit(self) -> float:
-        """What the completion is worth as an answer."""
-        return self.example.judge(self.example.solution, self.text)
-
-
-def align(episodes: list[Episode], prompts: Prompts):
-    """Re-encode t in both contexts and find its tokens; where the two differ, what they share is kept.
-
-    t ends at the first closing tag of a completion; without one it is all of it.
-    """
-    for e in episodes:
-        t, closing, _ = e.text.partition(prompts.tags.explanation[1])
-        e.t, e.closed = prompts.tags.gap + t, bool(closing)
-        e.teacher, e.student = prompts.teacher(e.example, e.t), prompts.student(e.example, e.t)
-        ours, theirs = e.teacher.explanation(), e.student.explanation()
+        t ends at the first closing tag; without one it is the whole completion.
+        """
+        t, closing, _ = completion.partition(self.tags.explanation[1])
+        t = self.tags.gap + t
+        teacher, student = self.teacher(e, t), self.student(e, t)
+        ours, theirs = teacher.places(teacher.t), student.places(student.t)
         shared = [token for token in ours if token in theirs]
-        e.t_teacher, e.t_student = [ours[x] for x in shared], [theirs[x] for x in shared]
-        e.s_student = e.student.places(e.student.s)
+        places = [ours[x] for x in shared], [theirs[x] for x in shared], [*student.places(student.s).values()]
+        return Explanation(e, t, bool(closing), teacher, student, *places)
 
 
 # --- models, and the batches they get ---
@@ -557,9 +536,9 @@ def align(episodes: list[Episode], prompts: Prompts):
 class LogProbLM(nn.Module):
     """A causal LM whose forward gives log-probs. Sharded whole: FSDP's root has embeddings and head."""
 
-    def __init__(self, lm: nn.Module):
+    def __init__(self, lm: nn.Module, tokenizer):
         super().__init__()
-        self.lm = lm
+        self.lm, self.tokenizer = lm, tokenizer
 
     def forward(self, ids: Tensor, mask: Tensor, temperature: float) -> Tensor:
         """ids, mask (B, T), right-padded -> fp32 log-probs of the next tokens, (B, T - 1)."""
@@ -568,10 +547,11 @@ class LogProbLM(nn.Module):
 
 def load(name: str, run: Run, trainable=False) -> LogProbLM:
     """A model on this rank's device, or sharded: float32 if it is trained, else bfloat16 on GPUs."""
-    lm, _ = common.load_lm(name, torch.bfloat16 if run.amp and not trainable else torch.float32)
+    lm, tokenizer = common.load_lm(name, torch.bfloat16 if run.amp and not trainable else torch.float32)
+    tokenizer.chat_template = tokenizer.chat_template or CHAT
     if trainable and run.cfg.recompute:
         lm.gradient_checkpointing_enable()
-    return run.shard(LogProbLM(lm).requires_grad_(trainable))
+    return run.shard(LogProbLM(lm, tokenizer).requires_grad_(trainable))
 
 
 def whole(p: Tensor) -> Tensor:
@@ -585,20 +565,34 @@ def full_weights(model: LogProbLM):
         yield name, whole(p.detach())
 
 
-def export(model: LogProbLM, prompts, run) -> str:
+def export(model: LogProbLM, run: Run) -> str:
     """Write model and tokenizer as a Hugging Face folder in the run's; returns it."""
     folder, state = run.folder / "model", {name: p.cpu() for name, p in full_weights(model)}
     if run.rank == 0:
         # transformers saves on the first of all ranks only, but another may make this cell
         model.lm.should_save_on_this_rank = lambda _: True
         model.lm.save_pretrained(folder, state_dict=state)
-        prompts.tokenizer.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
     run.gather("saved")
     return str(folder)
 
 
-def micro_batches(items: list[Text | Episode], run: Run):
-    """Yields indices, ids and mask (B, T), and the loss mask (B, T - 1) of the next tokens, by length.
+@dataclass
+class Episode:
+    """A completion as it was sampled."""
+
+    example: Example
+    ids: list[int]  # prompt and completion, the end of turn included
+    first: int  # where in ids the completion begins
+    text: str  # the completion, decoded
+
+    def credit(self) -> float:
+        """What the completion is worth as an answer."""
+        return self.example.judge(self.example.solution, self.text)
+
+
+def log_probs(model: nn.Module, items: list[Text | Episode], temperature: float, run: Run):
+    """Yields indices of items, the log-probs of their next tokens (B, T - 1) and the loss mask, by length.
 
     At most cfg.micro_tokens padded tokens each (or a single item). Every rank gets equally many, since FSDP
     makes them meet in each forward pass: some end with a dummy without index, its loss mask empty.
@@ -612,55 +606,48 @@ def micro_batches(items: list[Text | Episode], run: Run):
         ids, valid = common.collate([x.ids for x in batch], run.device)
         first = torch.tensor([[x.first] for x in batch], device=run.device)
         mask = valid & (torch.arange(ids.shape[1], device=run.device) >= first)
-        yield group, ids, valid, mask[:, 1:]
+        with run.autocast():
+            logp = model(ids, valid, temperature)
+        yield group, logp, mask[:, 1:]
 
 
 @torch.no_grad()
-def score(model: nn.Module, texts: list[Text], run: Run) -> Tensor:
-    """Log-probs (N, T - 1) of all next tokens of N texts at cfg.temperature, in micro-batches."""
-    out = torch.zeros(len(texts), max(len(x.ids) for x in texts) - 1, device=run.device)
-    for group, ids, valid, _ in micro_batches(texts, run):
-        with run.autocast():
-            logp = model(ids, valid, run.cfg.temperature)
-        out[group, : logp.shape[1]] = logp[: len(group)]
+def score(model: nn.Module, items: list[Text | Episode], run: Run) -> Tensor:
+    """Log-probs (N, T) of all tokens of N texts at cfg.temperature; that of the first is 0."""
+    out = torch.zeros(len(items), max((len(x.ids) for x in items), default=1), device=run.device)
+    for group, logp, _ in log_probs(model, items, run.cfg.temperature, run):
+        out[group, 1 : 1 + logp.shape[1]] = logp[: len(group)]
     return out
 
 
 # --- the reward ---
 
 
-def at(logp: Tensor, places: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Log-probs of the tokens at `places`, padded (B, L), and mask; token i is predicted at i - 1."""
-    index, _ = common.collate([row or [0] for row in places], logp.device)
-    return logp.gather(1, (index - 1).clamp(min=0)), index > 0
+PARTS = ("reward", "r_ss", "r_kl", "length", "closed")  # of the reward of an explanation
+PENALTY = -1.0  # for a missing closing tag
 
 
-def reduce_scores(x: Tensor, mask: Tensor, alpha: float, kind: Literal["min", "max"]) -> Tensor:
-    """mean + alpha min (or max) over each row's masked entries, (B, L) -> (B,); NaN for a row without any."""
-    sign = 1.0 if kind == "max" else -1.0
-    extreme = sign * (sign * x).masked_fill(~mask, -torch.inf).amax(1)
-    return torch.where(mask, x, 0).sum(1) / mask.sum(1) + alpha * extreme
+def rlt_reward(ell: Tensor, d: Tensor, closed: bool, cfg: Config) -> dict[str, Tensor]:
+    """Eqs. (1) to (3): the reward of an explanation and its parts, from l_k (K,) and d_j (J,)."""
+    r_ss = ell.mean() + cfg.alpha * ell.min()  # eq. (1)
+    r_kl = d.mean() + cfg.alpha * d.max() if len(d) else d.new_tensor(1 + cfg.alpha)  # eq. (2)
+    reward = r_ss - cfg.lam * r_kl + PENALTY * (not closed)  # eq. (3)
+    length, closed = d.new_tensor(len(d)), d.new_tensor(closed)
+    return {"reward": reward, "r_ss": r_ss, "r_kl": r_kl, "length": length, "closed": closed}
 
 
-def rlt_reward(episodes: list[Episode], teacher, student, prompts, run):
-    """Eqs. (1) to (3): "reward" and its parts (B,), then l_k (B, K), d_j (B, J). No gradient flows.
+def rewards(told: list[Explanation], teacher: LogProbLM, student: LogProbLM, run: Run) -> list[dict]:
+    """The reward of each explanation with its parts, l (K,) and d (J,). No gradient flows.
 
     One pass of the student gives the solution's log-probs and its half of d.
     """
-    cfg = run.cfg
-    align(episodes, prompts)
-    student_logp = score(student, [e.student for e in episodes], run)
-    teacher_logp = score(teacher, [e.teacher for e in episodes], run)
-    ell, solution = at(student_logp, [e.s_student for e in episodes])  # l_k, (B, K)
-    student_t, think = at(student_logp, [e.t_student for e in episodes])
-    d = at(teacher_logp, [e.t_teacher for e in episodes])[0] - student_t  # d_j, (B, J)
-    closed = torch.tensor([e.closed for e in episodes], device=d.device)
-    r_ss = reduce_scores(ell, solution, cfg.alpha, "min")  # eq. (1)
-    r_kl = reduce_scores(d, think, cfg.alpha, "max")  # eq. (2)
-    r_kl = torch.where(think.any(1), r_kl, 1 + cfg.alpha)
-    reward = r_ss - cfg.lam * r_kl + cfg.penalty * ~closed  # eq. (3)
-    numbers = {"reward": reward, "r_ss": r_ss, "r_kl": r_kl, "length": think.sum(1), "closed": closed}
-    return numbers, ell, d
+    by_student = score(student, [e.student for e in told], run)  # (B, T)
+    by_teacher = score(teacher, [e.teacher for e in told], run)
+    rows = []
+    for e, ours, theirs in zip(told, by_teacher, by_student, strict=True):
+        ell, d = theirs[e.s_student], ours[e.t_teacher] - theirs[e.t_student]
+        rows.append(rlt_reward(ell, d, e.closed, run.cfg) | {"l": ell, "d": d})
+    return rows
 
 
 # --- GRPO ---
@@ -684,12 +671,15 @@ def grpo_loss(logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor, b
     return (torch.where(mask, loss, 0).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
-def hf_sampler(name: str, model: LogProbLM, prompts, run) -> Callable:
-    """Sampling from `model`, loaded from `name`, by transformers; a sharded one is copied to each rank."""
-    lm, size, ends = model.lm, run.cfg.sample_batch, common.end_ids(model.lm, prompts.tokenizer)
+def hf_sampler(model: LogProbLM, run: Run) -> Callable:
+    """Sampling from `model` by transformers; one that is sharded is copied to each rank, whole."""
+    lm, size, ends = model.lm, run.cfg.sample_batch, common.end_ids(model.lm, model.tokenizer)
     if run.world_size > 1:
-        dtype = torch.bfloat16 if run.amp else torch.float32
-        lm = common.load_lm(name, dtype)[0].to(run.device)
+        from transformers import AutoModelForCausalLM
+
+        with run.device:
+            dtype = torch.bfloat16 if run.amp else torch.float32
+            lm = AutoModelForCausalLM.from_config(lm.config, dtype=dtype)
 
     @torch.no_grad()
     def sample(ids, uniforms, temperature):
@@ -707,18 +697,19 @@ def hf_sampler(name: str, model: LogProbLM, prompts, run) -> Callable:
     return sample
 
 
-def vllm_sampler(name: str, model: LogProbLM, prompts, run) -> Callable:
+def vllm_sampler(model: LogProbLM, run: Run) -> Callable:
     """The same by a vLLM engine on this rank's GPU, asleep while models train; all prompts in one call.
 
     Its own random numbers decide, not `uniforms`.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the weights stay in this process
-    vllm, ends = common.need("vllm", "vllm"), common.end_ids(model.lm, prompts.tokenizer)
-    size = sum(p.numel() for p in model.parameters())
+    vllm, ends = common.need("vllm", "vllm"), common.end_ids(model.lm, model.tokenizer)
+    size = model.lm.num_parameters()
     if size not in ENGINES:
         more = {"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}
         more |= dict(max_model_len=run.cfg.context, gpu_memory_utilization=0.4, enable_sleep_mode=True)
-        ENGINES[size] = vllm.LLM(name, dtype="bfloat16", generation_config="vllm", seed=run.rank, **more)
+        more |= dict(dtype="bfloat16", generation_config="vllm", seed=run.rank)
+        ENGINES[size] = vllm.LLM(model.lm.name_or_path, **more)
     engine = ENGINES[size]
 
     def sample(ids, uniforms, temperature):
@@ -739,15 +730,15 @@ SAMPLERS = {"hf": hf_sampler, "vllm": vllm_sampler}
 ENGINES = {}  # one for each size of model: it holds a GPU, and only the weights differ
 
 
-def rollout(sample, text_of, examples, new, temperature, prompts, run, chance=None) -> list[Episode]:
-    """This rank's share of the episodes of all examples, in order, `new` tokens at most each.
+def rollout(sample, explain: bool, examples, temperature, prompts, run, chance=None) -> list[Episode]:
+    """This rank's share of the episodes of all examples, in order: explanations of solutions, or answers.
 
-    text_of(example, t) is continued from where the model's own part begins. Shares are equally large: the
-    last ranks may repeat the first examples. All ranks draw the numbers of all samples from `chance`.
+    A text is continued from where the model's own part begins. All ranks draw the numbers of all samples
+    from `chance`.
     """
-    n, share = len(examples), math.ceil(len(examples) / run.world_size)
-    uniforms = torch.rand(n, new, generator=chance)
-    mine = [i % n for i in range(run.rank * share, (run.rank + 1) * share)]
+    text_of, new = (prompts.teacher, run.cfg.max_new) if explain else (prompts.student, run.cfg.eval_new)
+    uniforms = torch.rand(len(examples), new, generator=chance)
+    mine = torch.arange(len(examples)).tensor_split(run.world_size)[run.rank].tolist()
     texts = [text_of(examples[i], prompts.tags.gap) for i in mine]
     opened = [prompts.encode(x.text[: x.begin])[0] for x in texts]
     episodes = []
@@ -773,32 +764,31 @@ def train_grpo(start: str, examples: list[Example], updates: int, explain: bool,
     cfg = run.cfg
     policy, reference = (load(start, run, trainable=True) for _ in range(2))
     student = load(cfg.student, run) if explain else None
-    text_of = prompts.teacher if explain else prompts.student
-    sample = SAMPLERS[cfg.sampler](start, policy, prompts, run)
+    sample = SAMPLERS[cfg.sampler](policy, run)
     fused = run.device.type == "cuda"
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, weight_decay=0.0, fused=fused)
     for step in run.steps(updates, model=policy, optimizer=optimizer, reference=reference):
         rows = distinct_rows(step, cfg.prompts, len(examples), run)
         batch = [examples[i] for i in rows for _ in range(cfg.group)]
-        new = cfg.max_new if explain else cfg.eval_new
-        episodes = rollout(sample, text_of, batch, new, cfg.temperature, prompts, run)
+        episodes = rollout(sample, explain, batch, cfg.temperature, prompts, run)
 
         if explain:
-            numbers, _, _ = rlt_reward(episodes, policy, student, prompts, run)
+            told = [prompts.explain(e.example, e.text) for e in episodes]
+            found = rewards(told, policy, student, run)
+            numbers = {key: torch.stack([row[key] for row in found]) for key in PARTS}
         else:
             right = [e.credit() >= 1 for e in episodes]
             numbers = {"reward": torch.tensor(right, device=run.device).float()}
         advantage = group_advantage(numbers["reward"], cfg.group)
+        ref_logp = score(reference, episodes, run)
 
         total = 0.0
         policy.train(cfg.recompute)  # needed to recompute activations; dropout stays off elsewhere
-        for group, ids, valid, mask in micro_batches(episodes, run):
-            with run.autocast():
-                with torch.no_grad():
-                    ref_logp = reference(ids, valid, cfg.temperature)
-                logp = policy(ids, valid, cfg.temperature)
-            loss = grpo_loss(logp, ref_logp, advantage[group or [0]], mask, cfg.beta)
-            loss = loss * len(group) / len(episodes)  # the mean over all completions
+        for group, logp, mask in log_probs(policy, episodes, cfg.temperature, run):
+            rows = group or [0]  # of a dummy, whose mask is empty
+            ref = ref_logp[rows, 1 : 1 + logp.shape[1]]
+            loss = grpo_loss(logp, ref, advantage[rows], mask, cfg.beta)
+            loss = loss * len(rows) / len(episodes)  # the mean over all completions
             loss.backward()
             total += loss.detach()
         norm = whole(nn.utils.clip_grad_norm_(policy.parameters(), 1.0))
@@ -806,22 +796,22 @@ def train_grpo(start: str, examples: list[Example], updates: int, explain: bool,
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % cfg.sync_every == 0:
             common.soft_update(reference, policy, cfg.sync_mix)
-        run.log(step, loss=total, grad_norm=norm, **{k: v.float().mean() for k, v in numbers.items()})
-    return export(policy, prompts, run)
+        run.log(step, loss=total, grad_norm=norm, **{k: v.mean() for k, v in numbers.items()})
+    return export(policy, run)
 
 
 # --- the supervised stages ---
 
 
-def sft(model, stage: str, steps: int, batch_of: Callable, lr: tuple, adam: dict, run: Run, stop=None):
+def sft(model, stage: str, steps: int, batch_of, lr, run, warmup=0.0, floor=0.0, stop=None, **adam):
     """Train in place on batch_of(step), the texts of all ranks; the loss is the mean over supervised tokens.
 
-    lr: peak, share of the steps that warm up, floor of the cosine. stop(step) may end the stage early.
+    The rate rises to lr in a share `warmup` of the steps, then a cosine takes it down to `floor` of that.
+    stop(step) may end the stage early.
     """
     from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine
 
-    peak, warmup, floor = lr
-    optimizer = torch.optim.AdamW(model.parameters(), peak, **adam, fused=run.device.type == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr, **adam, fused=run.device.type == "cuda")
     schedule = cosine(optimizer, round(warmup * steps), steps, min_lr_rate=floor)
     model.train(run.cfg.recompute)
     for step in run.steps(steps, stage, model=model, optimizer=optimizer, schedule=schedule):
@@ -829,9 +819,7 @@ def sft(model, stage: str, steps: int, batch_of: Callable, lr: tuple, adam: dict
         supervised = float(sum(len(x.ids) - x.first for x in batch))
         supervised = run.mean(supervised).to(run.device)  # of a rank: gradients are averaged
         total = 0.0
-        for _, ids, valid, mask in micro_batches(batch, run):
-            with run.autocast():
-                logp = model(ids, valid, 1.0)
+        for _, logp, mask in log_probs(model, batch, 1.0, run):
             loss = -(logp * mask).sum() / supervised
             loss.backward()
             total += loss.detach()
@@ -844,29 +832,41 @@ def sft(model, stage: str, steps: int, batch_of: Callable, lr: tuple, adam: dict
             break
 
 
-def fine_tune(name, texts: list[Text], batch: int, steps: int, lr, adam, prompts, run) -> str:
-    """SFT of a model on texts, in a new order every epoch; returns its folder. lr, adam: as in sft."""
+def fine_tune(name: str, texts: list[Text], batch: int, steps: int, run: Run, **recipe) -> str:
+    """SFT of a model on texts, in a new order every epoch; returns its folder. recipe: more for sft."""
     model, batch = load(name, run, trainable=True), min(batch, len(texts))
 
     def batch_of(step: int) -> list[Text]:
         return [texts[i] for i in distinct_rows(step, batch, len(texts), run)]
 
     if texts:
-        sft(model, "sft", steps, batch_of, lr, adam, run)
-    return export(model, prompts, run)
+        sft(model, "sft", steps, batch_of, run.cfg.sft_lr, run, **recipe)
+    return export(model, run)
 
 
 def collect(name: str, examples: list[Example], prompts, run):
     """One raw explanation of each example, with its reward and the numbers of each token: traces.jsonl."""
-    cfg, teacher, student = run.cfg, load(name, run), load(run.cfg.student, run)
-    chance = run.generator("collect 0")
-    sample = SAMPLERS[cfg.sampler](name, teacher, prompts, run)
-    episodes = rollout(sample, prompts.teacher, examples, cfg.max_new, cfg.temperature, prompts, run, chance)
-    shares = run.gather(spell(episodes, teacher, student, prompts, run))
-    write_lines(run.folder / "traces.jsonl", list(itertools.chain(*shares))[: len(examples)], run)
+    teacher, student = load(name, run), load(run.cfg.student, run)
+    sample, chance = SAMPLERS[run.cfg.sampler](teacher, run), run.generator("collect 0")
+    episodes = rollout(sample, True, examples, run.cfg.temperature, prompts, run, chance)
+    told = [prompts.explain(e.example, e.text) for e in episodes]
+    rows = itertools.chain(*run.gather(spell(told, teacher, student, run)))
+    write_lines(run.folder / "traces.jsonl", rows, run)
 
 
-def write_lines(file: Path, rows: list[dict], run: Run):
+def spell(told: list[Explanation], teacher: LogProbLM, student: LogProbLM, run: Run) -> list[dict]:
+    """Explanations with the parts of their reward, and each token with its d_j (of t) or l_k (of s)."""
+    rows = []
+    for e, found in zip(told, rewards(told, teacher, student, run), strict=True):
+        for key, places in (("l", e.s_student), ("d", e.t_student)):
+            tokens = teacher.tokenizer.batch_decode([[e.student.ids[i]] for i in places])
+            found[key] = list(zip(tokens, found[key].tolist(), strict=True))
+        texts = {"question": e.example.question, "solution": e.example.solution, "reasoning_trace": e.t}
+        rows.append(texts | found)
+    return rows
+
+
+def write_lines(file: Path, rows: Iterable[dict], run: Run):
     if run.rank == 0:
         common.write_atomic(file, "".join(common.to_json(row) + "\n" for row in rows))
 
@@ -882,15 +882,17 @@ def hop_model(cfg: Config) -> LogProbLM:
     """A GPT-2 of two layers; embeddings this large are what makes it learn to copy and to look up."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    size = dict(vocab_size=cfg.symbols + 10, n_positions=cfg.context, n_embd=cfg.width, n_inner=2 * cfg.width)
+    tokenizer = common.CharTokenizer(SYMBOLS[: cfg.symbols] + "~?!()[]{}$", eos="$")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    size = dict(vocab_size=len(tokenizer), n_positions=cfg.context, n_embd=cfg.width, n_inner=2 * cfg.width)
     size |= dict(n_layer=2, n_head=4, activation_function="gelu_pytorch_tanh", tie_word_embeddings=False)
-    size |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None)
+    size |= dict(bos_token_id=None, eos_token_id=None)
     lm = GPT2LMHeadModel(GPT2Config(**size))
     for name, p in lm.named_parameters():
         std = 0.5 if "wte" in name or "wpe" in name else 0.06 if "lm_head" in name else 0.07
         if p.dim() == 2:
             nn.init.normal_(p, std=std)
-    return LogProbLM(lm)
+    return LogProbLM(lm, tokenizer)
 
 
 def worst_step(model: LogProbLM, examples: list[Example], prompts, run) -> float:
@@ -899,38 +901,34 @@ def worst_step(model: LogProbLM, examples: list[Example], prompts, run) -> float
     lowest = []
     for text_of in (prompts.teacher, prompts.student):
         texts = [text_of(e, e.trace) for e in examples]
-        logp, _ = at(score(model, texts, run), [x.places(x.t) for x in texts])
-        lowest.append(logp.exp().mean(0).min().item())
+        where = [*texts[0].places(texts[0].t).values()]  # the same in all of them
+        lowest.append(score(model, texts, run)[:, where].exp().mean(0).min().item())
     return min(lowest)
 
 
 def make_base(run: Run):
-    """Pre-train on both formats, textbook (all written), then web (p_write); stop if it cannot hop."""
+    """Pre-train on both formats: textbook (all written) until it can hop, then web (p_write)."""
     cfg = run.cfg
-    tokenizer = common.CharTokenizer(SYMBOLS[: cfg.symbols] + "~?!()[]{}$", eos="$")
-    turn = "{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
-    tokenizer.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
-    prompts = Prompts(tokenizer, POINTERS, POINTERS.student, cfg.context)
-    model, spelled = run.shard(hop_model(cfg)), make_problems(64, cfg, run.generator("spelled"), 1.0)
+    model = run.shard(hop_model(cfg))
+    prompts = Prompts(model.tokenizer, POINTERS, POINTERS.student)
+    spelled = make_problems(64, cfg, run.generator("spelled"), 1.0)
 
     def batch_of(p_write: float, step: int) -> list[Text]:
         problems = make_problems(cfg.base_batch, cfg, run.generator(f"{p_write} {step}"), p_write)
         texts = [prompts.student(e, e.trace) for e in problems[::2]]
         texts += [prompts.teacher(e, e.trace) for e in problems[1::2]]
-        return [replace(x, begin=len(problems[0].question) + 1) for x in texts]  # loss after the question
+        return [replace(x, begin=texts[0].begin) for x in texts]  # loss after the question
 
     def learned(step: int) -> bool:
         return step % 25 == 24 and worst_step(model, spelled, prompts, run) >= 0.95
 
-    adam, lr, steps = dict(betas=(0.9, 0.98), weight_decay=0.01), cfg.base_lr, cfg.base_steps
-    sft(model, "textbook", steps, partial(batch_of, 1.0), (lr, 30 / steps, 1.0), adam, run, learned)
+    lr, steps, adam = cfg.base_lr, cfg.base_steps, dict(betas=(0.9, 0.98), weight_decay=0.01)
+    textbook, web = partial(batch_of, 1.0), partial(batch_of, cfg.p_write)
+    sft(model, "textbook", steps, textbook, lr, run, warmup=30 / steps, floor=1.0, stop=learned, **adam)
     worst = worst_step(model, spelled, prompts, run)
-    if cfg.base_check and worst < 0.9:
-        raise UserError(
-            f"the base model follows single hops with {worst:.2f} only: more --base_steps, another --seed"
-        )
-    sft(model, "web", cfg.web_steps, partial(batch_of, cfg.p_write), (lr, 0.0, 0.05), adam, run)
-    export(model, prompts, run)
+    run.print(f"{run.folder.name}: right symbols have a probability of {worst:.2f} at the worst place")
+    sft(model, "web", cfg.web_steps, web, lr, run, floor=0.05, **adam)
+    export(model, run)
 
 
 # --- a cell of the table ---
@@ -938,24 +936,27 @@ def make_base(run: Run):
 EVAL_TEMPERATURE = 0.7  # of sampled answers
 
 
-def open_task(base: str, cfg: Config, run: Run) -> tuple[Prompts, list[Example]]:
-    """The prompts and the problems that fit; run.cfg gets the names of all models: `base` is "self".
+def open_task(cfg: Config, run: Run) -> tuple[Prompts, list[Example]]:
+    """The prompts, and the problems that fit; run.cfg gets the names of all models, the tiny one is made.
 
     UserError if models and data do not go together.
     """
-    student, learner = (base if name == "self" else name for name in (cfg.student, cfg.learner))
-    run.cfg = replace(cfg, teacher=base, student=student, learner=learner)
+    base = cfg.teacher
+    if base == "tiny":
+        base = str(run.once(f"base chains={cfg.chains}", make_base) / "model")
+    run.cfg = replace(cfg, teacher=base, student=cfg.student or base, learner=cfg.learner or base)
     examples, system = load_examples(cfg, run)
-    _, tokenizer = common.load_lm(base)
-    for name in {student, learner} - {base}:
-        if common.load_lm(name)[1].get_vocab() != tokenizer.get_vocab():
-            raise UserError(f"{name} and {base} tokenize differently; d_j compares the same tokens in both")
-    prompts = Prompts(tokenizer, POINTERS if cfg.teacher == "tiny" else TEXT, system, cfg.context)
+    names = {base, run.cfg.student, run.cfg.learner}
+    tokenizers = {name: common.load_lm(name)[1] for name in names}
+    if any(x.get_vocab() != tokenizers[base].get_vocab() for x in tokenizers.values()):
+        raise UserError(f"{', '.join(names)} tokenize differently; d_j compares the same tokens in both")
+    tags = POINTERS if cfg.teacher == "tiny" else TEXT
+    prompts = Prompts(tokenizers[base], tags, system)
     fitting = []
     for e in examples:
-        told, shown = prompts.teacher(e, prompts.tags.gap), prompts.student(e, prompts.tags.gap)
-        longest = max(len(told.ids), len(shown.ids)) + cfg.max_new
-        if longest <= cfg.context and shown.places(shown.s):
+        told, shown = (text_of(e, e.trace or tags.gap) for text_of in (prompts.teacher, prompts.student))
+        more = max(0, cfg.max_new - len(told.places(told.t)))  # an explanation may outgrow the trace
+        if max(len(told.ids), len(shown.ids)) + more <= cfg.context and shown.places(shown.s):
             fitting.append(e)
     if dropped := len(examples) - len(fitting):
         run.print(f"{dropped} problems dropped: beyond --context {cfg.context}, or no solution to score")
@@ -964,15 +965,14 @@ def open_task(base: str, cfg: Config, run: Run) -> tuple[Prompts, list[Example]]
 
 def evaluate(name: str, examples: list[Example], prompts, run) -> dict[str, float]:
     """Held-out problems: share solved and mean credit of greedy answers, share solved by sampled ones."""
-    cfg, n, credits = run.cfg, len(examples), []
-    sample = SAMPLERS[cfg.sampler](name, load(name, run), prompts, run)
+    sample, credits = SAMPLERS[run.cfg.sampler](load(name, run), run), []
     for temperature in (0.0, EVAL_TEMPERATURE):
         chance = run.generator("answers")
-        episodes = rollout(sample, prompts.student, examples, cfg.eval_new, temperature, prompts, run, chance)
-        credits.append(np.concatenate(run.gather([e.credit() for e in episodes]))[:n])
+        episodes = rollout(sample, False, examples, temperature, prompts, run, chance)
+        credits.append(np.concatenate(run.gather([e.credit() for e in episodes])))
     greedy, sampled = credits
     found = {"solved": (greedy == 1).mean(), "credit": greedy.mean(), "sampled": (sampled == 1).mean()}
-    return found | (benchmarks(name, prompts, run) if cfg.bench else {})
+    return found | (benchmarks(name, prompts, run) if run.cfg.bench else {})
 
 
 def benchmarks(name: str, prompts, run) -> dict[str, float]:
@@ -984,164 +984,146 @@ def benchmarks(name: str, prompts, run) -> dict[str, float]:
     else:
         lm = common.load_lm(name)[0].to(run.device)
     more = dict(max_gen_toks=cfg.eval_new, do_sample=True, temperature=EVAL_TEMPERATURE)
-    results = common.benchmark(
-        lm, prompts.tokenizer, cfg.bench, run=run, system_instruction=prompts.system, gen_kwargs=more
-    )
+    more = dict(system_instruction=prompts.system, gen_kwargs=more)
     found = {}
-    for task, scores in results.items():
+    for task, scores in common.benchmark(lm, prompts.tokenizer, cfg.bench, run=run, **more).items():
         exact = [value for metric, value in scores.items() if metric.startswith("exact_match,")]
         found[task] = exact[0] if exact else math.nan
     return found
 
 
 def explanations(examples: list[Example], prompts, run) -> tuple[list[Example], dict]:
-    """What the learner is distilled from, and the teacher's numbers in the last quarter of its RL."""
-    cfg, numbers, kind = run.cfg, {}, f"chains={run.cfg.chains}"
+    """What the learner is distilled from: the corpus's traces, or a teacher's with their mean r_SS and r_KL.
+
+    A teacher is warmed up on the corpus, then (unless the source is "warm teacher") trained by RL.
+    """
+    cfg, kind = run.cfg, f"chains={run.cfg.chains}"
     traced = [e for e in examples if e.trace]
     if cfg.source == "corpus":
-        return traced[: cfg.traces], numbers
-    texts, adam = [prompts.teacher(e, e.trace) for e in traced], dict(betas=(0.9, 0.95), weight_decay=1e-4)
-    sizes = cfg.warmup_batch, cfg.warmup_steps, (cfg.sft_lr, 0.05, 0.0)
-    teacher = run.once(f"warm {kind}", partial(fine_tune, cfg.teacher, texts, *sizes, adam, prompts))
-    if cfg.teach:
-        kind, updates = f"lam={cfg.lam} {kind}", math.ceil(cfg.teach * cfg.updates)
-        reinforce = partial(train_grpo, str(teacher / "model"), examples, updates, True, prompts)
+        return traced[: cfg.traces], {}
+    texts = [prompts.teacher(e, e.trace) for e in traced]
+    warm_up = partial(fine_tune, cfg.teacher, texts, cfg.warmup_batch, cfg.warmup_steps)
+    warm_up = partial(warm_up, warmup=0.05, betas=(0.9, 0.95), weight_decay=1e-4)
+    teacher = run.once(f"warm {kind}", warm_up)
+    if cfg.source == "teacher":
+        kind = f"lam={cfg.lam} {kind}"
+        reinforce = partial(train_grpo, str(teacher / "model"), examples, cfg.updates, True, prompts)
         teacher = run.once(f"teacher {kind}", reinforce)
-        lines = read_lines(teacher / "metrics.jsonl")
-        late = [line for line in lines if line["step"] >= 0.75 * lines[-1]["step"]]
-        numbers = {key: np.mean([line[key] for line in late]) for key in ("r_ss", "r_kl")}
     examples = examples[: cfg.traces]
     folder = run.once(f"traces {kind}", partial(collect, str(teacher / "model"), examples, prompts))
-    rows = zip(examples, read_lines(folder / "traces.jsonl"), strict=True)
-    return [replace(e, trace=row["reasoning_trace"]) for e, row in rows], numbers
+    rows = read_lines(folder / "traces.jsonl")
+    numbers = {key: np.mean([row[key] for row in rows]) for key in ("r_ss", "r_kl")}
+    pairs = zip(examples, rows, strict=True)
+    return [replace(e, trace=row["reasoning_trace"]) for e, row in pairs], numbers
 
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
     """One cell of the table: teacher, explanations, distilled student, correctness RL, as settings say."""
-    base = cfg.teacher
-    if base == "tiny":
-        base = str(run.once(f"base chains={cfg.chains}", make_base) / "model")
-    prompts, examples = open_task(base, cfg, run)
+    prompts, examples = open_task(cfg, run)
     heldout, examples = examples[-cfg.holdout :], examples[: -cfg.holdout]
     if len(examples) < cfg.prompts:
         raise UserError(f"{cfg.data}: {len(examples)} problems are too few for --holdout and --prompts")
     numbers, learner = {}, run.cfg.learner
     if cfg.distil:
-        traces, found = explanations(examples, prompts, run)
+        traces, numbers = explanations(examples, prompts, run)
         elided = np.mean([letter == "~" for e in traces for letter in e.trace])
-        numbers = {"written": 1 - 2 * elided} | found  # two of four may be elided
-        few = traces[: math.ceil(cfg.distil * len(traces))]
-        texts, steps = [prompts.student(e, e.trace) for e in few], math.ceil(cfg.distil * cfg.distil_steps)
-        sizes = cfg.distil_batch, steps, (cfg.sft_lr, 0.1, 0.0)
-        learner = fine_tune(learner, texts, *sizes, dict(weight_decay=0.0), prompts, run)
+        numbers["written"] = 1 - 2 * elided  # two of four may be elided
+        texts = [prompts.student(e, e.trace) for e in traces[: math.ceil(cfg.distil * len(traces))]]
+        steps = math.ceil(cfg.distil * cfg.distil_steps)
+        learner = fine_tune(learner, texts, cfg.distil_batch, steps, run, warmup=0.1, weight_decay=0.0)
     if cfg.solve:
-        updates = math.ceil(cfg.solve * cfg.updates)
-        learner = train_grpo(learner, examples, updates, False, prompts, run)
+        learner = train_grpo(learner, examples, math.ceil(cfg.solve * cfg.updates), False, prompts, run)
     return evaluate(learner, heldout, prompts, run) | numbers
 
 
 # --- looking at explanations ---
 
 
-def spell(episodes: list[Episode], teacher, student, prompts, run) -> list[dict]:
-    """Score explanations: texts, parts of the reward, and each token with its d_j (of t) or l_k (of s)."""
-    numbers, ell, d = rlt_reward(episodes, teacher, student, prompts, run)
-    rows = []
-    for i, e in enumerate(episodes):
-        row = {"question": e.example.question, "solution": e.example.solution, "reasoning_trace": e.t}
-        row |= {key: value[i].item() for key, value in numbers.items()}
-        for key, places, values in (("d", e.t_student, d[i]), ("l", e.s_student, ell[i])):
-            tokens = prompts.tokenizer.batch_decode([[e.student.ids[j]] for j in places])
-            row[key] = list(zip(tokens, values.tolist(), strict=False))
-        rows.append(row)
-    return rows
+def look(cfg: Config, run: Run):
+    """Print the best explanation, token by token: of those that --show finds collected, or of a file's.
 
-
-def rank(cfg: Config, run: Run):
-    """--score, --show: rank (question, solution, reasoning_trace) rows by the trained teacher's reward."""
-    where = f"chains={cfg.chains}-s{cfg.seed}"
-    teacher = run.root / common.slug(f"teacher lam={cfg.lam} {where}") / "model"
-    if not teacher.exists():
-        raise UserError(f"there is no {teacher}: train without --show and --score first")
-    base = str(run.root / f"base_{where}" / "model") if cfg.teacher == "tiny" else cfg.teacher
-    file = run.root / common.slug(f"traces lam={cfg.lam} {where}") / "traces.jsonl"
+    --score ranks (question, solution, reasoning_trace) rows by the trained teacher's reward.
+    """
+    kind = f"lam={cfg.lam} chains={cfg.chains}-s{cfg.seed}"
+    teacher, traces = (run.root / common.slug(f"{name} {kind}") for name in ("teacher", "traces"))
+    file = traces / "traces.jsonl"
+    if not file.exists():
+        raise UserError(f"there is no {file}: train without --show and --score first")
     if cfg.score:
-        file = Path(cfg.score)
-    prompts, examples = open_task(base, replace(cfg, data=str(file)), run)
-    gap, closing = prompts.tags.gap, prompts.tags.explanation[1]
-    episodes = [Episode(e, [], 0, e.trace.removeprefix(gap) + closing) for e in examples if e.trace]
-    align(episodes, prompts)
-    episodes = [e for e in episodes if max(len(e.teacher.ids), len(e.student.ids)) < cfg.context]
-    if not episodes:
-        raise UserError(f"{file}: no row has a reasoning_trace that fits")
-    rows = spell(episodes, load(str(teacher), run), load(run.cfg.student, run), prompts, run)
-    rows.sort(key=lambda row: -row["reward"])
-    write_lines(file.with_suffix(".scored.jsonl"), rows, run)
-    for key, value in rows[0].items():
+        prompts, examples = open_task(replace(cfg, data=cfg.score), run)
+        gap, closing = prompts.tags.gap, prompts.tags.explanation[1]
+        told = [prompts.explain(e, e.trace.removeprefix(gap) + closing) for e in examples if e.trace]
+        if not told:
+            raise UserError(f"{cfg.score}: no row has a reasoning_trace that fits")
+        rows = spell(told, load(str(teacher / "model"), run), load(run.cfg.student, run), run)
+        file = Path(cfg.score).with_suffix(".scored.jsonl")
+        write_lines(file, sorted(rows, key=lambda row: -row["reward"]), run)
+    best = max(read_lines(file), key=lambda row: row["reward"])
+    for key, value in best.items():
         run.print(f"{key}: {value}")
-    run.print(
-        f"the best of {len(rows)}; d: log teacher - log student, l: log-prob of s; see {file.stem}.scored"
-    )
+    run.print(f"the best of {file}; d: log teacher - log student, l: log-prob of s")
 
 
-def draw(figure, table: dict, run: Run):
-    """Left: share solved in each row, a dot a seed. Right: r_SS and r_KL of the first seed's teachers."""
+def draw(figure, table: dict):
+    """Left: share solved in each row, a dot a seed. Right: the reward's terms of what teachers wrote."""
     left, right = figure.subplots(1, 2)
     for row, cells in table.items():
         left.plot([cell["solved"] for cell in cells], [row] * len(cells), "o")
+        if "r_ss" in cells[0]:
+            right.plot([cell["r_kl"] for cell in cells], [cell["r_ss"] for cell in cells], "o", label=row)
     left.set(xlabel="held-out problems solved, a dot a seed")
     left.invert_yaxis()
-    for folder in run.root.glob(f"teacher_lam*_chains={run.cfg.chains}-s{run.cfg.seed}"):
-        lines = read_lines(folder / "metrics.jsonl")
-        for key in ("r_ss", "r_kl"):
-            values = [line[key] for line in lines]
-            right.plot([line["step"] for line in lines], values, label=f"{key}, {folder.name}")
-    right.set(xlabel="update", ylabel="nats per token", title="The teacher's reward terms")
+    right.set(xlabel="r_KL: what only the teacher would write", ylabel="r_SS: log-prob of the solution")
     right.legend()
 
 
 # --- sizes without weights, and what is missing ---
 
-QWEN_7B = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28)
-QWEN_7B |= dict(num_key_value_heads=4, vocab_size=152064)
+
+def config_of(name: str, cfg: Config):
+    """Sizes of a model, as its transformers config."""
+    from transformers import AutoConfig
+
+    if name == "tiny":
+        return hop_model(cfg).lm.config
+    path = Path(name)
+    if path.suffix == ".gguf":
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    return AutoConfig.from_pretrained(name)
 
 
 def missing(cfg: Config, run: Run) -> list[str]:
     """What this config needs and does not find or cannot use, a line each, with the flag that mends it."""
-    from transformers import AutoConfig
-
-    found = []
+    data = cfg.score or cfg.data
+    checks = {f"--data {data}": partial(load_examples, replace(cfg, data=data), run)}
     for flag in ("teacher", "student", "learner"):
-        name = getattr(cfg, flag)
-        if name in ("self", "tiny") or Path(name).is_file():
-            continue
+        if name := getattr(cfg, flag):
+            checks[f"--{flag} {name}"] = partial(config_of, name, cfg)
+    if cfg.bench:
+        checks["--bench"] = partial(common.need, "lm_eval", "lm")
+    if cfg.sampler == "vllm":
+        checks["--sampler vllm"] = partial(common.need, "vllm", "vllm")
+    found = []
+    for flag, check in checks.items():
         try:
-            AutoConfig.from_pretrained(name)
-        except (OSError, ValueError):
-            found.append(f"--{flag} {name!r}: neither here nor on the hub (hub id, folder or .gguf)")
-    try:
-        load_examples(replace(cfg, data=cfg.score or cfg.data), run)
-    except UserError as e:
-        found.append(f"--data {e} (.jsonl, hub id or gym:NAME)")
-    if cfg.bench and importlib.util.find_spec("lm_eval") is None:
-        found.append('lm_eval: pip install -e ".[lm]"')
-    if cfg.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
-        found.append('vllm: pip install -e ".[vllm]", or --sampler hf (a thousand GPU hours in full)')
+            check()
+        except (UserError, OSError, ValueError) as e:
+            found.append(f"{flag}: {str(e).splitlines()[0]}")
     return found
 
 
 def dry_run(cfg: Config, lacking: list[str], run: Run):
     """Print parameters, memory and hours of the RL on H100s, every text of full length.
 
-    Decoding is bound by memory bandwidth: each step reads the weights and the cache of all sequences.
+    Decoding is bound by memory bandwidth: each step reads the weights and the cache of all sequences. A
+    teacher that is not here counts as Qwen2.5-7B.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+    from transformers import AutoModelForCausalLM, Qwen2Config
 
     try:
-        tiny = cfg.teacher == "tiny"
-        config = hop_model(cfg).lm.config if tiny else AutoConfig.from_pretrained(cfg.teacher)
+        config = config_of(cfg.teacher, cfg)
     except (OSError, ValueError):
-        config = Qwen2Config(**QWEN_7B)
+        config = Qwen2Config(152064, 3584, 18944, 28, 28, 4)
     with torch.device("meta"):
         n = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     heads = config.num_attention_heads
@@ -1170,10 +1152,10 @@ def main():
         if lacking:
             raise UserError("; ".join(lacking))
         if cfg.score or cfg.show:
-            return rank(cfg, run)
+            return look(cfg, run)
         table = run.grid(ROWS, train)
         run.check(CLAIMS, table)
-        run.figure(draw, table, run)
+        run.figure(draw, table)
 
 
 if __name__ == "__main__":
