@@ -44,12 +44,13 @@ Reading order: Config, ROWS, Prompts, align, rlt_reward, grpo_loss, train_grpo, 
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -119,8 +120,6 @@ class Config(common.Config):
 
     def check(self):
         super().check()
-        if not self.temperature:
-            raise UserError("--temperature must be positive: log-probs are taken at it")
         if self.group < 2:
             raise UserError("--group must be 2 or more: the advantage compares completions of one question")
         if not self.chains <= self.symbols <= len(SYMBOLS):
@@ -132,20 +131,29 @@ class Config(common.Config):
 
 
 DEMO = Config(seeds=3, ranks=2, log_every=4, save_every=1000)
-REAL = Config(
+SMOKE = Config(
+    problems=40,
+    holdout=8,
+    symbols=6,
+    chains=2,
+    base_steps=20,
+    web_steps=10,
+    warmup_steps=3,
+    updates=3,
+    prompts=2,
+    group=4,
+    max_new=10,
+    traces=8,
+    distil_steps=3,
+)
+REAL = replace(
+    SMOKE,
     share="run",
     rows=("RLT", "distilled from the corpus"),
     teacher="Qwen/Qwen2.5-0.5B-Instruct",
     data="openai/gsm8k",
-    holdout=4,
-    warmup_steps=2,
-    sft_lr=1e-5,
     warmup_batch=4,
-    traces=4,
-    distil_steps=2,
-    updates=2,
-    prompts=2,
-    group=4,
+    sft_lr=1e-5,
     max_new=48,
     temperature=0.7,
     lr=1e-6,
@@ -155,26 +163,7 @@ REAL = Config(
     log_every=1,
 )
 CONFIGS = {
-    "smoke": Config(
-        seeds=2,
-        problems=40,
-        holdout=8,
-        symbols=6,
-        chains=2,
-        width=32,
-        base_steps=20,
-        web_steps=10,
-        warmup_steps=3,
-        warmup_batch=8,
-        distil_batch=8,
-        updates=3,
-        prompts=2,
-        group=4,
-        max_new=10,
-        traces=8,
-        distil_steps=3,
-        log_every=1,
-    ),
+    "smoke": SMOKE,
     "demo": DEMO,
     "gpu": replace(
         DEMO,
@@ -190,10 +179,8 @@ CONFIGS = {
         updates=60,
         prompts=16,
         group=16,
-        max_new=40,
         traces=1024,
         distil_steps=160,
-        eval_new=56,
         micro_tokens=65536,
     ),
     "text": REAL,
@@ -289,12 +276,12 @@ def gym_score(score: Callable, solution: str, text: str) -> float:
 class Example:
     """A question, its solution and perhaps a reasoning trace, and what judges an answer.
 
-    Solution and trace hold the blank lines that pad them between their tags.
+    Solution and trace hold the blank lines that pad them; the one before a trace belongs to its tag.
     """
 
     question: str
     solution: str
-    trace: str | None = None
+    trace: str = ""
     judge: Callable[[str, str], float] = right_box  # (solution, text) -> credit in [0, 1]; 1 is right
 
 
@@ -323,38 +310,33 @@ def letters(rows: Tensor) -> list[str]:
 
 
 def load_examples(cfg: Config, run: Run) -> tuple[list[Example], str]:
-    """Examples and the student's system prompt from what --data names; UserError for what cannot be used."""
-    source, tags = cfg.data, POINTERS if cfg.teacher == "tiny" else TEXT
+    """Examples from what --data names, and its system prompt; UserError for what cannot be used."""
+    source = cfg.data
     if source == "pointers":
-        return make_problems(cfg.problems, cfg, run.generator("problems"), cfg.p_write), tags.student
+        return make_problems(cfg.problems, cfg, run.generator("problems"), cfg.p_write), ""
     gym = dict(size=cfg.problems, seed=cfg.seed) if source.startswith("gym:") else {}
     rows = common.load_rows(source, subset="main" if "gsm8k" in source else None, **gym)
     rows = [row | sections(row) for row in rows]
     common.need_text(source, rows, ["question", "solution"])
-    systems = {row.get("system") or tags.student for row in rows}
+    systems = {row.get("system") or "" for row in rows}
     if len(systems) > 1:
         raise UserError(f"{source}: the column system varies, so there is no one student prompt")
-    examples = []
+    gap, examples = "" if cfg.teacher == "tiny" else "\n\n", []
     for row in rows:
-        solution, trace = (padded(row.get(key), tags.gap) for key in ("solution", "reasoning_trace"))
+        trace = str(row.get("reasoning_trace") or "").strip()
+        solution, trace = gap + row["solution"].strip() + gap, trace and trace + gap
         judge = partial(gym_score, row["score"]) if gym else right_box
         examples.append(Example(row["question"], solution, trace, judge))
     return examples, systems.pop()
 
 
-def padded(text, gap: str) -> str | None:
-    return gap + str(text).strip() + gap if text else None
-
-
 def sections(row: dict) -> dict:
     """What Stratos and GSM8K call otherwise, as question, solution and reasoning_trace."""
     if "conversations" in row:  # a question, and an answer of a thought block and a solution block
-        texts = [str(turn.get("value")) for turn in row["conversations"] or ()]
-        found = re.search(BLOCKS, texts[-1], re.DOTALL) if len(texts) == 2 else None
-        return {"question": texts[0]} | found.groupdict() if found else {}
-    if (
-        row.get("answer") and "solution" not in row
-    ):  # a rationale, #### and a number; a gym task has no rationale
+        turns = row["conversations"] or ()
+        found = re.search(BLOCKS, str(turns[-1].get("value")), re.DOTALL) if len(turns) == 2 else None
+        return {"question": turns[0].get("value")} | found.groupdict() if found else {}
+    if row.get("answer") and "solution" not in row:  # GSM8K: a rationale, #### and a number; gym: a solution
         trace, _, number = str(row["answer"]).rpartition("####")
         return {"solution": rf"The answer is \boxed{{{number.strip()}}}", "reasoning_trace": trace}
     return {}
@@ -370,15 +352,12 @@ BLOCKS = (
 
 
 @dataclass(frozen=True)
-class Tags:
-    """System prompts of teacher and student, the tags around s and t, and the gap between sections."""
+class Prompt:
+    """A system prompt, and the pieces of an answer; for "t" and "s" explanation and solution are put in."""
 
-    teacher: str
-    student: str
-    solution: tuple[str, str]
-    thought: tuple[str, str]
-    explanation: tuple[str, str]
-    gap: str
+    system: str
+    answer: tuple[str, ...]
+    own: str  # the piece with which the model's own part begins
 
 
 # the system prompt of Bespoke-Stratos-17k and its models, misprint included: students have seen these words
@@ -403,15 +382,31 @@ You explain how problems are solved. Your answer has two sections. The Solution 
 solution between <|begin_of_solution|> and <|end_of_solution|>. The Explanation section, between \
 <|begin_of_explanation|> and <|end_of_explanation|>, sets out the systematic thinking that leads from the \
 question to that solution: analysis, every step worked through, checks, and reconsideration."""
-TEXT = Tags(
-    TEACHER_SYSTEM,
-    STRATOS_SYSTEM,
-    solution=("<|begin_of_solution|>", "<|end_of_solution|>"),
-    thought=("<|begin_of_thought|>", "<|end_of_thought|>"),
-    explanation=("<|begin_of_explanation|>", "<|end_of_explanation|>"),
-    gap="\n\n",
+TEXT = (
+    Prompt(
+        TEACHER_SYSTEM,
+        (
+            "<|begin_of_solution|>",
+            "s",
+            "<|end_of_solution|>\n\n<|begin_of_explanation|>\n\n",
+            "t",
+            "<|end_of_explanation|>",
+        ),
+        own="t",
+    ),
+    Prompt(
+        STRATOS_SYSTEM,
+        (
+            "<|begin_of_thought|>\n\n",
+            "t",
+            "<|end_of_thought|>\n\n<|begin_of_solution|>",
+            "s",
+            "<|end_of_solution|>",
+        ),
+        own="<|begin_of_thought|>\n\n",
+    ),
 )
-POINTERS = Tags("!", "?", solution=("[", "]"), thought=("(", ")"), explanation=("{", "}"), gap="")
+POINTERS = Prompt("!", ("[", "s", "]{", "t", "}"), own="t"), Prompt("?", ("(", "t", ")[", "s", "]"), own="(")
 # for a model without a chat template; its end of turn is whatever token ends its texts
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
@@ -421,42 +416,34 @@ CHAT = (
 
 @dataclass(frozen=True)
 class Text:
-    """What a teacher or a student reads, where t and s stand in it, and where the model's own part begins."""
+    """What a teacher or a student reads, and where t and s stand in it."""
 
-    text: str
     ids: list[int]
-    offsets: np.ndarray  # (T, 2) characters of each token
-    begin: int  # first character that is generated, or trained on
-    t: tuple[int, int]  # characters of the explanation
-    s: tuple[int, int]  # characters of the solution
+    starts: list[int]  # first character of each token
+    begin: int  # first character of the model's own part: generated, or trained on
+    t: dict[tuple, int]  # {(id, first character counted from where t begins): place} of t's tokens
+    s: dict[tuple, int]  # the same of s
 
     @property
     def first(self) -> int:
         """First token that is trained on."""
-        return int(np.searchsorted(self.offsets[:, 0], self.begin))
-
-    def places(self, span: tuple[int, int]) -> dict[tuple, int]:
-        """{(id, first and last character counted from where the span begins): place} of its tokens.
-
-        All characters of such a token, one at least, lie in the span: those that straddle a tag are out.
-        """
-        a, b = self.offsets.T
-        inside = np.flatnonzero((a >= span[0]) & (b <= span[1]) & (b > a)).tolist()
-        return {(self.ids[i], *(self.offsets[i] - span[0])): i for i in inside}
+        return bisect.bisect_left(self.starts, self.begin)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A completion t of the teacher in both contexts, and where the tokens of t and s stand in them."""
+    """A completion t of the teacher, in both contexts."""
 
     example: Example
     t: str
     closed: bool  # the closing tag was there
     teacher: Text
     student: Text
-    t_teacher: Sequence[int]  # places of t's tokens in the teacher's text (J,)
-    t_student: Sequence[int]  # places of the same tokens in the student's
-    s_student: Sequence[int]  # places of s in the student's text (K,)
+
+    @property
+    def shared(self) -> list[tuple]:
+        """Tokens of t that both contexts have: all of them, unless t's ends merge with what surrounds it."""
+        return [token for token in self.teacher.t if token in self.student.t]
 
 
 class Prompts:
@@ -466,18 +453,15 @@ class Prompts:
     tokenizer or its chat template cannot carry them.
     """
 
-    def __init__(self, tokenizer, tags: Tags, system: str):
-        self.tokenizer, self.tags, self.system = tokenizer, tags, system
+    def __init__(self, tokenizer, teacher: Prompt, student: Prompt):
+        self.tokenizer, self.teacher, self.student = tokenizer, teacher, student
         if not tokenizer.is_fast:
             raise UserError("the tokenizer has no fast version, so no character offsets: take another model")
-        for tag in tags.solution + tags.thought + tags.explanation:
-            if tag in tokenizer.all_special_tokens:
-                raise UserError(f"{tag} is a special token of this model and would vanish in decoding")
+        written = "".join(teacher.answer + student.answer)
+        if lost := [token for token in tokenizer.all_special_tokens if token in written]:
+            raise UserError(f"special tokens of this model would vanish in decoding: {', '.join(lost)}")
         tokenizer.chat_template = tokenizer.chat_template or CHAT
-        try:
-            head, whole = self.chat("S", "Q") + "A", self.chat("S", "Q", "A")
-        except Exception as e:  # whatever the template raises, for one that knows no system role
-            raise UserError(f"the chat template refuses system, user and assistant turns ({e})") from None
+        head, whole = self.chat("S", "Q") + "A", self.chat("S", "Q", "A")
         if not whole.startswith(head) or whole == head:
             raise UserError("the chat template alters the assistant's text, so spans cannot be kept")
         self.end_of_turn = whole.removeprefix(head)
@@ -489,45 +473,27 @@ class Prompts:
         opened = len(turns) == 2
         return self.tokenizer.apply_chat_template(turns, add_generation_prompt=opened, tokenize=False)
 
-    def teacher(self, e: Example, t: str) -> Text:
-        """Question and solution are given; generation begins after the gap that t starts with."""
-        tags = self.tags
-        told = self.answer(tags.teacher, e, s=(e.solution, tags.solution), t=(t, tags.explanation))
-        return replace(told, begin=told.t[0] + len(tags.gap))
-
-    def student(self, e: Example, t: str) -> Text:
-        """The question is given, t and s are the answer."""
-        tags = self.tags
-        return self.answer(self.system, e, t=(t, tags.thought), s=(e.solution, tags.solution))
-
-    def answer(self, system: str, e: Example, **sections: tuple) -> Text:
-        """A question and its answer, of sections name=(content, its tags); a name is that of a span."""
-        text, spans = self.chat(system, e.question), {}
-        begin = len(text)
-        for name, (content, (opening, closing)) in sections.items():
-            text += opening
-            spans[name] = len(text), len(text) + len(content)
-            text += content + closing + self.tags.gap
-        text = text.removesuffix(self.tags.gap) + self.end_of_turn
-        return Text(text, *self.encode(text), begin, **spans)
-
-    def encode(self, text: str) -> tuple[list[int], np.ndarray]:
-        """Ids and the characters (T, 2) of each."""
+    def write(self, prompt: Prompt, e: Example, t: str) -> Text:
+        """The question and its answer. A token that straddles pieces (a tag and t, say) belongs to none."""
+        text, spans, places = self.chat(prompt.system, e.question), {}, {}
+        for piece in prompt.answer:
+            content = {"s": e.solution, "t": t}.get(piece, piece)
+            spans[piece] = len(text), len(text) + len(content)
+            text += content
+        text += self.end_of_turn
         code = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-        return code.ids, np.array(code.offsets)
+        for piece in ("t", "s"):
+            begin, end = spans[piece]
+            tokens = enumerate(zip(code.ids, code.offsets, strict=True))
+            places[piece] = {(x, a - begin): i for i, (x, (a, b)) in tokens if begin <= a < b <= end}
+        return Text(code.ids, [a for a, _ in code.offsets], spans[prompt.own][0], **places)
 
     def explain(self, e: Example, completion: str) -> Explanation:
-        """Encode a completion anew in both contexts; where its tokens differ, those that both have are kept.
-
-        t ends at the first closing tag; without one it is the whole completion.
-        """
-        t, closing, _ = completion.partition(self.tags.explanation[1])
-        t = self.tags.gap + t
-        teacher, student = self.teacher(e, t), self.student(e, t)
-        ours, theirs = teacher.places(teacher.t), student.places(student.t)
-        shared = [token for token in ours if token in theirs]
-        places = [ours[x] for x in shared], [theirs[x] for x in shared], [*student.places(student.s).values()]
-        return Explanation(e, t, bool(closing), teacher, student, *places)
+        """Encode a completion anew, in both contexts. t ends at the first closing tag, or with the text."""
+        t, closing, _ = completion.partition(self.teacher.answer[-1])
+        return Explanation(
+            e, t, bool(closing), self.write(self.teacher, e, t), self.write(self.student, e, t)
+        )
 
 
 # --- models, and the batches they get ---
@@ -623,30 +589,27 @@ def score(model: nn.Module, items: list[Text | Episode], run: Run) -> Tensor:
 # --- the reward ---
 
 
-PARTS = ("reward", "r_ss", "r_kl", "length", "closed")  # of the reward of an explanation
-PENALTY = -1.0  # for a missing closing tag
-
-
 def rlt_reward(ell: Tensor, d: Tensor, closed: bool, cfg: Config) -> dict[str, Tensor]:
     """Eqs. (1) to (3): the reward of an explanation and its parts, from l_k (K,) and d_j (J,)."""
     r_ss = ell.mean() + cfg.alpha * ell.min()  # eq. (1)
-    r_kl = d.mean() + cfg.alpha * d.max() if len(d) else d.new_tensor(1 + cfg.alpha)  # eq. (2)
-    reward = r_ss - cfg.lam * r_kl + PENALTY * (not closed)  # eq. (3)
-    length, closed = d.new_tensor(len(d)), d.new_tensor(closed)
-    return {"reward": reward, "r_ss": r_ss, "r_kl": r_kl, "length": length, "closed": closed}
+    r_kl = d.mean() + cfg.alpha * d.max() if len(d) else 1 + cfg.alpha  # eq. (2)
+    reward = r_ss - cfg.lam * r_kl - (not closed)  # eq. (3)
+    return {"reward": reward, "r_ss": r_ss, "r_kl": r_kl, "length": len(d), "closed": closed}
 
 
-def rewards(told: list[Explanation], teacher: LogProbLM, student: LogProbLM, run: Run) -> list[dict]:
-    """The reward of each explanation with its parts, l (K,) and d (J,). No gradient flows.
+def rewards(episodes: list[Episode], teacher: LogProbLM, student: LogProbLM, prompts, run) -> list[tuple]:
+    """Each explanation, its reward with parts, l (K,) and d (J,). No gradient flows.
 
     One pass of the student gives the solution's log-probs and its half of d.
     """
+    told = [prompts.explain(e.example, e.text) for e in episodes]
     by_student = score(student, [e.student for e in told], run)  # (B, T)
     by_teacher = score(teacher, [e.teacher for e in told], run)
     rows = []
     for e, ours, theirs in zip(told, by_teacher, by_student, strict=True):
-        ell, d = theirs[e.s_student], ours[e.t_teacher] - theirs[e.t_student]
-        rows.append(rlt_reward(ell, d, e.closed, run.cfg) | {"l": ell, "d": d})
+        ell = theirs[[*e.student.s.values()]]
+        d = ours[[e.teacher.t[x] for x in e.shared]] - theirs[[e.student.t[x] for x in e.shared]]
+        rows.append((e, rlt_reward(ell, d, e.closed, run.cfg), ell, d))
     return rows
 
 
@@ -684,9 +647,8 @@ def hf_sampler(model: LogProbLM, run: Run) -> Callable:
     @torch.no_grad()
     def sample(ids, uniforms, temperature):
         """One completion of each of N lists of ids, decided by uniforms (N, T)."""
-        if lm is not model.lm:
-            for mine, (_, p) in zip(lm.parameters(), full_weights(model), strict=True):
-                mine.copy_(p)
+        for mine, (_, p) in zip(lm.parameters(), full_weights(model), strict=True):
+            mine.copy_(p)
         lm.eval()
         out = []
         for i in range(0, len(ids), size):
@@ -706,16 +668,15 @@ def vllm_sampler(model: LogProbLM, run: Run) -> Callable:
     vllm, ends = common.need("vllm", "vllm"), common.end_ids(model.lm, model.tokenizer)
     size = model.lm.num_parameters()
     if size not in ENGINES:
-        more = {"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}
-        more |= dict(max_model_len=run.cfg.context, gpu_memory_utilization=0.4, enable_sleep_mode=True)
+        more = dict(max_model_len=run.cfg.context, gpu_memory_utilization=0.4, enable_sleep_mode=True)
         more |= dict(dtype="bfloat16", generation_config="vllm", seed=run.rank)
+        more |= dict(distributed_executor_backend="external_launcher" if "RANK" in os.environ else None)
         ENGINES[size] = vllm.LLM(model.lm.name_or_path, **more)
     engine = ENGINES[size]
 
     def sample(ids, uniforms, temperature):
         engine.wake_up()
-        worker = engine.llm_engine.model_executor.driver_worker
-        worker.model_runner.model.load_weights(full_weights(model))
+        engine.apply_model(lambda served: served.load_weights(full_weights(model)))
         engine.reset_prefix_cache()
         settings = dict(temperature=temperature, top_p=1.0, top_k=0, repetition_penalty=1.0)
         params = vllm.SamplingParams(**settings, max_tokens=uniforms.shape[1], stop_token_ids=ends)
@@ -736,11 +697,11 @@ def rollout(sample, explain: bool, examples, temperature, prompts, run, chance=N
     A text is continued from where the model's own part begins. All ranks draw the numbers of all samples
     from `chance`.
     """
-    text_of, new = (prompts.teacher, run.cfg.max_new) if explain else (prompts.student, run.cfg.eval_new)
+    prompt, new = (prompts.teacher, run.cfg.max_new) if explain else (prompts.student, run.cfg.eval_new)
     uniforms = torch.rand(len(examples), new, generator=chance)
     mine = torch.arange(len(examples)).tensor_split(run.world_size)[run.rank].tolist()
-    texts = [text_of(examples[i], prompts.tags.gap) for i in mine]
-    opened = [prompts.encode(x.text[: x.begin])[0] for x in texts]
+    texts = [prompts.write(prompt, examples[i], "") for i in mine]
+    opened = [x.ids[: x.first] for x in texts]
     episodes = []
     for i, ids, more in zip(mine, opened, sample(opened, uniforms[mine], temperature), strict=True):
         text = prompts.tokenizer.decode(more, skip_special_tokens=True)
@@ -748,11 +709,11 @@ def rollout(sample, explain: bool, examples, temperature, prompts, run, chance=N
     return episodes
 
 
-def distinct_rows(step: int, count: int, n: int, run: Run) -> list[int]:
-    """`count` different row numbers for a step, on a walk through n rows in a new order every epoch."""
-    a_epoch = n // count
-    order = torch.randperm(n, generator=run.generator(f"epoch {step // a_epoch}"))
-    return order[step % a_epoch * count :][:count].tolist()
+def distinct(items: list, count: int, run: Run, step: int) -> list:
+    """`count` different items for a step, on a walk through all of them in a new order every epoch."""
+    a_epoch = len(items) // count
+    order = torch.randperm(len(items), generator=run.generator(f"epoch {step // a_epoch}"))
+    return [items[i] for i in order[step % a_epoch * count :][:count]]
 
 
 def train_grpo(start: str, examples: list[Example], updates: int, explain: bool, prompts, run) -> str:
@@ -765,20 +726,18 @@ def train_grpo(start: str, examples: list[Example], updates: int, explain: bool,
     policy, reference = (load(start, run, trainable=True) for _ in range(2))
     student = load(cfg.student, run) if explain else None
     sample = SAMPLERS[cfg.sampler](policy, run)
-    fused = run.device.type == "cuda"
-    optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, weight_decay=0.0, fused=fused)
+    more = dict(weight_decay=0.0, fused=run.device.type == "cuda")
+    optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, **more)
     for step in run.steps(updates, model=policy, optimizer=optimizer, reference=reference):
-        rows = distinct_rows(step, cfg.prompts, len(examples), run)
-        batch = [examples[i] for i in rows for _ in range(cfg.group)]
+        batch = [e for e in distinct(examples, cfg.prompts, run, step) for _ in range(cfg.group)]
         episodes = rollout(sample, explain, batch, cfg.temperature, prompts, run)
 
         if explain:
-            told = [prompts.explain(e.example, e.text) for e in episodes]
-            found = rewards(told, policy, student, run)
-            numbers = {key: torch.stack([row[key] for row in found]) for key in PARTS}
+            found = [parts for _, parts, _, _ in rewards(episodes, policy, student, prompts, run)]
         else:
-            right = [e.credit() >= 1 for e in episodes]
-            numbers = {"reward": torch.tensor(right, device=run.device).float()}
+            found = [{"reward": e.credit() >= 1} for e in episodes]
+        columns = {key: [parts[key] for parts in found] for key in found[0]}
+        numbers = {key: torch.tensor(x, device=run.device).float() for key, x in columns.items()}
         advantage = group_advantage(numbers["reward"], cfg.group)
         ref_logp = score(reference, episodes, run)
 
@@ -807,7 +766,7 @@ def sft(model, stage: str, steps: int, batch_of, lr, run, warmup=0.0, floor=0.0,
     """Train in place on batch_of(step), the texts of all ranks; the loss is the mean over supervised tokens.
 
     The rate rises to lr in a share `warmup` of the steps, then a cosine takes it down to `floor` of that.
-    stop(step) may end the stage early.
+    stop(step) may end the stage early; then True is returned.
     """
     from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine
 
@@ -829,17 +788,14 @@ def sft(model, stage: str, steps: int, batch_of, lr, run, warmup=0.0, floor=0.0,
         optimizer.zero_grad(set_to_none=True)
         run.log(step, loss=total)
         if stop and stop(step):
-            break
+            return True
 
 
 def fine_tune(name: str, texts: list[Text], batch: int, steps: int, run: Run, **recipe) -> str:
     """SFT of a model on texts, in a new order every epoch; returns its folder. recipe: more for sft."""
-    model, batch = load(name, run, trainable=True), min(batch, len(texts))
-
-    def batch_of(step: int) -> list[Text]:
-        return [texts[i] for i in distinct_rows(step, batch, len(texts), run)]
-
+    model = load(name, run, trainable=True)
     if texts:
+        batch_of = partial(distinct, texts, min(batch, len(texts)), run)
         sft(model, "sft", steps, batch_of, run.cfg.sft_lr, run, **recipe)
     return export(model, run)
 
@@ -849,20 +805,19 @@ def collect(name: str, examples: list[Example], prompts, run):
     teacher, student = load(name, run), load(run.cfg.student, run)
     sample, chance = SAMPLERS[run.cfg.sampler](teacher, run), run.generator("collect 0")
     episodes = rollout(sample, True, examples, run.cfg.temperature, prompts, run, chance)
-    told = [prompts.explain(e.example, e.text) for e in episodes]
-    rows = itertools.chain(*run.gather(spell(told, teacher, student, run)))
+    rows = itertools.chain(*run.gather(spell(rewards(episodes, teacher, student, prompts, run), prompts)))
     write_lines(run.folder / "traces.jsonl", rows, run)
 
 
-def spell(told: list[Explanation], teacher: LogProbLM, student: LogProbLM, run: Run) -> list[dict]:
-    """Explanations with the parts of their reward, and each token with its d_j (of t) or l_k (of s)."""
+def spell(scored: list[tuple], prompts) -> list[dict]:
+    """What `rewards` found, for a file: texts, numbers, and each token with its d_j (of t) or l_k (of s)."""
     rows = []
-    for e, found in zip(told, rewards(told, teacher, student, run), strict=True):
-        for key, places in (("l", e.s_student), ("d", e.t_student)):
-            tokens = teacher.tokenizer.batch_decode([[e.student.ids[i]] for i in places])
-            found[key] = list(zip(tokens, found[key].tolist(), strict=True))
-        texts = {"question": e.example.question, "solution": e.example.solution, "reasoning_trace": e.t}
-        rows.append(texts | found)
+    for e, parts, ell, d in scored:
+        row = {"question": e.example.question, "solution": e.example.solution, "reasoning_trace": e.t} | parts
+        for key, tokens, values in (("l", e.student.s, ell), ("d", e.shared, d)):
+            words = prompts.tokenizer.batch_decode([[x] for x, _ in tokens])
+            row[key] = list(zip(words, values.tolist(), strict=True))
+        rows.append(row)
     return rows
 
 
@@ -878,16 +833,31 @@ def read_lines(file: Path) -> list[dict]:
 # --- the tiny base model of the pointer task ---
 
 
+POINTER_CHAT = (
+    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+
+
 def hop_model(cfg: Config) -> LogProbLM:
     """A GPT-2 of two layers; embeddings this large are what makes it learn to copy and to look up."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     tokenizer = common.CharTokenizer(SYMBOLS[: cfg.symbols] + "~?!()[]{}$", eos="$")
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    size = dict(vocab_size=len(tokenizer), n_positions=cfg.context, n_embd=cfg.width, n_inner=2 * cfg.width)
-    size |= dict(n_layer=2, n_head=4, activation_function="gelu_pytorch_tanh", tie_word_embeddings=False)
-    size |= dict(bos_token_id=None, eos_token_id=None)
-    lm = GPT2LMHeadModel(GPT2Config(**size))
+    tokenizer.chat_template = POINTER_CHAT
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=cfg.context,
+        n_embd=cfg.width,
+        n_inner=2 * cfg.width,
+        n_layer=2,
+        n_head=4,
+        activation_function="gelu_pytorch_tanh",
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    lm = GPT2LMHeadModel(config)
     for name, p in lm.named_parameters():
         std = 0.5 if "wte" in name or "wpe" in name else 0.06 if "lm_head" in name else 0.07
         if p.dim() == 2:
@@ -895,38 +865,37 @@ def hop_model(cfg: Config) -> LogProbLM:
     return LogProbLM(lm, tokenizer)
 
 
-def worst_step(model: LogProbLM, examples: list[Example], prompts, run) -> float:
-    """Mean probability of the right symbol at its lowest, over all places of spelled-out explanations in both
-    formats: what a base model lacks in one place, no reward can teach."""
-    lowest = []
-    for text_of in (prompts.teacher, prompts.student):
-        texts = [text_of(e, e.trace) for e in examples]
-        where = [*texts[0].places(texts[0].t).values()]  # the same in all of them
-        lowest.append(score(model, texts, run)[:, where].exp().mean(0).min().item())
-    return min(lowest)
-
-
 def make_base(run: Run):
     """Pre-train on both formats: textbook (all written) until it can hop, then web (p_write)."""
     cfg = run.cfg
     model = run.shard(hop_model(cfg))
-    prompts = Prompts(model.tokenizer, POINTERS, POINTERS.student)
+    prompts = Prompts(model.tokenizer, *POINTERS)
     spelled = make_problems(64, cfg, run.generator("spelled"), 1.0)
 
     def batch_of(p_write: float, step: int) -> list[Text]:
         problems = make_problems(cfg.base_batch, cfg, run.generator(f"{p_write} {step}"), p_write)
-        texts = [prompts.student(e, e.trace) for e in problems[::2]]
-        texts += [prompts.teacher(e, e.trace) for e in problems[1::2]]
+        texts = [prompts.write(prompts.student, e, e.trace) for e in problems[::2]]
+        texts += [prompts.write(prompts.teacher, e, e.trace) for e in problems[1::2]]
         return [replace(x, begin=texts[0].begin) for x in texts]  # loss after the question
 
     def learned(step: int) -> bool:
-        return step % 25 == 24 and worst_step(model, spelled, prompts, run) >= 0.95
+        """Is the right symbol likely even at the worst place of spelled-out explanations, in both texts?
+
+        What a base model lacks in one place, no reward can teach.
+        """
+        if step % 25 < 24:
+            return False
+        lowest = []
+        for prompt in (prompts.teacher, prompts.student):
+            texts = [prompts.write(prompt, e, e.trace) for e in spelled]
+            places = [*texts[0].t.values()]  # the same in all of them
+            lowest.append(score(model, texts, run)[:, places].exp().mean(0).min())
+        return min(lowest) >= 0.95
 
     lr, steps, adam = cfg.base_lr, cfg.base_steps, dict(betas=(0.9, 0.98), weight_decay=0.01)
     textbook, web = partial(batch_of, 1.0), partial(batch_of, cfg.p_write)
-    sft(model, "textbook", steps, textbook, lr, run, warmup=30 / steps, floor=1.0, stop=learned, **adam)
-    worst = worst_step(model, spelled, prompts, run)
-    run.print(f"{run.folder.name}: right symbols have a probability of {worst:.2f} at the worst place")
+    if not sft(model, "textbook", steps, textbook, lr, run, 30 / steps, floor=1.0, stop=learned, **adam):
+        run.print(f"{run.folder.name}: the model does not hop yet; it needs more --base_steps")
     sft(model, "web", cfg.web_steps, web, lr, run, floor=0.05, **adam)
     export(model, run)
 
@@ -950,13 +919,13 @@ def open_task(cfg: Config, run: Run) -> tuple[Prompts, list[Example]]:
     tokenizers = {name: common.load_lm(name)[1] for name in names}
     if any(x.get_vocab() != tokenizers[base].get_vocab() for x in tokenizers.values()):
         raise UserError(f"{', '.join(names)} tokenize differently; d_j compares the same tokens in both")
-    tags = POINTERS if cfg.teacher == "tiny" else TEXT
-    prompts = Prompts(tokenizers[base], tags, system)
+    teacher, student = POINTERS if cfg.teacher == "tiny" else TEXT
+    prompts = Prompts(tokenizers[base], teacher, replace(student, system=system or student.system))
     fitting = []
     for e in examples:
-        told, shown = (text_of(e, e.trace or tags.gap) for text_of in (prompts.teacher, prompts.student))
-        more = max(0, cfg.max_new - len(told.places(told.t)))  # an explanation may outgrow the trace
-        if max(len(told.ids), len(shown.ids)) + more <= cfg.context and shown.places(shown.s):
+        told, shown = (prompts.write(x, e, e.trace) for x in (prompts.teacher, prompts.student))
+        more = max(0, cfg.max_new - len(told.t))  # an explanation may outgrow the trace
+        if max(len(told.ids), len(shown.ids)) + more <= cfg.context and shown.s:
             fitting.append(e)
     if dropped := len(examples) - len(fitting):
         run.print(f"{dropped} problems dropped: beyond --context {cfg.context}, or no solution to score")
@@ -984,11 +953,10 @@ def benchmarks(name: str, prompts, run) -> dict[str, float]:
     else:
         lm = common.load_lm(name)[0].to(run.device)
     more = dict(max_gen_toks=cfg.eval_new, do_sample=True, temperature=EVAL_TEMPERATURE)
-    more = dict(system_instruction=prompts.system, gen_kwargs=more)
+    more = dict(system_instruction=prompts.student.system, gen_kwargs=more)
     found = {}
     for task, scores in common.benchmark(lm, prompts.tokenizer, cfg.bench, run=run, **more).items():
-        exact = [value for metric, value in scores.items() if metric.startswith("exact_match,")]
-        found[task] = exact[0] if exact else math.nan
+        found |= {f"{task} {key}": value for key, value in scores.items() if "exact_match," in key}
     return found
 
 
@@ -1001,9 +969,10 @@ def explanations(examples: list[Example], prompts, run) -> tuple[list[Example], 
     traced = [e for e in examples if e.trace]
     if cfg.source == "corpus":
         return traced[: cfg.traces], {}
-    texts = [prompts.teacher(e, e.trace) for e in traced]
-    warm_up = partial(fine_tune, cfg.teacher, texts, cfg.warmup_batch, cfg.warmup_steps)
-    warm_up = partial(warm_up, warmup=0.05, betas=(0.9, 0.95), weight_decay=1e-4)
+    texts = [prompts.write(prompts.teacher, e, e.trace) for e in traced]
+    adam = dict(betas=(0.9, 0.95), weight_decay=1e-4)
+    sizes = cfg.warmup_batch, cfg.warmup_steps
+    warm_up = partial(fine_tune, cfg.teacher, texts, *sizes, warmup=0.05, **adam)
     teacher = run.once(f"warm {kind}", warm_up)
     if cfg.source == "teacher":
         kind = f"lam={cfg.lam} {kind}"
@@ -1013,8 +982,8 @@ def explanations(examples: list[Example], prompts, run) -> tuple[list[Example], 
     folder = run.once(f"traces {kind}", partial(collect, str(teacher / "model"), examples, prompts))
     rows = read_lines(folder / "traces.jsonl")
     numbers = {key: np.mean([row[key] for row in rows]) for key in ("r_ss", "r_kl")}
-    pairs = zip(examples, rows, strict=True)
-    return [replace(e, trace=row["reasoning_trace"]) for e, row in pairs], numbers
+    keys = ("question", "solution", "reasoning_trace")
+    return [Example(*(row[key] for key in keys)) for row in rows], numbers
 
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
@@ -1026,9 +995,8 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     numbers, learner = {}, run.cfg.learner
     if cfg.distil:
         traces, numbers = explanations(examples, prompts, run)
-        elided = np.mean([letter == "~" for e in traces for letter in e.trace])
-        numbers["written"] = 1 - 2 * elided  # two of four may be elided
-        texts = [prompts.student(e, e.trace) for e in traces[: math.ceil(cfg.distil * len(traces))]]
+        few = traces[: math.ceil(cfg.distil * len(traces))]
+        texts = [prompts.write(prompts.student, e, e.trace) for e in few]
         steps = math.ceil(cfg.distil * cfg.distil_steps)
         learner = fine_tune(learner, texts, cfg.distil_batch, steps, run, warmup=0.1, weight_decay=0.0)
     if cfg.solve:
@@ -1044,18 +1012,18 @@ def look(cfg: Config, run: Run):
 
     --score ranks (question, solution, reasoning_trace) rows by the trained teacher's reward.
     """
-    kind = f"lam={cfg.lam} chains={cfg.chains}-s{cfg.seed}"
-    teacher, traces = (run.root / common.slug(f"{name} {kind}") for name in ("teacher", "traces"))
-    file = traces / "traces.jsonl"
+    where = f"lam={cfg.lam}_chains={cfg.chains}-s{cfg.seed}"
+    file, teacher = run.root / f"traces_{where}" / "traces.jsonl", run.root / f"teacher_{where}" / "model"
     if not file.exists():
         raise UserError(f"there is no {file}: train without --show and --score first")
     if cfg.score:
         prompts, examples = open_task(replace(cfg, data=cfg.score), run)
-        gap, closing = prompts.tags.gap, prompts.tags.explanation[1]
-        told = [prompts.explain(e, e.trace.removeprefix(gap) + closing) for e in examples if e.trace]
-        if not told:
+        closing = prompts.teacher.answer[-1]
+        episodes = [Episode(e, [], 0, e.trace + closing) for e in examples if e.trace]
+        if not episodes:
             raise UserError(f"{cfg.score}: no row has a reasoning_trace that fits")
-        rows = spell(told, load(str(teacher / "model"), run), load(run.cfg.student, run), run)
+        models = load(str(teacher), run), load(run.cfg.student, run)
+        rows = spell(rewards(episodes, *models, prompts, run), prompts)
         file = Path(cfg.score).with_suffix(".scored.jsonl")
         write_lines(file, sorted(rows, key=lambda row: -row["reward"]), run)
     best = max(read_lines(file), key=lambda row: row["reward"])
@@ -1125,18 +1093,21 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
     except (OSError, ValueError):
         config = Qwen2Config(152064, 3584, 18944, 28, 28, 4)
     with torch.device("meta"):
-        n = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        n = AutoModelForCausalLM.from_config(config).num_parameters()
     heads = config.num_attention_heads
     width = config.hidden_size * getattr(config, "num_key_value_heads", heads) / heads  # of keys, of values
     gpus, completions = max(8, run.world_size), cfg.prompts * cfg.group
-    cache = completions / gpus * cfg.max_new * 4 * config.num_hidden_layers * width  # bytes, at the end
+    tokens = completions * cfg.max_new / gpus  # of an update, on one GPU
+    cache = tokens * 4 * config.num_hidden_layers * width  # bytes, at the end
     decode = cfg.max_new * (2 * n + cache / 2) / 3.35e12  # seconds an update
-    flops = 14 * n * completions * cfg.max_new  # policy 8 N a token, reference, student and teacher 2 N each
-    hours = cfg.updates * (decode + flops / gpus / (0.4 * 989e12)) / 3600  # at 40 % of an H100's peak
-    memory = (22 * n / gpus + 2 * n) / 1e9  # AdamW 16 bytes, reference 4, student 2; the copy that decodes
-    run.print(f"{n:,} parameters; {memory:.0f} GB on each of {gpus} GPUs, and {cache / 1e9:.0f} GB of cache")
-    share = cfg.updates * decode / 3600 / hours
-    run.print(f"{cfg.updates} updates of {completions} completions: {hours:.1f} hours, {share:.0%} decoding")
+    learn = 14 * n * tokens / (0.4 * 989e12)  # 8 n FLOPs a token, the other models 6 n; 40 % of the peak
+    memory = (22 * n / gpus + 2 * n + cache) / 1e9  # AdamW 16 bytes, reference 4, student 2; what decodes
+    hours = cfg.updates * (decode + learn) / 3600
+    run.print(f"{n:,} parameters; {memory:.0f} GB on each of {gpus} GPUs, {cache / 1e9:.0f} of them cache")
+    run.print(
+        f"{cfg.updates} updates of {completions} completions: {hours:.1f} hours, "
+        f"{decode / (decode + learn):.0%} decoding"
+    )
     for line in lacking:
         run.print(f"missing: {line}")
 
