@@ -12,7 +12,7 @@ Question q, solution s, explanation t; teacher pi_T, frozen student pi_S; log-pr
            can the student get to the solution?
   eq. (2)  r_KL = mean_j d_j + alpha max_j d_j,  d_j = log pi_T(t_j | q, s, t_<j) - log pi_S(t_j | q, t_<j)
            is every step natural to somebody who does not see s?
-  eq. (3)  r = r_SS - lambda r_KL + penalty where the closing tag is missing
+  eq. (3)  r = r_SS - lambda r_KL - 1 where the closing tag is missing
   eq. (4)  GRPO: A = (r - mean) / (std + 1e-4) over the G explanations of a question; the loss is the mean
            over explanations of the mean over their tokens of -(exp(lp - sg lp) A - beta (e^rho - rho - 1)),
            lp = log pi_T, rho = log pi_ref - lp
@@ -26,31 +26,31 @@ How to run
 
 Departures from the paper and its code
 - The paper writes a KL divergence; like its code we take the log-ratio at the sampled token. From the code,
-  too: tau inside r_SS; the reference moves 0.9 of the way to the policy every 32 updates; -1 for a missing
-  closing tag; an empty explanation counts 1 for mean and for max; explanations are re-encoded from text.
+  too: tau inside r_SS; the reference moves 0.9 of the way to the policy every 32 updates; an empty
+  explanation counts 1 for mean and for max; explanations are re-encoded from text.
 - The explanation is found by character offsets; a token that straddles a tag is left out. The code looks for
-  its ids, so it finds the question if the explanation only repeats that.
+  its ids, so it finds the question if the explanation only repeats that. The blank line that the teacher's
+  prompt ends with is not scored (for the paper's tokenizer it is part of the tag).
 - Log-softmax in float32, no pad token in any loss, rewards in batches (the code: bfloat16, pads, one by one).
 - The teacher's system prompt is ours, of the same structure. One explanation a question is collected.
-  Supervised texts are cut at --context; dropout is off unless activations are recomputed; a warm-up's first
-  step has rate 0 (transformers' schedule). lm-eval's prompts and graders where the paper used SkyThought's.
+  Problems whose texts may exceed --context are dropped, not cut; dropout is off unless activations are
+  recomputed; a warm-up's first step has rate 0. lm-eval's prompts and graders where the paper used SkyThought's.
 - Samples are an inverse CDF of numbers that all ranks draw alike, so their number changes no result (vLLM
   draws its own).
 - The demo's task, pointer chasing, is ours and was selected: exploration must fail. With two chains it
   does not, and correctness RL wins: two control rows. Settings were tuned on seeds from 100 on.
 
-Reading order: Config, ROWS, Prompts, align, rlt_reward, grpo_loss, train_grpo, train.
+Reading order: Config, ROWS, TEXT, Prompts, rlt_reward, grpo_loss, train_grpo, train.
 """
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -59,6 +59,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 import common
 from common import Claim, Run, UserError
@@ -103,8 +104,7 @@ class Config(common.Config):
     temperature: float = 1.0  # of sampling and of every log-prob (tau)
     lr: float = 1e-3  # AdamW, constant
     beta: float = 0.04  # weight of the KL to the reference model
-    sync_every: int = 32  # updates between two moves of the reference model
-    sync_mix: float = 0.9  # how far it moves towards the policy
+    sync_every: int = 32  # updates between two moves of the reference model, 0.9 of the way to the policy
     alpha: float = 0.01  # weight of the min in r_SS and of the max in r_KL
     lam: float = 3.0  # weight of r_KL (lambda)
     # evaluation, memory and speed
@@ -130,7 +130,7 @@ class Config(common.Config):
             raise UserError("--data pointers goes with --teacher tiny, other data with another teacher")
 
 
-DEMO = Config(seeds=3, ranks=2, log_every=4, save_every=1000)
+DEMO = Config(seeds=3, ranks=2, save_every=1000)
 SMOKE = Config(
     problems=40,
     holdout=8,
@@ -157,7 +157,6 @@ REAL = replace(
     max_new=48,
     temperature=0.7,
     lr=1e-6,
-    eval_new=48,
     context=1024,
     micro_tokens=2048,
     log_every=1,
@@ -169,7 +168,6 @@ CONFIGS = {
         DEMO,
         ranks=8,
         seeds=8,
-        problems=4096,
         symbols=32,
         width=128,
         base_batch=64,
@@ -257,7 +255,7 @@ CLAIMS = [
 def share_right(solution: str, text: str) -> float:
     """Share of the solution's symbols that stand at their place in an answer "...[solution]"."""
     _, there, rest = text.rpartition("[")
-    answer = rest.partition("]")[0] if there else ""
+    answer = there and rest.partition("]")[0]
     right = sum(a == b for a, b in zip(solution, answer, strict=False))
     return right / max(len(solution), len(answer))
 
@@ -282,7 +280,8 @@ class Example:
     question: str
     solution: str
     trace: str = ""
-    judge: Callable[[str, str], float] = right_box  # (solution, text) -> credit in [0, 1]; 1 is right
+    system: str = ""  # prompt of the student
+    judge: Callable = right_box  # (solution, text) -> credit in [0, 1]; 1 is right
 
 
 def make_problems(n: int, cfg: Config, generator: torch.Generator, p_write: float) -> list[Example]:
@@ -301,33 +300,31 @@ def make_problems(n: int, cfg: Config, generator: torch.Generator, p_write: floa
     elided[..., [0, 3]] = False
     columns = torch.cat([f, hops[0]], 1), hops[3], chains.masked_fill(elided, len(SYMBOLS)).flatten(1)
     rows = zip(*(letters(x) for x in columns), strict=True)
-    return [Example(*row, share_right) for row in rows]
+    return [Example(*row, "?", share_right) for row in rows]
 
 
-def letters(rows: Tensor) -> list[str]:
+def letters(rows: Tensor) -> list:
     """Symbols by their numbers (n, L), a text a row."""
     return ["".join((SYMBOLS + "~")[i] for i in row) for row in rows.tolist()]
 
 
-def load_examples(cfg: Config, run: Run) -> tuple[list[Example], str]:
-    """Examples from what --data names, and its system prompt; UserError for what cannot be used."""
+def load_examples(cfg: Config, run: Run) -> list[Example]:
+    """Examples from what --data names; UserError for what cannot be used."""
     source = cfg.data
     if source == "pointers":
-        return make_problems(cfg.problems, cfg, run.generator("problems"), cfg.p_write), ""
+        return make_problems(cfg.problems, cfg, run.generator("problems"), cfg.p_write)
     gym = dict(size=cfg.problems, seed=cfg.seed) if source.startswith("gym:") else {}
     rows = common.load_rows(source, subset="main" if "gsm8k" in source else None, **gym)
     rows = [row | sections(row) for row in rows]
     common.need_text(source, rows, ["question", "solution"])
-    systems = {row.get("system") or "" for row in rows}
-    if len(systems) > 1:
-        raise UserError(f"{source}: the column system varies, so there is no one student prompt")
-    gap, examples = "" if cfg.teacher == "tiny" else "\n\n", []
+    gap, system = ("", "?") if cfg.teacher == "tiny" else ("\n\n", STRATOS_SYSTEM)
+    examples = []
     for row in rows:
         trace = str(row.get("reasoning_trace") or "").strip()
         solution, trace = gap + row["solution"].strip() + gap, trace and trace + gap
         judge = partial(gym_score, row["score"]) if gym else right_box
-        examples.append(Example(row["question"], solution, trace, judge))
-    return examples, systems.pop()
+        examples.append(Example(row["question"], solution, trace, row.get("system") or system, judge))
+    return examples
 
 
 def sections(row: dict) -> dict:
@@ -353,10 +350,10 @@ BLOCKS = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """A system prompt, and the pieces of an answer; for "t" and "s" explanation and solution are put in."""
+    """The pieces of an answer; for "t" and "s" explanation and solution are put in."""
 
-    system: str
-    answer: tuple[str, ...]
+    system: str  # prompt; empty: the example's
+    answer: tuple
     own: str  # the piece with which the model's own part begins
 
 
@@ -395,7 +392,7 @@ TEXT = (
         own="t",
     ),
     Prompt(
-        STRATOS_SYSTEM,
+        "",
         (
             "<|begin_of_thought|>\n\n",
             "t",
@@ -406,12 +403,13 @@ TEXT = (
         own="<|begin_of_thought|>\n\n",
     ),
 )
-POINTERS = Prompt("!", ("[", "s", "]{", "t", "}"), own="t"), Prompt("?", ("(", "t", ")[", "s", "]"), own="(")
+POINTERS = Prompt("!", ("[", "s", "]{", "t", "}"), own="t"), Prompt("", ("(", "t", ")[", "s", "]"), own="(")
 # for a model without a chat template; its end of turn is whatever token ends its texts
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+CHAT = """\
+{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{{ eos_token }}
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 
 
 @dataclass(frozen=True)
@@ -419,29 +417,22 @@ class Text:
     """What a teacher or a student reads, and where t and s stand in it."""
 
     ids: list[int]
-    starts: list[int]  # first character of each token
-    begin: int  # first character of the model's own part: generated, or trained on
-    t: dict[tuple, int]  # {(id, first character counted from where t begins): place} of t's tokens
-    s: dict[tuple, int]  # the same of s
-
-    @property
-    def first(self) -> int:
-        """First token that is trained on."""
-        return bisect.bisect_left(self.starts, self.begin)
+    first: int  # token of the model's own part: generated, or trained on
+    t: dict  # {(id, first character counted from where t begins): place} of t's tokens
+    s: dict  # the same of s
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A completion t of the teacher, in both contexts."""
+    """A completion of the teacher, in both contexts."""
 
-    example: Example
-    t: str
+    example: Example  # its trace is the explanation
     closed: bool  # the closing tag was there
     teacher: Text
     student: Text
 
     @property
-    def shared(self) -> list[tuple]:
+    def shared(self) -> list:
         """Tokens of t that both contexts have: all of them, unless t's ends merge with what surrounds it."""
         return [token for token in self.teacher.t if token in self.student.t]
 
@@ -455,8 +446,6 @@ class Prompts:
 
     def __init__(self, tokenizer, teacher: Prompt, student: Prompt):
         self.tokenizer, self.teacher, self.student = tokenizer, teacher, student
-        if not tokenizer.is_fast:
-            raise UserError("the tokenizer has no fast version, so no character offsets: take another model")
         written = "".join(teacher.answer + student.answer)
         if lost := [token for token in tokenizer.all_special_tokens if token in written]:
             raise UserError(f"special tokens of this model would vanish in decoding: {', '.join(lost)}")
@@ -466,18 +455,20 @@ class Prompts:
             raise UserError("the chat template alters the assistant's text, so spans cannot be kept")
         self.end_of_turn = whole.removeprefix(head)
 
-    def chat(self, *contents: str) -> str:
+    def chat(self, system: str, question: str, *answer: str) -> str:
         """System, user and assistant turn by the template; without the last, up to where it begins."""
-        roles = zip(("system", "user", "assistant"), contents, strict=False)
-        turns = [{"role": role, "content": content} for role, content in roles]
-        opened = len(turns) == 2
-        return self.tokenizer.apply_chat_template(turns, add_generation_prompt=opened, tokenize=False)
+        turns = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+        turns += [{"role": "assistant", "content": text} for text in answer]
+        return self.tokenizer.apply_chat_template(turns, add_generation_prompt=not answer, tokenize=False)
 
-    def write(self, prompt: Prompt, e: Example, t: str) -> Text:
-        """The question and its answer. A token that straddles pieces (a tag and t, say) belongs to none."""
-        text, spans, places = self.chat(prompt.system, e.question), {}, {}
+    def write(self, prompt: Prompt, e: Example) -> Text:
+        """The question and its answer; t is the example's trace.
+
+        A token that straddles pieces (a tag and t, say) belongs to none of them.
+        """
+        text, spans, places = self.chat(prompt.system or e.system, e.question), {}, {}
         for piece in prompt.answer:
-            content = {"s": e.solution, "t": t}.get(piece, piece)
+            content = {"s": e.solution, "t": e.trace}.get(piece, piece)
             spans[piece] = len(text), len(text) + len(content)
             text += content
         text += self.end_of_turn
@@ -486,14 +477,14 @@ class Prompts:
             begin, end = spans[piece]
             tokens = enumerate(zip(code.ids, code.offsets, strict=True))
             places[piece] = {(x, a - begin): i for i, (x, (a, b)) in tokens if begin <= a < b <= end}
-        return Text(code.ids, [a for a, _ in code.offsets], spans[prompt.own][0], **places)
+        first = sum(a < spans[prompt.own][0] for a, _ in code.offsets)
+        return Text(code.ids, first, **places)
 
     def explain(self, e: Example, completion: str) -> Explanation:
         """Encode a completion anew, in both contexts. t ends at the first closing tag, or with the text."""
         t, closing, _ = completion.partition(self.teacher.answer[-1])
-        return Explanation(
-            e, t, bool(closing), self.write(self.teacher, e, t), self.write(self.student, e, t)
-        )
+        e = replace(e, trace=t)
+        return Explanation(e, bool(closing), self.write(self.teacher, e), self.write(self.student, e))
 
 
 # --- models, and the batches they get ---
@@ -520,27 +511,23 @@ def load(name: str, run: Run, trainable=False) -> LogProbLM:
     return run.shard(LogProbLM(lm, tokenizer).requires_grad_(trainable))
 
 
-def whole(p: Tensor) -> Tensor:
-    """A sharded tensor gathered, on all ranks together; others as they are."""
-    return p.full_tensor() if hasattr(p, "full_tensor") else p
-
-
 def full_weights(model: LogProbLM):
-    """Yields (name, whole tensor) of each parameter, one by one."""
+    """Yields (name, whole tensor) of each parameter, one by one, on all ranks together."""
     for name, p in model.lm.named_parameters():
-        yield name, whole(p.detach())
+        p = p.detach()
+        yield name, p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
 def export(model: LogProbLM, run: Run) -> str:
-    """Write model and tokenizer as a Hugging Face folder in the run's; returns it."""
-    folder, state = run.folder / "model", {name: p.cpu() for name, p in full_weights(model)}
+    """Make the run's folder one of Hugging Face, with model and tokenizer; returns it."""
+    state = {name: p.cpu() for name, p in full_weights(model)}
     if run.rank == 0:
         # transformers saves on the first of all ranks only, but another may make this cell
         model.lm.should_save_on_this_rank = lambda _: True
-        model.lm.save_pretrained(folder, state_dict=state)
-        model.tokenizer.save_pretrained(folder)
+        model.lm.save_pretrained(run.folder, state_dict=state)
+        model.tokenizer.save_pretrained(run.folder)
     run.gather("saved")
-    return str(folder)
+    return str(run.folder)
 
 
 @dataclass
@@ -557,12 +544,13 @@ class Episode:
         return self.example.judge(self.example.solution, self.text)
 
 
-def log_probs(model: nn.Module, items: list[Text | Episode], temperature: float, run: Run):
-    """Yields indices of items, the log-probs of their next tokens (B, T - 1) and the loss mask, by length.
+def log_probs(model: nn.Module, items: list, temperature: float, run: Run):
+    """Yields indices of items (Text or Episode), log-probs of their next tokens (B, T - 1) and loss mask.
 
-    At most cfg.micro_tokens padded tokens each (or a single item). Every rank gets equally many, since FSDP
-    makes them meet in each forward pass: some end with a dummy without index, its loss mask empty.
+    Micro-batches by length, of cfg.micro_tokens padded tokens at most (or a single item). Every rank gets
+    equally many, since FSDP makes them meet in each forward pass: some end with a dummy, its mask empty.
     """
+    model.train(torch.is_grad_enabled() and run.cfg.recompute)  # dropout is off unless that needs it
     order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
     size = max(1, run.cfg.micro_tokens // max((len(x.ids) for x in items), default=1))
     count = max(run.gather(math.ceil(len(items) / size)))
@@ -571,14 +559,14 @@ def log_probs(model: nn.Module, items: list[Text | Episode], temperature: float,
         batch = [items[i] for i in group] or [Episode(None, [0, 0], 2, "")]
         ids, valid = common.collate([x.ids for x in batch], run.device)
         first = torch.tensor([[x.first] for x in batch], device=run.device)
-        mask = valid & (torch.arange(ids.shape[1], device=run.device) >= first)
+        mask = valid & (valid.cumsum(1) > first)
         with run.autocast():
             logp = model(ids, valid, temperature)
         yield group, logp, mask[:, 1:]
 
 
 @torch.no_grad()
-def score(model: nn.Module, items: list[Text | Episode], run: Run) -> Tensor:
+def score(model: nn.Module, items: list, run: Run) -> Tensor:
     """Log-probs (N, T) of all tokens of N texts at cfg.temperature; that of the first is 0."""
     out = torch.zeros(len(items), max((len(x.ids) for x in items), default=1), device=run.device)
     for group, logp, _ in log_probs(model, items, run.cfg.temperature, run):
@@ -589,15 +577,15 @@ def score(model: nn.Module, items: list[Text | Episode], run: Run) -> Tensor:
 # --- the reward ---
 
 
-def rlt_reward(ell: Tensor, d: Tensor, closed: bool, cfg: Config) -> dict[str, Tensor]:
+def rlt_reward(ell: Tensor, d: Tensor, closed: bool, cfg: Config) -> dict:
     """Eqs. (1) to (3): the reward of an explanation and its parts, from l_k (K,) and d_j (J,)."""
     r_ss = ell.mean() + cfg.alpha * ell.min()  # eq. (1)
-    r_kl = d.mean() + cfg.alpha * d.max() if len(d) else 1 + cfg.alpha  # eq. (2)
-    reward = r_ss - cfg.lam * r_kl - (not closed)  # eq. (3)
+    r_kl = d.mean() + cfg.alpha * d.max() if len(d) else d.new_tensor(1 + cfg.alpha)  # eq. (2)
+    reward = r_ss - cfg.lam * r_kl - float(not closed)  # eq. (3)
     return {"reward": reward, "r_ss": r_ss, "r_kl": r_kl, "length": len(d), "closed": closed}
 
 
-def rewards(episodes: list[Episode], teacher: LogProbLM, student: LogProbLM, prompts, run) -> list[tuple]:
+def rewards(episodes: list[Episode], teacher, student, prompts, run) -> list[tuple]:
     """Each explanation, its reward with parts, l (K,) and d (J,). No gradient flows.
 
     One pass of the student gives the solution's log-probs and its half of d.
@@ -634,15 +622,14 @@ def grpo_loss(logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor, b
     return (torch.where(mask, loss, 0).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
-def hf_sampler(model: LogProbLM, run: Run) -> Callable:
+def hf_sampler(model: LogProbLM, run: Run):
     """Sampling from `model` by transformers; one that is sharded is copied to each rank, whole."""
     lm, size, ends = model.lm, run.cfg.sample_batch, common.end_ids(model.lm, model.tokenizer)
     if run.world_size > 1:
         from transformers import AutoModelForCausalLM
 
         with run.device:
-            dtype = torch.bfloat16 if run.amp else torch.float32
-            lm = AutoModelForCausalLM.from_config(lm.config, dtype=dtype)
+            lm = AutoModelForCausalLM.from_config(lm.config, dtype=lm.dtype)
 
     @torch.no_grad()
     def sample(ids, uniforms, temperature):
@@ -659,7 +646,7 @@ def hf_sampler(model: LogProbLM, run: Run) -> Callable:
     return sample
 
 
-def vllm_sampler(model: LogProbLM, run: Run) -> Callable:
+def vllm_sampler(model: LogProbLM, run: Run):
     """The same by a vLLM engine on this rank's GPU, asleep while models train; all prompts in one call.
 
     Its own random numbers decide, not `uniforms`.
@@ -668,9 +655,9 @@ def vllm_sampler(model: LogProbLM, run: Run) -> Callable:
     vllm, ends = common.need("vllm", "vllm"), common.end_ids(model.lm, model.tokenizer)
     size = model.lm.num_parameters()
     if size not in ENGINES:
-        more = dict(max_model_len=run.cfg.context, gpu_memory_utilization=0.4, enable_sleep_mode=True)
-        more |= dict(dtype="bfloat16", generation_config="vllm", seed=run.rank)
-        more |= dict(distributed_executor_backend="external_launcher" if "RANK" in os.environ else None)
+        launcher = "external_launcher" if "RANK" in os.environ else None
+        more = dict(distributed_executor_backend=launcher, max_model_len=run.cfg.context, dtype="bfloat16")
+        more |= dict(gpu_memory_utilization=0.4, enable_sleep_mode=True, seed=run.rank)
         ENGINES[size] = vllm.LLM(model.lm.name_or_path, **more)
     engine = ENGINES[size]
 
@@ -678,8 +665,14 @@ def vllm_sampler(model: LogProbLM, run: Run) -> Callable:
         engine.wake_up()
         engine.apply_model(lambda served: served.load_weights(full_weights(model)))
         engine.reset_prefix_cache()
-        settings = dict(temperature=temperature, top_p=1.0, top_k=0, repetition_penalty=1.0)
-        params = vllm.SamplingParams(**settings, max_tokens=uniforms.shape[1], stop_token_ids=ends)
+        params = vllm.SamplingParams(
+            temperature=temperature,
+            top_p=1.0,
+            top_k=0,
+            repetition_penalty=1.0,
+            max_tokens=uniforms.shape[1],
+            stop_token_ids=ends,
+        )
         outputs = engine.generate([{"prompt_token_ids": x} for x in ids], params, use_tqdm=False)
         engine.sleep(level=1)
         return [list(o.outputs[0].token_ids) for o in outputs]
@@ -700,7 +693,7 @@ def rollout(sample, explain: bool, examples, temperature, prompts, run, chance=N
     prompt, new = (prompts.teacher, run.cfg.max_new) if explain else (prompts.student, run.cfg.eval_new)
     uniforms = torch.rand(len(examples), new, generator=chance)
     mine = torch.arange(len(examples)).tensor_split(run.world_size)[run.rank].tolist()
-    texts = [prompts.write(prompt, examples[i], "") for i in mine]
+    texts = [prompts.write(prompt, replace(examples[i], trace="")) for i in mine]
     opened = [x.ids[: x.first] for x in texts]
     episodes = []
     for i, ids, more in zip(mine, opened, sample(opened, uniforms[mine], temperature), strict=True):
@@ -733,16 +726,14 @@ def train_grpo(start: str, examples: list[Example], updates: int, explain: bool,
         episodes = rollout(sample, explain, batch, cfg.temperature, prompts, run)
 
         if explain:
-            found = [parts for _, parts, _, _ in rewards(episodes, policy, student, prompts, run)]
+            found = [parts for _, parts, *_ in rewards(episodes, policy, student, prompts, run)]
         else:
             found = [{"reward": e.credit() >= 1} for e in episodes]
-        columns = {key: [parts[key] for parts in found] for key in found[0]}
-        numbers = {key: torch.tensor(x, device=run.device).float() for key, x in columns.items()}
-        advantage = group_advantage(numbers["reward"], cfg.group)
+        numbers = default_collate(found)  # of lists of dicts a dict of (B,)
+        advantage = group_advantage(numbers["reward"].float().to(run.device), cfg.group)
         ref_logp = score(reference, episodes, run)
 
         total = 0.0
-        policy.train(cfg.recompute)  # needed to recompute activations; dropout stays off elsewhere
         for group, logp, mask in log_probs(policy, episodes, cfg.temperature, run):
             rows = group or [0]  # of a dummy, whose mask is empty
             ref = ref_logp[rows, 1 : 1 + logp.shape[1]]
@@ -750,12 +741,12 @@ def train_grpo(start: str, examples: list[Example], updates: int, explain: bool,
             loss = loss * len(rows) / len(episodes)  # the mean over all completions
             loss.backward()
             total += loss.detach()
-        norm = whole(nn.utils.clip_grad_norm_(policy.parameters(), 1.0))
+        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % cfg.sync_every == 0:
-            common.soft_update(reference, policy, cfg.sync_mix)
-        run.log(step, loss=total, grad_norm=norm, **{k: v.mean() for k, v in numbers.items()})
+            common.soft_update(reference, policy, 0.9)
+        run.log(step, loss=total, **{k: v.float().mean() for k, v in numbers.items()})
     return export(policy, run)
 
 
@@ -772,11 +763,10 @@ def sft(model, stage: str, steps: int, batch_of, lr, run, warmup=0.0, floor=0.0,
 
     optimizer = torch.optim.AdamW(model.parameters(), lr, **adam, fused=run.device.type == "cuda")
     schedule = cosine(optimizer, round(warmup * steps), steps, min_lr_rate=floor)
-    model.train(run.cfg.recompute)
     for step in run.steps(steps, stage, model=model, optimizer=optimizer, schedule=schedule):
         batch = batch_of(step)[run.rank :: run.world_size]
-        supervised = float(sum(len(x.ids) - x.first for x in batch))
-        supervised = run.mean(supervised).to(run.device)  # of a rank: gradients are averaged
+        supervised = sum(len(x.ids) - x.first for x in batch)
+        supervised = run.mean(float(supervised))  # of a rank: gradients are averaged
         total = 0.0
         for _, logp, mask in log_probs(model, batch, 1.0, run):
             loss = -(logp * mask).sum() / supervised
@@ -791,7 +781,7 @@ def sft(model, stage: str, steps: int, batch_of, lr, run, warmup=0.0, floor=0.0,
             return True
 
 
-def fine_tune(name: str, texts: list[Text], batch: int, steps: int, run: Run, **recipe) -> str:
+def fine_tune(name: str, texts: list, batch: int, steps: int, run: Run, **recipe) -> str:
     """SFT of a model on texts, in a new order every epoch; returns its folder. recipe: more for sft."""
     model = load(name, run, trainable=True)
     if texts:
@@ -805,25 +795,23 @@ def collect(name: str, examples: list[Example], prompts, run):
     teacher, student = load(name, run), load(run.cfg.student, run)
     sample, chance = SAMPLERS[run.cfg.sampler](teacher, run), run.generator("collect 0")
     episodes = rollout(sample, True, examples, run.cfg.temperature, prompts, run, chance)
-    rows = itertools.chain(*run.gather(spell(rewards(episodes, teacher, student, prompts, run), prompts)))
-    write_lines(run.folder / "traces.jsonl", rows, run)
+    scored = rewards(episodes, teacher, student, prompts, run)
+    write_explanations(run.folder / "traces.jsonl", scored, prompts, run)
 
 
-def spell(scored: list[tuple], prompts) -> list[dict]:
-    """What `rewards` found, for a file: texts, numbers, and each token with its d_j (of t) or l_k (of s)."""
+def write_explanations(file: Path, scored: list[tuple], prompts, run):
+    """A line for each: texts, reward with parts, and each token with its d_j (of t) or l_k (of s)."""
     rows = []
     for e, parts, ell, d in scored:
-        row = {"question": e.example.question, "solution": e.example.solution, "reasoning_trace": e.t} | parts
+        told = e.example
+        row = {"question": told.question, "solution": told.solution, "reasoning_trace": told.trace} | parts
         for key, tokens, values in (("l", e.student.s, ell), ("d", e.shared, d)):
             words = prompts.tokenizer.batch_decode([[x] for x, _ in tokens])
             row[key] = list(zip(words, values.tolist(), strict=True))
         rows.append(row)
-    return rows
-
-
-def write_lines(file: Path, rows: Iterable[dict], run: Run):
+    everyone = itertools.chain(*run.gather(rows))
     if run.rank == 0:
-        common.write_atomic(file, "".join(common.to_json(row) + "\n" for row in rows))
+        common.write_atomic(file, "".join(common.to_json(row) + "\n" for row in everyone))
 
 
 def read_lines(file: Path) -> list[dict]:
@@ -833,10 +821,8 @@ def read_lines(file: Path) -> list[dict]:
 # --- the tiny base model of the pointer task ---
 
 
-POINTER_CHAT = (
-    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% endfor %}"
-)
+POINTER_CHAT = """\
+{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"""
 
 
 def hop_model(cfg: Config) -> LogProbLM:
@@ -872,13 +858,13 @@ def make_base(run: Run):
     prompts = Prompts(model.tokenizer, *POINTERS)
     spelled = make_problems(64, cfg, run.generator("spelled"), 1.0)
 
-    def batch_of(p_write: float, step: int) -> list[Text]:
+    def batch_of(p_write: float, step: int):
         problems = make_problems(cfg.base_batch, cfg, run.generator(f"{p_write} {step}"), p_write)
-        texts = [prompts.write(prompts.student, e, e.trace) for e in problems[::2]]
-        texts += [prompts.write(prompts.teacher, e, e.trace) for e in problems[1::2]]
-        return [replace(x, begin=texts[0].begin) for x in texts]  # loss after the question
+        texts = [prompts.write(prompts.student, e) for e in problems[::2]]
+        texts += [prompts.write(prompts.teacher, e) for e in problems[1::2]]
+        return [replace(x, first=texts[0].first) for x in texts]  # loss after the question
 
-    def learned(step: int) -> bool:
+    def learned(step: int):
         """Is the right symbol likely even at the worst place of spelled-out explanations, in both texts?
 
         What a base model lacks in one place, no reward can teach.
@@ -887,7 +873,7 @@ def make_base(run: Run):
             return False
         lowest = []
         for prompt in (prompts.teacher, prompts.student):
-            texts = [prompts.write(prompt, e, e.trace) for e in spelled]
+            texts = [prompts.write(prompt, e) for e in spelled]
             places = [*texts[0].t.values()]  # the same in all of them
             lowest.append(score(model, texts, run)[:, places].exp().mean(0).min())
         return min(lowest) >= 0.95
@@ -905,34 +891,34 @@ def make_base(run: Run):
 EVAL_TEMPERATURE = 0.7  # of sampled answers
 
 
-def open_task(cfg: Config, run: Run) -> tuple[Prompts, list[Example]]:
+def open_task(cfg: Config, run: Run) -> tuple:
     """The prompts, and the problems that fit; run.cfg gets the names of all models, the tiny one is made.
 
     UserError if models and data do not go together.
     """
+    from transformers import AutoTokenizer
+
     base = cfg.teacher
     if base == "tiny":
-        base = str(run.once(f"base chains={cfg.chains}", make_base) / "model")
+        base = str(run.once(f"base chains={cfg.chains}", make_base))
     run.cfg = replace(cfg, teacher=base, student=cfg.student or base, learner=cfg.learner or base)
-    examples, system = load_examples(cfg, run)
+    examples = load_examples(cfg, run)
     names = {base, run.cfg.student, run.cfg.learner}
-    tokenizers = {name: common.load_lm(name)[1] for name in names}
+    tokenizers = {name: pretrained(AutoTokenizer, name) for name in names}
     if any(x.get_vocab() != tokenizers[base].get_vocab() for x in tokenizers.values()):
         raise UserError(f"{', '.join(names)} tokenize differently; d_j compares the same tokens in both")
-    teacher, student = POINTERS if cfg.teacher == "tiny" else TEXT
-    prompts = Prompts(tokenizers[base], teacher, replace(student, system=system or student.system))
+    prompts = Prompts(tokenizers[base], *(POINTERS if cfg.teacher == "tiny" else TEXT))
     fitting = []
     for e in examples:
-        told, shown = (prompts.write(x, e, e.trace) for x in (prompts.teacher, prompts.student))
-        more = max(0, cfg.max_new - len(told.t))  # an explanation may outgrow the trace
-        if max(len(told.ids), len(shown.ids)) + more <= cfg.context and shown.s:
+        told, shown = (prompts.write(x, e) for x in (prompts.teacher, prompts.student))
+        if max(len(told.ids), len(shown.ids)) + cfg.max_new <= cfg.context and shown.s:
             fitting.append(e)
     if dropped := len(examples) - len(fitting):
         run.print(f"{dropped} problems dropped: beyond --context {cfg.context}, or no solution to score")
     return prompts, fitting
 
 
-def evaluate(name: str, examples: list[Example], prompts, run) -> dict[str, float]:
+def evaluate(name: str, examples: list[Example], prompts, run) -> dict:
     """Held-out problems: share solved and mean credit of greedy answers, share solved by sampled ones."""
     sample, credits = SAMPLERS[run.cfg.sampler](load(name, run), run), []
     for temperature in (0.0, EVAL_TEMPERATURE):
@@ -941,10 +927,10 @@ def evaluate(name: str, examples: list[Example], prompts, run) -> dict[str, floa
         credits.append(np.concatenate(run.gather([e.credit() for e in episodes])))
     greedy, sampled = credits
     found = {"solved": (greedy == 1).mean(), "credit": greedy.mean(), "sampled": (sampled == 1).mean()}
-    return found | (benchmarks(name, prompts, run) if run.cfg.bench else {})
+    return found | (benchmarks(name, examples[0].system, prompts, run) if run.cfg.bench else {})
 
 
-def benchmarks(name: str, prompts, run) -> dict[str, float]:
+def benchmarks(name: str, system: str, prompts, run) -> dict:
     """Exact match in lm-eval's tasks, with the student's system prompt; each rank decodes a whole model."""
     cfg = run.cfg
     if cfg.sampler == "vllm":
@@ -953,14 +939,14 @@ def benchmarks(name: str, prompts, run) -> dict[str, float]:
     else:
         lm = common.load_lm(name)[0].to(run.device)
     more = dict(max_gen_toks=cfg.eval_new, do_sample=True, temperature=EVAL_TEMPERATURE)
-    more = dict(system_instruction=prompts.student.system, gen_kwargs=more)
+    more = dict(system_instruction=system, gen_kwargs=more)
     found = {}
     for task, scores in common.benchmark(lm, prompts.tokenizer, cfg.bench, run=run, **more).items():
         found |= {f"{task} {key}": value for key, value in scores.items() if "exact_match," in key}
     return found
 
 
-def explanations(examples: list[Example], prompts, run) -> tuple[list[Example], dict]:
+def explanations(examples: list[Example], prompts, run) -> tuple:
     """What the learner is distilled from: the corpus's traces, or a teacher's with their mean r_SS and r_KL.
 
     A teacher is warmed up on the corpus, then (unless the source is "warm teacher") trained by RL.
@@ -969,21 +955,19 @@ def explanations(examples: list[Example], prompts, run) -> tuple[list[Example], 
     traced = [e for e in examples if e.trace]
     if cfg.source == "corpus":
         return traced[: cfg.traces], {}
-    texts = [prompts.write(prompts.teacher, e, e.trace) for e in traced]
-    adam = dict(betas=(0.9, 0.95), weight_decay=1e-4)
-    sizes = cfg.warmup_batch, cfg.warmup_steps
-    warm_up = partial(fine_tune, cfg.teacher, texts, *sizes, warmup=0.05, **adam)
+    texts = [prompts.write(prompts.teacher, e) for e in traced]
+    recipe = dict(warmup=0.05, betas=(0.9, 0.95), weight_decay=1e-4)
+    warm_up = partial(fine_tune, cfg.teacher, texts, cfg.warmup_batch, cfg.warmup_steps, **recipe)
     teacher = run.once(f"warm {kind}", warm_up)
     if cfg.source == "teacher":
         kind = f"lam={cfg.lam} {kind}"
-        reinforce = partial(train_grpo, str(teacher / "model"), examples, cfg.updates, True, prompts)
+        reinforce = partial(train_grpo, str(teacher), examples, cfg.updates, True, prompts)
         teacher = run.once(f"teacher {kind}", reinforce)
     examples = examples[: cfg.traces]
-    folder = run.once(f"traces {kind}", partial(collect, str(teacher / "model"), examples, prompts))
+    folder = run.once(f"traces {kind}", partial(collect, str(teacher), examples, prompts))
     rows = read_lines(folder / "traces.jsonl")
     numbers = {key: np.mean([row[key] for row in rows]) for key in ("r_ss", "r_kl")}
-    keys = ("question", "solution", "reasoning_trace")
-    return [Example(*(row[key] for key in keys)) for row in rows], numbers
+    return [replace(e, trace=row["reasoning_trace"]) for e, row in zip(examples, rows, strict=True)], numbers
 
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
@@ -995,8 +979,8 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     numbers, learner = {}, run.cfg.learner
     if cfg.distil:
         traces, numbers = explanations(examples, prompts, run)
-        few = traces[: math.ceil(cfg.distil * len(traces))]
-        texts = [prompts.write(prompts.student, e, e.trace) for e in few]
+        traces = traces[: math.ceil(cfg.distil * len(traces))]
+        texts = [prompts.write(prompts.student, e) for e in traces]
         steps = math.ceil(cfg.distil * cfg.distil_steps)
         learner = fine_tune(learner, texts, cfg.distil_batch, steps, run, warmup=0.1, weight_decay=0.0)
     if cfg.solve:
@@ -1013,19 +997,18 @@ def look(cfg: Config, run: Run):
     --score ranks (question, solution, reasoning_trace) rows by the trained teacher's reward.
     """
     where = f"lam={cfg.lam}_chains={cfg.chains}-s{cfg.seed}"
-    file, teacher = run.root / f"traces_{where}" / "traces.jsonl", run.root / f"teacher_{where}" / "model"
+    file, teacher = run.root / f"traces_{where}" / "traces.jsonl", run.root / f"teacher_{where}"
     if not file.exists():
         raise UserError(f"there is no {file}: train without --show and --score first")
     if cfg.score:
         prompts, examples = open_task(replace(cfg, data=cfg.score), run)
-        closing = prompts.teacher.answer[-1]
-        episodes = [Episode(e, [], 0, e.trace + closing) for e in examples if e.trace]
+        episodes = [Episode(e, [], 0, e.trace + prompts.teacher.answer[-1]) for e in examples if e.trace]
         if not episodes:
             raise UserError(f"{cfg.score}: no row has a reasoning_trace that fits")
-        models = load(str(teacher), run), load(run.cfg.student, run)
-        rows = spell(rewards(episodes, *models, prompts, run), prompts)
+        scored = rewards(episodes, load(str(teacher), run), load(run.cfg.student, run), prompts, run)
+        scored.sort(key=lambda found: -found[1]["reward"])
         file = Path(cfg.score).with_suffix(".scored.jsonl")
-        write_lines(file, sorted(rows, key=lambda row: -row["reward"]), run)
+        write_explanations(file, scored, prompts, run)
     best = max(read_lines(file), key=lambda row: row["reward"])
     for key, value in best.items():
         run.print(f"{key}: {value}")
@@ -1033,50 +1016,46 @@ def look(cfg: Config, run: Run):
 
 
 def draw(figure, table: dict):
-    """Left: share solved in each row, a dot a seed. Right: the reward's terms of what teachers wrote."""
-    left, right = figure.subplots(1, 2)
+    """Share solved in each row, a dot a seed."""
+    axes = figure.subplots()
     for row, cells in table.items():
-        left.plot([cell["solved"] for cell in cells], [row] * len(cells), "o")
-        if "r_ss" in cells[0]:
-            right.plot([cell["r_kl"] for cell in cells], [cell["r_ss"] for cell in cells], "o", label=row)
-    left.set(xlabel="held-out problems solved, a dot a seed")
-    left.invert_yaxis()
-    right.set(xlabel="r_KL: what only the teacher would write", ylabel="r_SS: log-prob of the solution")
-    right.legend()
+        axes.plot([cell["solved"] for cell in cells], [row] * len(cells), "o")
+    axes.set(xlabel="held-out problems solved, a dot a seed")
+    axes.invert_yaxis()
 
 
 # --- sizes without weights, and what is missing ---
 
 
-def config_of(name: str, cfg: Config):
-    """Sizes of a model, as its transformers config."""
-    from transformers import AutoConfig
-
-    if name == "tiny":
-        return hop_model(cfg).lm.config
+def pretrained(kind, name: str):
+    """A transformers config or tokenizer, as `kind` says; no weights."""
     path = Path(name)
     if path.suffix == ".gguf":
-        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    return AutoConfig.from_pretrained(name)
+        return kind.from_pretrained(path.parent, gguf_file=path.name)
+    return kind.from_pretrained(name)
 
 
 def missing(cfg: Config, run: Run) -> list[str]:
     """What this config needs and does not find or cannot use, a line each, with the flag that mends it."""
-    data = cfg.score or cfg.data
-    checks = {f"--data {data}": partial(load_examples, replace(cfg, data=data), run)}
-    for flag in ("teacher", "student", "learner"):
-        if name := getattr(cfg, flag):
-            checks[f"--{flag} {name}"] = partial(config_of, name, cfg)
-    if cfg.bench:
-        checks["--bench"] = partial(common.need, "lm_eval", "lm")
-    if cfg.sampler == "vllm":
-        checks["--sampler vllm"] = partial(common.need, "vllm", "vllm")
-    found = []
-    for flag, check in checks.items():
+    from transformers import AutoConfig
+
+    found, data = [], cfg.score or cfg.data
+
+    def check(flag, look, *args):
         try:
-            check()
+            look(*args)
         except (UserError, OSError, ValueError) as e:
             found.append(f"{flag}: {str(e).splitlines()[0]}")
+
+    check(f"--data {data}", load_examples, replace(cfg, data=data), run)
+    for flag in ("teacher", "student", "learner"):
+        name = getattr(cfg, flag)
+        if name not in ("", "tiny"):
+            check(f"--{flag} {name}", pretrained, AutoConfig, name)
+    if cfg.bench:
+        check("--bench", common.need, "lm_eval", "lm")
+    if cfg.sampler == "vllm":
+        check("--sampler vllm", common.need, "vllm", "vllm")
     return found
 
 
@@ -1086,10 +1065,10 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
     Decoding is bound by memory bandwidth: each step reads the weights and the cache of all sequences. A
     teacher that is not here counts as Qwen2.5-7B.
     """
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
     try:
-        config = config_of(cfg.teacher, cfg)
+        config = hop_model(cfg).lm.config if cfg.teacher == "tiny" else pretrained(AutoConfig, cfg.teacher)
     except (OSError, ValueError):
         config = Qwen2Config(152064, 3584, 18944, 28, 28, 4)
     with torch.device("meta"):
@@ -1103,8 +1082,8 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
     learn = 14 * n * tokens / (0.4 * 989e12)  # 8 n FLOPs a token, the other models 6 n; 40 % of the peak
     memory = (22 * n / gpus + 2 * n + cache) / 1e9  # AdamW 16 bytes, reference 4, student 2; what decodes
     hours = cfg.updates * (decode + learn) / 3600
-    run.print(f"{n:,} parameters; {memory:.0f} GB on each of {gpus} GPUs, {cache / 1e9:.0f} of them cache")
     run.print(
+        f"{n:,} parameters; {memory:.0f} GB on each of {gpus} GPUs, {cache / 1e9:.0f} of them cache\n"
         f"{cfg.updates} updates of {completions} completions: {hours:.1f} hours, "
         f"{decode / (decode + learn):.0%} decoding"
     )
