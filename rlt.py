@@ -34,7 +34,8 @@ Departures from the paper and its code
 - Log-softmax in float32, no pad token in any loss, rewards in batches (the code: bfloat16, pads, one by one).
 - The teacher's system prompt is ours, of the same structure. One explanation a question is collected.
   Problems whose texts may exceed --context are dropped, not cut; dropout is off unless activations are
-  recomputed; a warm-up's first step has rate 0. lm-eval's prompts and graders where the paper used SkyThought's.
+  recomputed; a warm-up's first step has rate 0. lm-eval's prompts and graders, where the paper used
+  SkyThought's.
 - Samples are an inverse CDF of numbers that all ranks draw alike, so their number changes no result (vLLM
   draws its own).
 - The demo's task, pointer chasing, is ours and was selected: exploration must fail. With two chains it
@@ -330,9 +331,11 @@ def load_examples(cfg: Config, run: Run) -> list[Example]:
 def sections(row: dict) -> dict:
     """What Stratos and GSM8K call otherwise, as question, solution and reasoning_trace."""
     if "conversations" in row:  # a question, and an answer of a thought block and a solution block
-        turns = row["conversations"] or ()
-        found = re.search(BLOCKS, str(turns[-1].get("value")), re.DOTALL) if len(turns) == 2 else None
-        return {"question": turns[0].get("value")} | found.groupdict() if found else {}
+        turns = [turn.get("value") for turn in row["conversations"] or ()]
+        if len(turns) != 2:
+            return {}
+        found = re.search(BLOCKS, str(turns[1]), re.DOTALL)
+        return {"question": turns[0]} | (found.groupdict() if found else {})
     if row.get("answer") and "solution" not in row:  # GSM8K: a rationale, #### and a number; gym: a solution
         trace, _, number = str(row["answer"]).rpartition("####")
         return {"solution": rf"The answer is \boxed{{{number.strip()}}}", "reasoning_trace": trace}
