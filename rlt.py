@@ -116,8 +116,8 @@ class Config(common.Config):
     sampler: Literal["hf", "vllm"] = "hf"  # transformers' loop, or a vLLM engine on each GPU
     recompute: bool = False  # activations in the backward pass, to save memory
     # looking instead of training
-    show: bool = False  # rank the trained teacher's explanations by their reward, print the best, exit
-    score: str = ""  # the same for a .jsonl with question, solution, reasoning_trace
+    show: bool = False  # print the best explanation of the trained teacher, token by token, and exit
+    score: str = ""  # .jsonl with question, solution, reasoning_trace: rank it by the reward, print the best
 
     def check(self):
         super().check()
