@@ -25,19 +25,16 @@ How to run
   torchrun --nproc_per_node=8 rlt.py --config full  Qwen2.5-7B on Bespoke-Stratos-17k, the paper's setting
 
 Departures from the paper and its code
-- The paper writes a KL divergence; like its code we take the log-ratio at the sampled token. From the code,
-  too: tau inside r_SS; the reference moves 0.9 of the way to the policy every 32 updates; an empty
-  explanation counts 1 for mean and for max; explanations are re-encoded from text.
-- The explanation is found by character offsets; a token that straddles a tag is left out. The code looks for
-  its ids, so it finds the question if the explanation only repeats that. The blank line that the teacher's
-  prompt ends with is not scored (for the paper's tokenizer it is part of the tag).
-- Log-softmax in float32, no pad token in any loss, rewards in batches (the code: bfloat16, pads, one by one).
-- The teacher's system prompt is ours, of the same structure. One explanation a question is collected.
-  Problems whose texts may exceed --context are dropped, not cut; dropout is off unless activations are
-  recomputed; a warm-up's first step has rate 0. lm-eval's prompts and graders, where the paper used
-  SkyThought's.
-- Samples are an inverse CDF of numbers that all ranks draw alike, so their number changes no result (vLLM
-  draws its own).
+- From the paper's code: d_j is the log-ratio at the sampled token, not a divergence; tau inside r_SS; the
+  reference moves 0.9 of the way to the policy every 32 updates; explanations are encoded anew from text.
+- The explanation is found by character offsets; a token that straddles a tag is left out, so the blank line
+  that the teacher's prompt ends with is not scored. The code looks for its ids, and finds the question where
+  the explanation only repeats that.
+- Float32 log-softmax, no pad in any loss. The teacher's system prompt is ours, one explanation a question is
+  collected, problems that may exceed --context are dropped instead of cut, a warm-up's first step has rate 0.
+  lm-eval's prompts and graders, where the paper used SkyThought's.
+- Samples are an inverse CDF of numbers that all ranks draw alike, so their number changes no result; vLLM
+  draws its own.
 - The demo's task, pointer chasing, is ours and was selected: exploration must fail. With two chains it
   does not, and correctness RL wins: two control rows. Settings were tuned on seeds from 100 on.
 
