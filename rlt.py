@@ -306,7 +306,7 @@ def letters(rows: Tensor) -> list:
     return ["".join((SYMBOLS + "~")[i] for i in row) for row in rows.tolist()]
 
 
-def load_examples(cfg: Config, run: Run) -> list[Example]:
+def load_examples(cfg: Config, run: Run) -> list:
     """Examples from what --data names; UserError for what cannot be used."""
     source = cfg.data
     if source == "pointers":
@@ -585,7 +585,7 @@ def rlt_reward(ell: Tensor, d: Tensor, closed: bool, cfg: Config) -> dict:
     return {"reward": reward, "r_ss": r_ss, "r_kl": r_kl, "length": len(d), "closed": closed}
 
 
-def rewards(episodes: list[Episode], teacher, student, prompts, run) -> list[tuple]:
+def rewards(episodes: list[Episode], teacher, student, prompts, run) -> list:
     """Each explanation, its reward with parts, l (K,) and d (J,). No gradient flows.
 
     One pass of the student gives the solution's log-probs and its half of d.
@@ -891,7 +891,7 @@ def make_base(run: Run):
 EVAL_TEMPERATURE = 0.7  # of sampled answers
 
 
-def open_task(cfg: Config, run: Run) -> tuple:
+def open_task(cfg: Config, run: Run):
     """The prompts, and the problems that fit; run.cfg gets the names of all models, the tiny one is made.
 
     UserError if models and data do not go together.
@@ -918,7 +918,7 @@ def open_task(cfg: Config, run: Run) -> tuple:
     return prompts, fitting
 
 
-def evaluate(name: str, examples: list[Example], prompts, run) -> dict:
+def evaluate(name: str, examples: list[Example], prompts, run):
     """Held-out problems: share solved and mean credit of greedy answers, share solved by sampled ones."""
     sample, credits = SAMPLERS[run.cfg.sampler](load(name, run), run), []
     for temperature in (0.0, EVAL_TEMPERATURE):
@@ -930,7 +930,7 @@ def evaluate(name: str, examples: list[Example], prompts, run) -> dict:
     return found | (benchmarks(name, examples[0].system, prompts, run) if run.cfg.bench else {})
 
 
-def benchmarks(name: str, system: str, prompts, run) -> dict:
+def benchmarks(name: str, system: str, prompts, run):
     """Exact match in lm-eval's tasks, with the student's system prompt; each rank decodes a whole model."""
     cfg = run.cfg
     if cfg.sampler == "vllm":
@@ -946,7 +946,7 @@ def benchmarks(name: str, system: str, prompts, run) -> dict:
     return found
 
 
-def explanations(examples: list[Example], prompts, run) -> tuple:
+def explanations(examples: list[Example], prompts, run):
     """What the learner is distilled from: the corpus's traces, or a teacher's with their mean r_SS and r_KL.
 
     A teacher is warmed up on the corpus, then (unless the source is "warm teacher") trained by RL.
@@ -1070,7 +1070,8 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
     try:
         config = hop_model(cfg).lm.config if cfg.teacher == "tiny" else pretrained(AutoConfig, cfg.teacher)
     except (OSError, ValueError):
-        config = Qwen2Config(152064, 3584, 18944, 28, 28, 4)
+        size = dict(hidden_size=3584, intermediate_size=18944, num_key_value_heads=4)
+        config = Qwen2Config(num_hidden_layers=28, num_attention_heads=28, **size)
     with torch.device("meta"):
         n = AutoModelForCausalLM.from_config(config).num_parameters()
     heads = config.num_attention_heads
@@ -1080,10 +1081,10 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
     cache = tokens * 4 * config.num_hidden_layers * width  # bytes, at the end
     decode = cfg.max_new * (2 * n + cache / 2) / 3.35e12  # seconds an update
     learn = 14 * n * tokens / (0.4 * 989e12)  # 8 n FLOPs a token, the other models 6 n; 40 % of the peak
-    memory = (22 * n / gpus + 2 * n + cache) / 1e9  # AdamW 16 bytes, reference 4, student 2; what decodes
+    memory = (22 * n / gpus + 2 * n) / 1e9  # AdamW 16 bytes, reference 4, student 2; what decodes
     hours = cfg.updates * (decode + learn) / 3600
     run.print(
-        f"{n:,} parameters; {memory:.0f} GB on each of {gpus} GPUs, {cache / 1e9:.0f} of them cache\n"
+        f"{n:,} parameters; {memory:.0f} GB on each of {gpus} GPUs, {cache / 1e9:.0f} of cache in one wave\n"
         f"{cfg.updates} updates of {completions} completions: {hours:.1f} hours, "
         f"{decode / (decode + learn):.0%} decoding"
     )
