@@ -22,7 +22,6 @@ Medians of seven intervals (fb: five), in turn, so that slow minutes hit all ali
 import contextlib
 import functools
 import importlib.util
-import io
 import itertools
 import statistics
 import sys
@@ -250,69 +249,76 @@ def bench_fb(folder: Path, run: common.Run, obs=24, actions=6, dim=50, width=256
     report("fb", {name: count * rate for name, rate in rates.items()})
 
 
-def bench_transformer2(folder: Path, run: common.Run, answers: int = 16, length: int = 64, steps: int = 4):
-    """Steps of transformer2.train_expert beside Reinforce.step_optimization; both get ready answers."""
-    for name in ("fishfarm", "hydra", "omegaconf", "vllm"):
-        sys.modules[name] = mock.MagicMock()  # imported there, not used here
+def self_adaptive_step(folder: Path, model, tokenizer, texts: list[str], length: int) -> Callable:
+    """Reinforce.step_optimization and .update of the public code on ready answers, every other one right.
+
+    Packages that are imported but not used here are empty, and so is the copy of the weights into vLLM.
+    """
+    for package in ("fishfarm", "vllm"):
+        sys.modules[package] = mock.MagicMock()
     sys.path.insert(0, str(folder))
     import optim_modules
     from policy.base import Policy
 
+    base, factors = model.state_dict(), {}
+    original = {k: v.clone() for k, v in base.items() if "mlp" in k}
+    for name, weight in original.items():
+        U, S, V = torch.svd(weight)
+        factors |= {f"{name}.U": U, f"{name}.S": S, f"{name}.V": V}
+    rewards = [2.0 * (i % 2) - 1 for i in range(len(texts))]
+    loader = SimpleNamespace(
+        get_prompt=lambda tokenizer, data, i, model_id: texts[i][:length], get_rewards=lambda res: rewards
+    )
+    details = SimpleNamespace(sample_details=[{"output": text[length:]} for text in texts])
+    evaluator = SimpleNamespace(evaluate=lambda *args, **more: details)
+    optim_modules.load_hf_params_to_vllm = mock.MagicMock()
+    torch.Tensor.cuda = lambda x: x  # load_base_params asks for it
+    with contextlib.redirect_stdout(None):
+        policy = Policy(base, "cpu", 0.1)
+    reinforce = optim_modules.Reinforce(policy, "cpu", 1e-3, 2e-3, False, None, 0.1)
+    given = dict(model_id="", model=model, tokenizer=tokenizer, policy=policy, task_loader=loader)
+    given |= dict(batch_ix=range(len(texts)), train_data=None, train_eval=evaluator, base_params=base)
+    given |= dict(decomposed_params=factors, original_model_params=original)
+    given |= dict(metrics_to_log=mock.MagicMock(), vllm_model=mock.MagicMock())
+
+    def step():
+        with contextlib.redirect_stdout(None):
+            reinforce.step_optimization(**given)
+        reinforce.update(policy)
+        model.zero_grad()
+
+    return step
+
+
+def bench_transformer2(folder: Path, run: common.Run, answers: int = 16, length: int = 64, steps: int = 8):
+    """Steps of transformer2.train_expert beside the public code's, on the same prompts and ready answers."""
     tokenizer = common.CharTokenizer(transformer2.SYMBOLS, eos="$")
     ours, theirs = (common.tiny_lm(len(transformer2.SYMBOLS), 256, 4).eval() for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     chance = np.random.default_rng(0)
     texts = ["".join(chance.choice([*"0123456789"], 2 * length)) for _ in range(answers)]
-    problem = transformer2.Problem("", "", "", str.__eq__)
-    episodes = []
-    for text in texts:
-        ids = tokenizer(text)["input_ids"]
-        episodes.append(transformer2.Episode(problem, ids[:length], ids[length:], "", len(episodes) % 2, 0.0))
+    their_step = self_adaptive_step(folder, theirs, tokenizer, texts, length)
 
+    problem, episodes = transformer2.Problem("", "", "", str.__eq__), []
+    for i, text in enumerate(texts):
+        ids = tokenizer(text)["input_ids"]
+        episodes.append(transformer2.Episode(problem, ids[:length], ids[length:], "", i % 2, 0.0))
     layers = {k: transformer2.SVFLinear(x) for k, x in transformer2.matrices(ours, ("mlp",)).items()}
     world = transformer2.World(ours, tokenizer, [0], transformer2.Adapter(ours, layers), run)
-    task, size = (
-        transformer2.Task("x", "math", [problem] * answers, [problem], []),
-        dict(steps=steps, batch=answers),
-    )
-    run.cfg = replace(transformer2.CONFIGS["demo"], **size, lam=0.1, valid_every=99, micro=8, save_every=99)
+    task = transformer2.Task("x", "math", [problem] * answers, [problem], [])
+    size = dict(steps=steps, batch=answers, lam=0.1, valid_every=99, micro=8, save_every=99)
+    run.cfg = replace(transformer2.CONFIGS["demo"], **size)
 
     def our_steps():
         run.folder = Path(tempfile.mkdtemp())
         with mock.patch.object(transformer2, "rollout", lambda *args: [*episodes]):
             transformer2.train_expert(task, world, run)
 
-    base, details = dict(theirs.named_parameters()), [{"output": text[length:]} for text in texts]
-    factors = {}
-    for name, weight in base.items():
-        if "mlp" in name:
-            U, S, V = torch.svd(weight.detach())
-            factors |= {f"{name}.U": U, f"{name}.S": S, f"{name}.V": V}
-    original = {k: v.detach().clone() for k, v in base.items() if "mlp" in k}
-    policy = Policy(base, "cpu", 0.1)
-    reinforce = optim_modules.Reinforce(policy, "cpu", 1e-3, 2e-3, False, None, 0.1)
-    loader = SimpleNamespace(
-        get_prompt=lambda tokenizer, data, i, model_id: texts[i][:length],
-        get_rewards=lambda res: [1.0 if i % 2 else -1.0 for i in range(answers)],
-    )
-    evaluator = SimpleNamespace(evaluate=lambda *args, **more: SimpleNamespace(sample_details=details))
-    given = dict(model_id="", model=theirs, tokenizer=tokenizer, policy=policy, task_loader=loader)
-    given |= dict(batch_ix=range(answers), train_data=None, train_eval=evaluator, base_params=base)
-    given |= dict(decomposed_params=factors, original_model_params=original, metrics_to_log=mock.MagicMock())
-    given |= dict(vllm_model=mock.MagicMock())
-
     def their_steps():
         for _ in range(steps):
-            reinforce.step_optimization(**given)
-            reinforce.update(policy)
-            theirs.zero_grad()
+            their_step()
 
-    quiet = (
-        mock.patch.object(optim_modules, "load_hf_params_to_vllm"),
-        mock.patch("torch.Tensor.cuda", lambda x: x),
-    )
-    with quiet[0], quiet[1], contextlib.redirect_stdout(io.StringIO()):
-        rates = median_rates({"ours": our_steps, "theirs": their_steps}, run.device, rounds=3)
+    rates = median_rates({"ours": our_steps, "theirs": their_steps}, run.device, rounds=3)
     report("transformer2", {name: steps * rate for name, rate in rates.items()})
 
 
