@@ -82,6 +82,7 @@ class Config(common.Config):
     # an expert each, CATEGORY=SOURCE: toy:NAME, a name in SOURCES, a .jsonl, or gym:NAME
     tasks: tuple[str, ...] = ("math=toy:add", "code=toy:rot", "reasoning=toy:max")  # to train experts on
     unseen: tuple[str, ...] = ("math=toy:sub", "code=toy:rod", "reasoning=toy:min")  # to adapt to
+    bench: tuple[str, ...] = ()  # CATEGORY=TASK of lm-eval, to adapt to
     data: str = ""  # folder with SOURCE-SPLIT.jsonl files; empty: the hub
     experts: str = ""  # folder of experts (.safetensors) to use instead of training
     cross_model: bool = False  # let them come from other weights
@@ -91,10 +92,10 @@ class Config(common.Config):
     # training of one expert
     steps: int = 40  # updates
     batch: int = 96  # prompts an update, one answer each
-    lr: float = 0.1  # of p; AdamW, cosine to 0
-    lora_lr: float = 1.25e-3  # the same for LoRA
-    rate: float = 1.0  # multiple of either
+    lr: float = 0.1  # AdamW, cosine to 0
+    rate: float = 1.0  # multiple of it, for rows
     clip: float = 1e-3  # norm of the gradient
+    objective: Literal["reinforce", "next_token"] = "reinforce"  # next_token: learn given solutions
     lam: float = 0.0  # weight of the KL (lambda)
     temperature: float = 1.0  # of sampled answers; 0: greedy, as in the paper's code
     valid_every: int = 10  # updates between two validations
@@ -115,14 +116,13 @@ class Config(common.Config):
     base_steps: int = 1200  # pre-training steps
     base_batch: int = 96  # documents a step
     base_lr: float = 6e-3  # peak of one cycle
-    gate: float = 0.9  # accuracy on documents tagged as good that a base model must reach in every skill
     # memory and speed
     micro: int = 256  # answers in one forward and backward pass
     sample_batch: int = 1024  # answers decoded together
 
     def check(self):
         super().check()
-        for text in self.tasks + self.unseen:
+        for text in self.tasks + self.unseen + self.bench:
             category, _, source = text.partition("=")
             toy = source.removeprefix("toy:") in OPERATIONS
             if category not in CATEGORIES or not source or toy != (self.model == "tiny"):
@@ -136,39 +136,26 @@ class Config(common.Config):
             )
 
 
-DEMO = Config(seeds=3, ranks=2, log_every=10, save_every=1000)
+DEMO = Config(seeds=3, ranks=2)
 REAL = Config(
     share="run",
     rows=("base", "SVF", "A: prompt dispatch"),
     model="HuggingFaceTB/SmolLM2-135M-Instruct",
-    tasks=("math=gym:chain_sum", "reasoning=gym:coin_flip"),
+    tasks=("math=gym:gcd", "reasoning=gym:letter_counting"),
     unseen=(),
     modules=("mlp",),
     steps=6,
-    batch=24,
-    lr=0.1,
+    batch=16,
     lam=0.1,
-    valid=24,
-    max_new=16,
-    test=48,
+    valid=16,
+    max_new=8,
+    test=32,
     micro=4,
     sample_batch=320,
     log_every=1,
 )
 CONFIGS = {
-    "smoke": replace(
-        DEMO,
-        ranks=1,
-        seeds=1,
-        base_steps=30,
-        base_batch=60,
-        gate=0.0,
-        steps=3,
-        batch=16,
-        valid=16,
-        generations=2,
-        test=24,
-    ),
+    "smoke": replace(DEMO, ranks=1, seeds=1, base_steps=30, steps=3, batch=16, generations=2, test=24),
     "demo": DEMO,
     "gpu": replace(DEMO, ranks=4, seeds=5, width=256, base_steps=4000, base_lr=1e-3, lr=0.05),
     "text": REAL,
@@ -181,7 +168,6 @@ CONFIGS = {
         steps=200,
         batch=256,
         lr=2e-3,
-        lora_lr=2e-4,
         temperature=0.0,
         valid=512,
         generations=50,
@@ -192,13 +178,14 @@ CONFIGS = {
 }
 
 # a row of the table is the settings that it changes; every row ends with accuracies on all tasks
-LORA = dict(adapter="lora", modules=("qv",))
+LORA = dict(adapter="lora", modules=("qv",), rate=1 / 80)
 ROWS = {
     "base": dict(adapter="none"),
     "SVF": {},
     "LoRA": LORA,
     "SVF, 4 x the rate": dict(rate=4.0),
-    "LoRA, 4 x the rate": LORA | dict(rate=4.0),
+    "LoRA, 4 x the rate": LORA | dict(rate=4 / 80),
+    "LoRA, next-token prediction": LORA | dict(objective="next_token", lam=0.0),
     "A: prompt dispatch": dict(adapt="prompt"),
     "B: category expert": dict(adapt="category"),
     "C: few-shot mixing": dict(adapt="few_shot"),
@@ -220,7 +207,7 @@ CLAIMS = [
 
 def renormalised(z: Tensor, s: Tensor) -> Tensor:
     """g z of eq. (3): z (..., r), singular values s (r,) -> (..., r); exactly one for z of ones."""
-    return z * (s.sum() / (s * z).sum(-1, keepdim=True).clamp_min(1e-30))
+    return z * (s.sum() / (s * z).sum(-1, keepdim=True))
 
 
 class SVFLinear(nn.Module):
@@ -233,7 +220,7 @@ class SVFLinear(nn.Module):
         super().__init__()
         self.linear, self.gain, self.index = linear, None, None
         U, self.s, Vh = torch.linalg.svd(linear.weight.data.float(), full_matrices=False)
-        self.U, self.V, self.size = U.to(linear.weight.dtype), Vh.mT.to(linear.weight.dtype), len(self.s)
+        self.U, self.V, self.size = U.to(linear.weight), Vh.mT.to(linear.weight), len(self.s)
 
     def start(self, generator: torch.Generator) -> Tensor:
         """p (r,) before training: z is about 0.525 everywhere, and W' = W because of g."""
@@ -284,10 +271,12 @@ def matrices(model: nn.Module, modules: tuple[str, ...]) -> dict[str, nn.Linear]
     Names count from the decoder on, so those of a text model and of a vision-language model agree.
     """
     pattern = "|".join(MODULES.get(name, name) for name in modules)
-    layers = {name: x for name, x in model.get_decoder().named_modules() if type(x) is nn.Linear}
-    found = {name: layer for name, layer in layers.items() if re.search(pattern, name)}
+    found = {}
+    for name, layer in model.get_decoder().named_modules():
+        if type(layer) is nn.Linear and re.search(pattern, name):
+            found[name] = layer
     if not found:
-        raise UserError(f"--modules {' '.join(modules)} matches none of {', '.join([*layers][:7])}, ...")
+        raise UserError(f"--modules {' '.join(modules)}: {type(model).__name__} has no such linear layers")
     return found
 
 
@@ -348,21 +337,30 @@ CHAT = (
 )
 
 
+def model_config(name: str):
+    """transformers' config of a hub id, folder or .gguf; None where there is none."""
+    from transformers import AutoConfig
+
+    path, where = Path(name), {}
+    if path.suffix == ".gguf":
+        name, where = path.parent, {"gguf_file": path.name}
+    with contextlib.suppress(OSError, ValueError):
+        return AutoConfig.from_pretrained(name, **where)
+
+
 @functools.lru_cache(maxsize=2)  # loaded and decomposed once a process, not once a cell
 def open_world(name: str, lora: bool, modules: tuple[str, ...], device, dtype) -> World:
     """The model `name`, perhaps of vision and language, with its layers adapted and nothing changed yet."""
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-    vision = False
-    with contextlib.suppress(OSError, ValueError):  # a .gguf, or load_lm says what is wrong
-        vision = hasattr(AutoConfig.from_pretrained(name), "vision_config")
-    if vision:
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).eval()
+    if hasattr(model_config(name), "vision_config"):
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
     else:
         model, tokenizer = common.load_lm(name, dtype)
     tokenizer.chat_template = tokenizer.chat_template or CHAT
     layers = matrices(model.to(device), modules)
+    common.token_logprobs(model, torch.zeros(1, 2, dtype=torch.long, device=device))  # or a UserError
     for key, linear in layers.items():
         layers[key] = LoRALinear(linear) if lora else SVFLinear(linear)
     return World(model, tokenizer, common.end_ids(model, tokenizer), Adapter(model, layers), None)
@@ -370,7 +368,7 @@ def open_world(name: str, lora: bool, modules: tuple[str, ...], device, dtype) -
 
 def fingerprint(layer: nn.Module) -> int:
     """Of the base weights, alike in float32 and in bfloat16 if they came in bfloat16."""
-    return zlib.crc32(layer.linear.weight.bfloat16().view(torch.int16).cpu().numpy())
+    return zlib.crc32(layer.linear.weight.float().cpu().numpy())
 
 
 def save_expert(file: Path, adapter: Adapter, vector: Tensor):
@@ -394,9 +392,10 @@ def load_expert(file: Path, adapter: Adapter, cross_model: bool) -> Tensor:
     if found.keys() != {name + end for name in adapter.layers for end in ("", " base")}:
         raise UserError(f"{file}: for {', '.join(found)}; the model adapts {', '.join(adapter.layers)}")
     for name, layer in adapter.layers.items():
-        if found[name].shape != (layer.size,):
-            raise UserError(f"{file}: {name} has shape {[*found[name].shape]}, needed: [{layer.size}]")
-        if not found[name].isfinite().all():
+        p = found[name]
+        if p.shape != (layer.size,):
+            raise UserError(f"{file}: {name} has shape {[*p.shape]}, needed: [{layer.size}]")
+        if not p.isfinite().all():
             raise UserError(f"{file}: {name} has numbers that are not finite")
         if found[f"{name} base"] != fingerprint(layer) and not cross_model:
             raise UserError(
@@ -416,6 +415,7 @@ class Problem:
     question: str  # all that dispatch sees
     target: str
     judge: Callable  # (target, text of an answer) -> right or not
+    solution: str = ""  # what to write, for next-token prediction
     opening: str = ""  # of the answer, given
 
 
@@ -457,26 +457,29 @@ def encode(problems: list[Problem], tokenizer):
 
 
 @torch.no_grad()
-def rollout(world: World, problems: list[Problem], temperature: float = 0.0) -> list[Episode]:
-    """An answer to each problem; temperature 0: greedy.
+def rollout(world: World, problems: list[Problem], temperature=0.0, given=False) -> list[Episode]:
+    """An answer to each problem; temperature 0: greedy; given: its solution, as if the model had written it.
 
     Every rank draws the numbers of all, so that each has as many problems when they are sampled.
     """
-    run, episodes = world.run, []
-    size, uniforms = (
-        run.cfg.sample_batch,
-        share(torch.rand(len(problems) * run.world_size, run.cfg.max_new), run),
-    )
-    for i in range(0, len(problems), size):
-        part, begin = problems[i : i + size], time.perf_counter()
-        prompts = encode(part, world.tokenizer)
-        with run.autocast():
-            answers = common.generate(world.model, prompts, uniforms[i : i + size], world.ends, temperature)
-        texts = world.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        seconds = (time.perf_counter() - begin) / len(part)
-        for p, prompt, ids, text in zip(part, prompts, answers, texts, strict=True):
-            episodes.append(Episode(p, prompt, ids, text, bool(p.judge(p.target, text)), seconds))
-    return episodes
+    if not problems:
+        return []
+    run, tokenizer, begin = world.run, world.tokenizer, time.perf_counter()
+    prompts, size = encode(problems, tokenizer), run.cfg.sample_batch
+    uniforms = share(torch.rand(len(problems) * run.world_size, run.cfg.max_new), run)
+    if given:
+        texts = [p.solution + tokenizer.eos_token for p in problems]
+        answers = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    else:
+        answers = []
+        for i in range(0, len(problems), size):
+            part = prompts[i : i + size], uniforms[i : i + size]
+            with run.autocast():
+                answers += common.generate(world.model, *part, world.ends, temperature)
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    right = [given or bool(p.judge(p.target, text)) for p, text in zip(problems, texts, strict=True)]
+    seconds = [(time.perf_counter() - begin) / len(problems)] * len(problems)
+    return [*map(Episode, problems, prompts, answers, texts, right, seconds)]
 
 
 def share(items, run: Run):
@@ -498,13 +501,13 @@ def answer_log_probs(world: World, episodes: list[Episode]) -> tuple[Tensor, Ten
     Answers stand one after the other. The head runs in float32, on answers alone.
     """
     ids, valid = common.collate([e.prompt + e.answer for e in episodes], world.run.device)
-    answer = torch.zeros_like(valid)
+    answer = valid.clone()
     for row, e in zip(answer, episodes, strict=True):
-        row[len(e.prompt) : e.tokens] = True
-    out = world.model.get_decoder()(input_ids=ids, attention_mask=valid, use_cache=False)
+        row[: len(e.prompt)] = False
+    with world.run.autocast():
+        out = world.model.get_decoder()(input_ids=ids, attention_mask=valid, use_cache=False)
     hidden, head = out.last_hidden_state[:, :-1][answer[:, 1:]], world.model.get_output_embeddings()
-    with torch.autocast(ids.device.type, enabled=False):
-        return F.linear(hidden.float(), head.weight.float()).log_softmax(-1), ids[answer]
+    return F.linear(hidden.float(), head.weight.float()).log_softmax(-1), ids[answer]
 
 
 def kl_divergence(base: Tensor, new: Tensor) -> Tensor:
@@ -528,8 +531,7 @@ def train_expert(task: Task, world: World, run: Run):
     world, cfg, adapter = replace(world, run=run), run.cfg, world.adapter
     start = [layer.start(run.generator(name)) for name, layer in adapter.layers.items()]
     policy = nn.ParameterDict({"p": torch.cat(start).to(run.device)})
-    lr = cfg.rate * (cfg.lr if cfg.adapter == "svf" else cfg.lora_lr)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), cfg.rate * cfg.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.steps)
     best = {"accuracy": -1.0, "p": policy.p.detach().clone()}
     size = min(cfg.batch, len(task.train)) // run.world_size * run.world_size
@@ -540,26 +542,26 @@ def train_expert(task: Task, world: World, run: Run):
 
     for step in run.steps(cfg.steps, policy=policy, optimizer=optimizer, schedule=schedule, best=best):
         # prompts x, answers y of pi_W', rewards R
-        drawn = share(torch.randperm(len(task.train))[:size], run)
+        prompts = [task.train[i] for i in share(torch.randperm(len(task.train))[:size], run)]
         with adapter.using(vector().detach()):
-            episodes = rollout(world, [task.train[i] for i in drawn], cfg.temperature)
+            episodes = rollout(world, prompts, cfg.temperature, cfg.objective == "next_token")
         episodes.sort(key=lambda e: e.tokens)  # little padding
 
         # eq. (1), cfg.micro answers at a time
-        numbers = {"loss": 0.0, "kl": 0.0, "reward": 2 * np.mean([e.right for e in episodes]) - 1}
+        numbers = {"loss": 0.0, "reward": 2 * np.mean([e.right for e in episodes]) - 1}
         for i in range(0, len(episodes), cfg.micro):
             part = episodes[i : i + cfg.micro]
             reward = torch.tensor([2.0 * e.right - 1 for e in part for _ in e.answer], device=run.device)
-            with torch.no_grad(), run.autocast():
-                base, _ = answer_log_probs(world, part)
-            with adapter.using(vector()), run.autocast():
+            with adapter.using(vector()):
                 log_probs, tokens = answer_log_probs(world, part)
-                logp = log_probs.gather(1, tokens[:, None])[:, 0]
-                kl = kl_divergence(base, log_probs)
-                loss = reinforce_loss(logp, kl, reward, cfg.lam) / len(episodes)
-                loss.backward()
+            base = log_probs.detach()  # without a KL nobody asks
+            if cfg.lam:
+                with torch.no_grad():
+                    base, _ = answer_log_probs(world, part)
+            logp = log_probs.gather(1, tokens[:, None])[:, 0]
+            loss = reinforce_loss(logp, kl_divergence(base, log_probs), reward, cfg.lam) / len(episodes)
+            loss.backward()
             numbers["loss"] += loss.detach()
-            numbers["kl"] += kl.detach().sum() / len(episodes)
         policy.p.grad = run.mean(policy.p.grad)
         numbers["grad_norm"] = nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip)
         optimizer.step()
@@ -568,9 +570,10 @@ def train_expert(task: Task, world: World, run: Run):
 
         if step % cfg.valid_every == 0 or step + 1 == cfg.steps:
             with adapter.using(vector().detach()):
-                numbers["valid"] = accuracy(rollout(world, share(task.valid[: cfg.valid], run)), run)
-            if numbers["valid"] > best["accuracy"]:
-                best |= {"accuracy": numbers["valid"], "p": policy.p.detach().clone()}
+                valid = accuracy(rollout(world, share(task.valid[: cfg.valid], run)), run)
+            if valid > best["accuracy"]:
+                best |= {"accuracy": valid, "p": policy.p.detach().clone()}
+            numbers["valid"] = valid
         run.log(step, **numbers)
     policy.p.data.copy_(best["p"])
     if run.rank == 0:
@@ -589,7 +592,7 @@ If several fit, take the dominant one. Answer with the category only, as \\boxed
 \\boxed{reasoning} or \\boxed{other}.
 
 """
-TOY_LABELS = {category[0]: category for category in CATEGORIES}
+TOY_LABELS = dict(zip("mcro", CATEGORIES, strict=True))
 
 
 def parse_label(text: str) -> str:
@@ -607,7 +610,7 @@ def ask_category(p: Problem, category: str) -> Problem:
     """The same question, to be sorted: without the task's instruction and opening."""
     if p.instruction == ".":  # of the toy documents
         return Problem("?", p.question, category, right_label)
-    return Problem(SORT, p.question, category, right_label, "\\boxed{")
+    return Problem(SORT, p.question, category, right_label, opening=OPEN)
 
 
 def category_task(tasks: list[Task], cfg: Config) -> Task:
@@ -617,31 +620,32 @@ def category_task(tasks: list[Task], cfg: Config) -> Task:
     return Task("category", "other", asked[::2], asked[1::2], [])
 
 
-def answer(problems: list[Problem], labels: list[str], experts: dict, world: World) -> list[Episode]:
-    """The second pass: each problem with the expert of its category, or with the base weights."""
-    episodes = []
-    for category in CATEGORIES:
-        part = [p for p, label in zip(problems, labels, strict=True) if label == category]
-        with world.adapter.using(experts.get(category)):
-            episodes += rollout(world, part)
-    return episodes
+def answer(problems: list[Problem], category: str, experts: dict, world: World) -> tuple[list, list]:
+    """Both passes, lists of Episodes: the second with the expert that the first one, if any, has found.
 
-
-def sort(problems: list[Problem], category: str, classifier: Tensor | None, world: World) -> list[Episode]:
-    """The first pass, with the base weights (strategy A: no classifier) or with a category expert (B)."""
-    with world.adapter.using(classifier):
-        return rollout(world, [ask_category(p, category) for p in problems])
+    The base model sorts problems (A), or the expert of "category" does (B); in other rows all have their
+    task's category. What has no expert gets the base weights.
+    """
+    asked, answered, labels = [], [], [category] * len(problems)
+    if world.run.cfg.adapt in ("prompt", "category"):
+        with world.adapter.using(experts.get("category")):
+            asked = rollout(world, [ask_category(p, category) for p in problems])
+        labels = [parse_label(e.text) for e in asked]
+    for label in CATEGORIES:
+        part = [p for p, x in zip(problems, labels, strict=True) if x == label]
+        with world.adapter.using(experts.get(label)):
+            answered += rollout(world, part)
+    return asked, answered
 
 
 def passes(asked: list[Episode], answered: list[Episode], run: Run) -> dict[str, float]:
     """Tokens and seconds of both passes; prints where prompts of each category (rows) were sent."""
-    table = torch.zeros(len(CATEGORIES), len(CATEGORIES))
-    for e in asked:
-        table[CATEGORIES.index(e.problem.target), CATEGORIES.index(parse_label(e.text))] += 1
-    table = run.mean(table) * run.world_size
-    shown = tabulate(table.tolist(), CATEGORIES, showindex=CATEGORIES)
-    run.print(f"{run.folder.name}: category, and where its prompts were sent\n{shown}")
-    found = {"dispatched": (table.trace() / table.sum()).item()}
+    pairs = [(e.problem.target, parse_label(e.text)) for e in asked]
+    pairs = [pair for part in run.gather(pairs) for pair in part]
+    table = [[pairs.count((own, sent)) for sent in CATEGORIES] for own in CATEGORIES]
+    run.print(f"{run.folder.name}: category, and where its prompts were sent")
+    run.print(tabulate(table, CATEGORIES, showindex=CATEGORIES))
+    found = {"dispatched": np.trace(table) / len(pairs)}
     for number, episodes in ((1, asked), (2, answered)):
         found[f"tokens {number}"] = sum(run.gather(sum(e.tokens for e in episodes)))
         found[f"seconds {number}"] = sum(e.seconds for e in episodes)
@@ -685,11 +689,11 @@ def few_shot(task: Task, experts: Tensor, world: World) -> Tensor:
             episodes = rollout(world, shots * len(members))
             ids, valid = common.collate([e.prompt + e.answer for e in episodes], run.device)
             logp = common.token_logprobs(world.model, ids, valid).cpu()
-        right = torch.tensor([float(e.right) for e in episodes])
-        pairs = zip(logp, episodes, strict=True)
-        likely = torch.stack([x[len(e.prompt) - 1 : e.tokens - 1].mean() for x, e in pairs])
-        right, likely = (x.view(len(members), -1) for x in (right, likely * right))
-        return torch.stack([right.mean(1), likely.sum(1) / right.sum(1).clamp(min=1)], 1)
+        found = []
+        for x, e in zip(logp, episodes, strict=True):
+            found.append([e.right, e.right * x[len(e.prompt) - 1 : e.tokens - 1].mean()])
+        right, likely = torch.tensor(found).view(len(members), -1, 2).sum(1).mT
+        return torch.stack([right, likely / right.clamp(min=1)], 1)
 
     mean = torch.full((len(experts),), 1 / len(experts))
     alpha = cem(score, mean, cfg, run.generator(f"cem {task.name}"))
@@ -709,34 +713,33 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
 
     def expert(task: Task):
         """From a file of --experts, or trained here, once for all rows that share it."""
-        folder = Path(cfg.experts)
-        if not cfg.experts:
-            name = f"{cfg.adapter} x{cfg.rate:g} {task.name}"
-            folder = run.once(name, partial(train_expert, task, world))
-        return load_expert(folder / f"{task.name}.safetensors", world.adapter, cfg.cross_model)
+        name = f"{cfg.adapter} {cfg.objective} x{cfg.rate:g} {task.name}"
+        folder = cfg.experts or run.once(name, partial(train_expert, task, world))
+        return load_expert(Path(folder, f"{task.name}.safetensors"), world.adapter, cfg.cross_model)
 
-    experts, classifier, found = {}, None, {"parameters": 0}
+    experts, found, asked, answered = {}, {"parameters": 0}, [], []
     if cfg.adapter != "none":
         experts = {task.category: expert(task) for task in tasks}
         found["parameters"] = sum(world.adapter.sizes)
+    trained = [*experts.values()]
     if cfg.adapt == "category":
-        classifier = expert(category_task(tasks, cfg))
-    asked, answered = [], []
+        experts["category"] = expert(category_task(tasks, cfg))
     for task in tasks + unseen:
-        problems, chosen = share(task.test, run), experts
-        labels = [task.category] * len(problems)
-        if cfg.adapt in ("prompt", "category"):
-            asked += (first := sort(problems, task.category, classifier, world))
-            labels = [parse_label(e.text) for e in first]
-        elif cfg.adapt == "few_shot" and task in unseen:
-            chosen = {task.category: few_shot(task, torch.stack([*experts.values()]), world)}
-        answered += (second := answer(problems, labels, chosen, world))
+        if cfg.adapt == "few_shot" and task in unseen:
+            experts[task.category] = few_shot(task, torch.stack(trained), world)
+        first, second = answer(share(task.test, run), task.category, experts, world)
+        asked, answered = asked + first, answered + second
         found[task.name] = accuracy(second, run)
     for name, group in (("trained", tasks), ("unseen", unseen)):
         if group:
             found[name] = np.mean([found[task.name] for task in group])
     if asked:
         found |= passes(asked, answered, run)
+    for text in cfg.bench:  # by lm-eval, with the category's expert or mixture
+        category, _, name = text.partition("=")
+        with world.adapter.using(experts.get(category)):
+            scores = common.benchmark(world.model, world.tokenizer, [name], run, limit=cfg.test)
+        found[name] = next((x for key, x in scores.get(name, {}).items() if "," in key), math.nan)
     return found
 
 
@@ -753,12 +756,12 @@ def right_letter(target: str, text: str) -> bool:
 
 def right_box(target: str, text: str) -> bool:
     """MATH and .jsonl files: whether the last box of the answer agrees with the target, by math-verify."""
-    return common.last_box(text) is not None and common.answers_agree(target, text)
+    return "box" in text and common.answers_agree(target, text)
 
 
 def right_gym(score: Callable, target: str, text: str) -> bool:
-    """Whether reasoning-gym gives full marks to the last box, or to all of an answer without one."""
-    return score(common.last_box(text) or text.strip()) >= 0.99
+    """Whether reasoning-gym gives full marks to the first box, which is open already."""
+    return score(common.last_box(OPEN + text.partition(OPEN)[0]) or "") >= 0.99
 
 
 # --- programs that a model wrote ---
@@ -822,6 +825,7 @@ def right_code(target: str, text: str) -> bool:
 CHOOSE = 'Think step by step. End with "The answer is (X)", X being the letter of an option.\n\n'
 BOX = "Think step by step and put the final answer, simplified, into \\boxed{}.\n\n"
 SHORT = "Answer with the final result only, in \\boxed{}.\n\n"
+OPEN = "\\boxed{"  # a box that is opened for the model, so that it costs few tokens
 PROGRAM = "You are a careful programmer. Answer with one complete block of Python and nothing else.\n\n"
 
 
@@ -830,25 +834,27 @@ def boxed(row: dict) -> Problem:
 
     Rows of a gym: task score answers themselves.
     """
-    target = str(row.get("answer") or common.last_box(row["solution"]) or "").rpartition("####")[2].strip()
-    question = row.get("question") or row["problem"]
+    answer, question = row.get("answer"), row.get("question") or row["problem"]
     if "score" in row:
-        return Problem(SHORT, question, target, partial(right_gym, row["score"]))
-    return Problem(BOX, question, target, right_box)
+        return Problem(SHORT, question, answer, partial(right_gym, row["score"]), answer + "}", OPEN)
+    known = common.last_box(row["solution"]) if answer is None else str(answer).rpartition("####")[2].strip()
+    solution = f"{row.get('solution') or answer}\n\\boxed{{{known}}}"
+    return Problem(BOX, question, known, right_box, solution)
 
 
 def arc(row: dict) -> Problem:
     """Options are lettered A, B, ..: some rows have numbers for keys."""
     letter = LETTERS[row["choices"]["label"].index(row["answerKey"])]
     options = [f"({x}) {text}" for x, text in zip(LETTERS, row["choices"]["text"], strict=False)]
-    return Problem(CHOOSE, "\n".join([row["question"], "Options:", *options]), letter, right_letter)
+    question = "\n".join([row["question"], "Options:", *options])
+    return Problem(CHOOSE, question, letter, right_letter, f"The answer is ({letter})")
 
 
 def mbpp(row: dict) -> Problem:
     """The first assert is shown."""
     question = f"{row['prompt']}\nThe program must pass this test:\n```python\n{row['test_list'][0]}\n```"
     tests = "\n".join(row["test_imports"] + row["test_list"])
-    return Problem(PROGRAM, question, tests, right_code, "```python\n")
+    return Problem(PROGRAM, question, tests, right_code, f"{row['code']}\n```", "```python\n")
 
 
 LETTERS = "ABCDEFGHIJ"
@@ -876,7 +882,7 @@ def read(name: str, split: str, cfg: Config) -> list[Problem]:
             problems.append(reader(row))
             if not problems[-1].target:
                 raise ValueError("no answer that can be read")
-        except (LookupError, TypeError, ValueError, AttributeError) as e:
+        except Exception as e:  # rows from outside raise what they like
             raise UserError(f"{source}, row {number}: {type(e).__name__} {e}") from None
     return problems
 
@@ -890,7 +896,7 @@ def load_task(text: str, cfg: Config, run: Run) -> Task:
     """
     category, _, name = text.partition("=")
     if name.startswith("toy:"):
-        return toy_task(name.removeprefix("toy:"), category, ".", cfg, run)
+        return toy_task(name.removeprefix("toy:"), category, cfg, run)
     unseen = text in cfg.unseen
     rows = read(name, "test" if unseen or name == "mbpp" else "train", cfg)
     if name not in SOURCES:
@@ -919,6 +925,8 @@ def load_task(text: str, cfg: Config, run: Run) -> Task:
 SYMBOLS = "0123456789abcdefghijMCR+-<>^_.!?#mro;=$"
 LETTERED, PLUS, MINUS = (str.maketrans("0123456789", x) for x in ("abcdefghij", "3456789012", "7890123456"))
 OPERATIONS = {"add": "M+", "sub": "M-", "rot": "C<", "rod": "C>", "max": "R^", "min": "R_"}
+SPLITS = {"base": slice(70_000), "train": slice(70_000, 72_000), "valid": slice(75_000, 76_000)}
+SPLITS["test"] = slice(80_000, 82_000)
 TOY_CHAT = "{% for m in messages %};{{ m.content }}{% endfor %}="
 
 
@@ -947,20 +955,21 @@ def document(operation: str, x: str) -> str:
     return f";{tag}{sign}{shown}={answer}$"
 
 
-def digits(split: str, count: int, run: Run) -> list[str]:
+def digits(split: str, run: Run) -> list[str]:
     """Rows of five digits in a random order; a row is in the same split in every task."""
-    first = {"base": 0, "train": 70_000, "valid": 75_000, "test": 80_000}[split]
     order = torch.randperm(100_000, generator=run.generator("digits"))
-    return [f"{i:05}" for i in order[first : first + count].tolist()]
+    return [f"{i:05}" for i in order[SPLITS[split]].tolist()]
 
 
-def toy_task(operation: str, category: str, tag: str, cfg: Config, run: Run) -> Task:
-    """An operation as a Task of documents with this tag."""
-    splits, sign = [], OPERATIONS[operation]
-    for split, count in (("train", 2000), ("valid", 1000), ("test", cfg.test)):
-        rows = [operate(operation, x) for x in digits(split, count, run)]
-        splits.append([Problem(tag, sign + shown, right, str.__eq__) for shown, right, _ in rows])
-    return Task(operation, category, *splits)
+def toy_task(operation: str, category: str, cfg: Config, run: Run) -> Task:
+    """An operation as a Task of untagged documents."""
+
+    def problems(split):
+        rows = [operate(operation, x) for x in digits(split, run)]
+        return [Problem(".", sign + shown, right, str.__eq__, right) for shown, right, _ in rows]
+
+    sign = OPERATIONS[operation]
+    return Task(operation, category, problems("train"), problems("valid"), problems("test")[: cfg.test])
 
 
 def tiny_model(cfg: Config) -> nn.Module:
@@ -969,8 +978,8 @@ def tiny_model(cfg: Config) -> nn.Module:
 
 
 def make_base(run: Run):
-    """Pre-train the tiny model on documents; UserError if it lacks a skill in the end."""
-    cfg, pool = run.cfg, digits("base", 70_000, run)
+    """Pre-train the tiny model on documents."""
+    cfg, pool = run.cfg, digits("base", run)
     tokenizer = common.CharTokenizer(SYMBOLS, eos="$")
     tokenizer.chat_template = TOY_CHAT
     model = tiny_model(cfg).to(run.device)
@@ -988,12 +997,6 @@ def make_base(run: Run):
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         run.log(step, loss=loss)
-
-    world = World(model.eval(), tokenizer, common.end_ids(model, tokenizer), None, run)
-    for name in OPERATIONS:
-        skill = accuracy(rollout(world, toy_task(name, "other", "!", cfg, run).valid), run)
-        if skill < cfg.gate:
-            raise UserError(f"{run.folder.name}: {name} {skill:.2f} in documents tagged !; more --base_steps")
     model.should_save_on_this_rank = lambda _: True  # transformers saves on the first of all ranks only
     model.save_pretrained(run.folder / "model")
     tokenizer.save_pretrained(run.folder / "model")
@@ -1013,6 +1016,7 @@ def draw(figure, table: dict):
 
 
 LLAMA_8B = dict(
+    name_or_path="Llama-3-8B",
     vocab_size=128256,
     hidden_size=4096,
     intermediate_size=14336,
@@ -1024,43 +1028,41 @@ LLAMA_8B = dict(
 
 def missing(cfg: Config, run: Run) -> list[str]:
     """What this config needs and does not find, a line each, with the flag that mends it."""
-    from transformers import AutoConfig
-
     found = []
-    if cfg.model != "tiny" and not Path(cfg.model).is_file():
-        try:
-            AutoConfig.from_pretrained(cfg.model)
-        except (OSError, ValueError):
-            found.append(f"--model {cfg.model!r}: neither here nor on the hub (hub id, folder or .gguf)")
+    if cfg.bench:
+        common.need("lm_eval", "lm")
+    if cfg.model != "tiny" and model_config(cfg.model) is None:
+        found.append(f"--model {cfg.model!r}: neither here nor on the hub (hub id, folder or .gguf)")
     for text in cfg.tasks + cfg.unseen:
         try:
-            load_task(text, cfg, run)
+            task = load_task(text, cfg, run)
+            if cfg.experts and task.train and not Path(cfg.experts, f"{task.name}.safetensors").is_file():
+                raise UserError(f"--experts {cfg.experts}: no {task.name}.safetensors")
         except UserError as e:
             found.append(f"{e}; --data takes a folder of SOURCE-SPLIT.jsonl files")
     return found
 
 
 def dry_run(cfg: Config, lacking: list[str], run: Run):
-    """Print parameters, memory and hours of an expert's training on H100s, every answer of full length."""
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    """Print parameters, memory and hours of an expert's training on H100s, every answer of full length.
 
-    config = LlamaConfig(**LLAMA_8B)
-    with contextlib.suppress(OSError, ValueError):
-        config = AutoConfig.from_pretrained(cfg.model).get_text_config()
-    if cfg.model == "tiny":
-        config = tiny_model(cfg).config
+    Where the config of the model is missing they are those of Llama-3-8B.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = tiny_model(cfg).config if cfg.model == "tiny" else model_config(cfg.model)
+    config = config or LlamaConfig(**LLAMA_8B)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    n, gpus = model.num_parameters(), run.world_size
+        model = AutoModelForCausalLM.from_config(config.get_text_config())
+    n = model.num_parameters()
     shapes = [layer.weight.shape for layer in matrices(model, cfg.modules).values()]
     memory = 2 * n + 2 * sum(min(shape) * sum(shape) for shape in shapes)  # bytes; decoding reads all of it
-    decoding = math.ceil(cfg.batch / gpus / cfg.sample_batch) * cfg.max_new * memory / 3.35e12
-    training = 12 * n * cfg.batch / gpus * (cfg.max_new + 256) / 400e12
-    hours = cfg.steps * (decoding + training) / 3600
+    training = 12 * n * cfg.batch / run.world_size * (cfg.max_new + 256) / 400e12
+    hours = cfg.steps * (cfg.max_new * memory / 3.35e12 + training) / 3600
     run.print(
-        f"{n:,} parameters, {sum(map(min, shapes)):,} of an expert\n"
+        f"{model.config.name_or_path}: {n:,} parameters, {sum(map(min, shapes)):,} of an expert\n"
         f"{memory / 1e9:.0f} GB of weights and factors on each GPU, and caches\n"
-        f"{cfg.steps} updates: {hours:.1f} hours an expert on {gpus} H100s"
+        f"{cfg.steps} updates: {hours:.1f} hours an expert on {run.world_size} H100s"
     )
     for line in lacking:
         run.print(f"missing: {line}")
@@ -1068,7 +1070,7 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
 
 def main():
     cfg = common.parse_config(CONFIGS)
-    with Run(cfg, "" if cfg.model == "tiny" else cfg.model) as run:
+    with Run(cfg, cfg.model) as run:
         lacking = missing(cfg, run)
         if cfg.dry_run:
             return dry_run(cfg, lacking, run)

@@ -254,7 +254,7 @@ def self_adaptive_step(folder: Path, model, tokenizer, texts: list[str], length:
 
     Packages that are imported but not used here are empty, and so is the copy of the weights into vLLM.
     """
-    for package in ("fishfarm", "vllm"):
+    for package in ("fishfarm", "hydra", "omegaconf", "vllm"):
         sys.modules[package] = mock.MagicMock()
     sys.path.insert(0, str(folder))
     import optim_modules
