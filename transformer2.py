@@ -106,7 +106,6 @@ class Config(common.Config):
     population: int = 32  # C: members of a generation (P)
     elites: int = 6  # C: of these, those that move the distribution
     generations: int = 15  # C: generations
-    questions: int = 400  # B: questions of each task that the category expert learns from
     # answers
     max_new: int = 6  # tokens of an answer, at most
     test: int = 500  # test problems of a task, at most
@@ -152,7 +151,6 @@ REAL = Config(
     test=32,
     micro=4,
     sample_batch=320,
-    log_every=1,
 )
 CONFIGS = {
     "smoke": replace(DEMO, ranks=1, seeds=1, base_steps=30, steps=3, batch=16, generations=2, test=24),
@@ -165,6 +163,7 @@ CONFIGS = {
         model="meta-llama/Meta-Llama-3-8B-Instruct",
         tasks=("math=gsm8k", "code=mbpp", "reasoning=arc_easy"),
         unseen=("math=math", "reasoning=arc_challenge"),
+        bench=("math=gsm8k_cot_llama", "math=minerva_math500", "reasoning=arc_challenge_chat"),
         steps=200,
         batch=256,
         lr=2e-3,
@@ -360,7 +359,7 @@ def open_world(name: str, lora: bool, modules: tuple[str, ...], device, dtype) -
         model, tokenizer = common.load_lm(name, dtype)
     tokenizer.chat_template = tokenizer.chat_template or CHAT
     layers = matrices(model.to(device), modules)
-    common.token_logprobs(model, torch.zeros(1, 2, dtype=torch.long, device=device))  # or a UserError
+    common.token_logprobs(model, torch.zeros(1, 2, device=device).long())  # or a UserError
     for key, linear in layers.items():
         layers[key] = LoRALinear(linear) if lora else SVFLinear(linear)
     return World(model, tokenizer, common.end_ids(model, tokenizer), Adapter(model, layers), None)
@@ -613,9 +612,9 @@ def ask_category(p: Problem, category: str) -> Problem:
     return Problem(SORT, p.question, category, right_label, opening=OPEN)
 
 
-def category_task(tasks: list[Task], cfg: Config) -> Task:
-    """Questions of the training splits, shuffled; one half trains, the other validates."""
-    asked = [ask_category(p, task.category) for task in tasks for p in task.train[: cfg.questions]]
+def category_task(tasks: list[Task]) -> Task:
+    """400 questions of each training split, shuffled; one half trains, the other validates."""
+    asked = [ask_category(p, task.category) for task in tasks for p in task.train[:400]]
     random.Random(0).shuffle(asked)
     return Task("category", "other", asked[::2], asked[1::2], [])
 
@@ -723,7 +722,7 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
         found["parameters"] = sum(world.adapter.sizes)
     trained = [*experts.values()]
     if cfg.adapt == "category":
-        experts["category"] = expert(category_task(tasks, cfg))
+        experts["category"] = expert(category_task(tasks))
     for task in tasks + unseen:
         if cfg.adapt == "few_shot" and task in unseen:
             experts[task.category] = few_shot(task, torch.stack(trained), world)
@@ -738,7 +737,9 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     for text in cfg.bench:  # by lm-eval, with the category's expert or mixture
         category, _, name = text.partition("=")
         with world.adapter.using(experts.get(category)):
-            scores = common.benchmark(world.model, world.tokenizer, [name], run, limit=cfg.test)
+            scores = common.benchmark(
+                world.model, world.tokenizer, [name], run, limit=cfg.test, confirm_run_unsafe_code=True
+            )
         found[name] = next((x for key, x in scores.get(name, {}).items() if "," in key), math.nan)
     return found
 
@@ -1012,7 +1013,6 @@ def draw(figure, table: dict):
         for metric, mark in (("trained", "C0o"), ("unseen", "C1x")):
             axis.plot([cell[metric] for cell in cells], [row] * len(cells), mark)
     axis.set(xlabel="accuracy on trained (o) and on unseen tasks (x)")
-    axis.invert_yaxis()
 
 
 LLAMA_8B = dict(

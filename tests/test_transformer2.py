@@ -1,5 +1,6 @@
 """transformer2.py: SVF, experts, loss, dispatch, few-shot mixing, tasks, sandbox and command line."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -9,11 +10,25 @@ import transformers
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.testing import assert_close
 
 import common
 import transformer2
 from common import UserError
-from transformer2 import Adapter, LoRALinear, Problem, SVFLinear, World
+from transformer2 import (
+    Adapter,
+    LoRALinear,
+    Problem,
+    SVFLinear,
+    World,
+    load_expert,
+    load_task,
+    matrices,
+    right_box,
+    right_letter,
+    rollout,
+    save_expert,
+)
 
 SMOKE = transformer2.CONFIGS["smoke"]
 SIZE = dict(vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
@@ -35,7 +50,7 @@ def toy_world():
 
 
 def adapted(model):
-    layers = transformer2.matrices(model, ("mlp", "qv"))
+    layers = matrices(model, ("mlp", "qv"))
     return Adapter(model, {name: SVFLinear(x) for name, x in layers.items()})
 
 
@@ -44,7 +59,7 @@ def experts(world, count):
 
 
 def problems(world, count):
-    return transformer2.toy_task("add", "math", ".", SMOKE, world.run).test[:count]
+    return transformer2.toy_task("add", "math", SMOKE, world.run).test[:count]
 
 
 # --- singular value fine-tuning
@@ -59,15 +74,15 @@ def test_factors_are_w_prime_with_the_nuclear_norm_of_w_and_a_gradient_in_closed
     dense = layer.U @ torch.diag(s * g * z) @ layer.V.T  # eq. (3) written out
     layer.use(z, None)
     y = layer(x)
-    torch.testing.assert_close(y, x @ dense.T + linear.bias, **CLOSE)
-    torch.testing.assert_close(torch.linalg.svdvals(dense).sum(), s.sum(), **CLOSE)
+    assert_close(y, x @ dense.T + linear.bias, **CLOSE)
+    assert_close(torch.linalg.svdvals(dense).sum(), s.sum(), **CLOSE)
     (y * delta).sum().backward()
     q = ((delta.T @ x) @ layer.V * layer.U).sum(0)  # u_i^T G v_i
     wanted = g * s * (q - (s * g * z * q).sum() / s.sum())  # dL/dz
-    torch.testing.assert_close(p.grad, (wanted * z * (1 - z)).detach(), **CLOSE)
+    assert_close(p.grad, (wanted * z * (1 - z)).detach(), **CLOSE)
     for same, as_before in ((7 * z.detach(), y), (torch.full_like(s, 0.3), linear(x))):
         layer.use(same, None)  # the scale of z does not matter, so a constant one is W
-        torch.testing.assert_close(layer(x), as_before, **CLOSE)
+        assert_close(layer(x), as_before, **CLOSE)
 
 
 def test_a_row_of_a_mixed_batch_has_its_expert_and_one_of_ones_is_the_base_to_the_bit():
@@ -77,18 +92,17 @@ def test_a_row_of_a_mixed_batch_has_its_expert_and_one_of_ones_is_the_base_to_th
     mixed = layer(x)
     for row, k in enumerate(index):
         layer.use(z[k], None)
-        torch.testing.assert_close(mixed[row], layer(x[row]), **CLOSE)
+        assert_close(mixed[row], layer(x[row]), **CLOSE)
     assert torch.equal(mixed[2], layer.linear(x)[2])
 
 
 def test_lora_starts_as_the_identity_and_adds_its_product():
     layer, x = LoRALinear(nn.Linear(5, 3)), torch.randn(4, 5)
-    start = layer.start(torch.Generator()).view(16, 8)
-    for shift in (0.0, 1.0):
-        layer.use((start + shift).flatten(), None)
-        wanted = 2 * x @ (start[:, :5] + shift).T @ (start[:, 5:] + shift)
-        torch.testing.assert_close(layer(x), layer.linear(x) + wanted, **CLOSE)
-    assert start[:, 5:].abs().max() == 0
+    start = layer.start(torch.Generator())
+    A, B = start.view(16, 8).split((5, 3), 1)
+    layer.use(start + 1, None)
+    assert_close(layer(x), layer.linear(x) + 2 * x @ (A + 1).T @ (B + 1), **CLOSE)
+    assert B.abs().max() == 0
 
 
 def test_outside_of_using_the_model_is_the_base_to_the_bit_also_after_an_exception():
@@ -96,7 +110,6 @@ def test_outside_of_using_the_model_is_the_base_to_the_bit_also_after_an_excepti
     ids = torch.arange(12)[None]
     before = world.model(ids).logits
     with pytest.raises(ZeroDivisionError), world.adapter.using(experts(world, 1)[0]):
-        assert not torch.allclose(world.model(ids).logits, before)
         raise ZeroDivisionError
     assert torch.equal(world.model(ids).logits, before)
 
@@ -114,30 +127,18 @@ def test_only_the_language_model_is_adapted_and_experts_of_a_text_model_load_int
     mine, _, other = (adapted(model) for model in (llava, qwen, text))
     assert not any(isinstance(x, SVFLinear) for x in qwen.model.visual.modules())
     assert len(mine.layers) == 10 and mine.layers.keys() == other.layers.keys()
-    vector, file, ids = torch.rand(sum(mine.sizes)), tmp_path / "e.safetensors", torch.arange(9)[None]
-    transformer2.save_expert(file, other, vector)
-    before = llava(input_ids=ids).logits
-    with mine.using(transformer2.load_expert(file, mine, True)):
-        assert not torch.allclose(llava(input_ids=ids).logits, before)
-
-
-def test_parameter_counts_of_llama_3_8b_are_the_paper_s():
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**transformer2.LLAMA_8B))
-    for names, count in (("mlp", 393_216), ("qv", 163_840)):
-        shapes = [x.weight.shape for x in transformer2.matrices(model, (names,)).values()]
-        assert sum(map(min, shapes)) == count
-    assert transformer2.RANK * sum(map(sum, shapes)) == 6_815_744
+    vector, file = torch.rand(sum(mine.sizes)), tmp_path / "e.safetensors"
+    save_expert(file, other, vector)
+    assert torch.equal(load_expert(file, mine, True), vector)
 
 
 # --- experts
 
 
 def test_a_mixture_is_linear_in_z_not_in_p_and_weights_of_zero_count_as_equal():
-    z, alpha = torch.rand(3, 5), torch.tensor([[0.2, 0.5, 0.1], [0.0, 0.0, 0.0]])
-    found = transformer2.mix(z, alpha)
-    torch.testing.assert_close(found[0], 0.2 * z[0] + 0.5 * z[1] + 0.1 * z[2])
-    torch.testing.assert_close(found[1], z.sum(0))
+    z = torch.rand(2, 5)
+    found = transformer2.mix(z, torch.tensor([[0.2, 0.5], [0.0, 0.0]]))
+    assert_close(found, torch.stack([0.2 * z[0] + 0.5 * z[1], z.sum(0)]))
 
 
 @pytest.mark.parametrize(
@@ -152,11 +153,11 @@ def test_a_mixture_is_linear_in_z_not_in_p_and_weights_of_zero_count_as_equal():
 def test_an_expert_that_does_not_fit_is_refused_by_the_name_of_its_layer(tmp_path, change, words):
     world, file, name = toy_world(), tmp_path / "e.safetensors", "layers.0.mlp.down_proj"
     vector = experts(world, 1)[0]
-    transformer2.save_expert(file, world.adapter, vector)
-    assert torch.equal(transformer2.load_expert(file, world.adapter, False), vector)
+    save_expert(file, world.adapter, vector)
+    assert torch.equal(load_expert(file, world.adapter, False), vector)
     save_file(load_file(file) | {k.replace("X", name): x for k, x in change.items()}, file)
     with pytest.raises(UserError, match=words.replace("X", name)):
-        transformer2.load_expert(file, world.adapter, False)
+        load_expert(file, world.adapter, False)
 
 
 # --- answers and the loss
@@ -164,7 +165,7 @@ def test_an_expert_that_does_not_fit_is_refused_by_the_name_of_its_layer(tmp_pat
 
 def test_log_probs_of_padded_answers_are_those_of_full_logits_one_by_one():
     world = toy_world()
-    episodes = transformer2.rollout(world, problems(world, 5), temperature=1.0)
+    episodes = rollout(world, problems(world, 5), temperature=1.0)
     assert len({e.tokens for e in episodes}) > 1  # some end early
     with world.adapter.using(experts(world, 1)[0]):
         log_probs, tokens = transformer2.answer_log_probs(world, episodes)
@@ -172,8 +173,10 @@ def test_log_probs_of_padded_answers_are_those_of_full_logits_one_by_one():
         for e in episodes:
             logits = world.model(torch.tensor([e.prompt + e.answer])).logits[0]
             wanted.append(logits[len(e.prompt) - 1 : -1].log_softmax(-1))
-    torch.testing.assert_close(log_probs, torch.cat(wanted), atol=1e-4, rtol=1e-4)
+    assert_close(log_probs, torch.cat(wanted), atol=1e-4, rtol=1e-4)
     assert tokens.tolist() == [i for e in episodes for i in e.answer]
+    for e in rollout(world, problems(world, 2), given=True):  # next-token prediction
+        assert world.tokenizer.decode(e.answer) == e.problem.target + "$" and e.right
 
 
 def test_reinforce_climbs_the_chance_of_right_minus_wrong():
@@ -182,17 +185,17 @@ def test_reinforce_climbs_the_chance_of_right_minus_wrong():
     chance = logp.exp().detach()  # of each answer: an expectation, not a sample
     loss = transformer2.reinforce_loss(logp, torch.zeros(3), reward * chance, 0.0)
     wanted = torch.autograd.grad((logits.softmax(0) * reward).sum(), logits)[0]
-    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], -wanted)
+    assert_close(torch.autograd.grad(loss, logits)[0], -wanted)
 
 
-def test_kl_is_the_brute_force_sum():
-    p, q = torch.rand(2, 5).log_softmax(-1)
-    wanted = sum(a.exp() * (a - b) for a, b in zip(p, q, strict=True))
-    torch.testing.assert_close(transformer2.kl_divergence(p, q), wanted)
+def test_kl_is_that_of_the_base_from_the_new():
+    base, new = torch.rand(2, 5).log_softmax(-1)
+    wanted = torch.nn.functional.kl_div(new, base, reduction="sum", log_target=True)
+    assert_close(transformer2.kl_divergence(base, new), wanted)
 
 
 def test_prompts_are_what_the_template_says_without_a_bos_of_our_own(bpe_tokenizer):
-    asked = [Problem("Do it.\n\n", "2 + 2", "4", str.__eq__, "It")]
+    asked = [Problem("Do it.\n\n", "2 + 2", "4", str.__eq__, opening="It")]
     text = "<|im_start|>user\nDo it.\n\n2 + 2<|im_end|>\n<|im_start|>assistant\nIt"
     assert bpe_tokenizer.decode(transformer2.encode(asked, bpe_tokenizer)[0]) == text
 
@@ -215,14 +218,17 @@ def test_the_first_box_is_the_category_and_what_cannot_be_read_is_other(text, la
     assert transformer2.parse_label(text) == label
 
 
-def test_the_second_pass_answers_with_the_expert_of_the_label_and_other_with_the_base():
-    world = toy_world()
-    asked, known = problems(world, 4), dict(zip(("math", "code"), experts(world, 2), strict=True))
-    found = transformer2.answer(asked, ["math", "other", "code", "math"], known, world)
-    found = {e.problem.question: e.answer for e in found}
-    for p, label in zip(asked, ("math", "other", "code", "math"), strict=True):
-        with world.adapter.using(known.get(label)):
-            assert transformer2.rollout(world, [p])[0].answer == found[p.question]
+def test_the_second_pass_answers_with_the_expert_of_the_label_and_other_with_the_base(monkeypatch):
+    world, labels = toy_world(), ("math", "other", "code", "math")
+    world.run.cfg = replace(SMOKE, adapt="category")
+    z = dict(zip(("math", "code", "category"), experts(world, 3), strict=True))
+    said = itertools.cycle(labels)
+    monkeypatch.setattr(transformer2, "parse_label", lambda text: next(said))
+    _, answered = transformer2.answer(problems(world, 4), "math", z, world)
+    found = {e.problem.question: e.answer for e in answered}
+    for p, label in zip(problems(world, 4), labels, strict=True):
+        with world.adapter.using(z.get(label)):
+            assert rollout(world, [p])[0].answer == found[p.question]
 
 
 def test_cem_is_the_textbook_one_and_breaks_ties_by_the_second_score():
@@ -238,10 +244,10 @@ def test_cem_is_the_textbook_one_and_breaks_ties_by_the_second_score():
     for members in seen:
         x = (mean + std * torch.randn(32, 2, generator=g)).clip(0, 1)
         x[0] = kept
-        torch.testing.assert_close(members, x)
+        assert_close(members, x)
         elite = x[(x - target).norm(dim=1).argsort()[:6]]
         mean, std, kept = elite.mean(0), elite.std(0), elite[0]
-    torch.testing.assert_close(best, kept)
+    assert_close(best, kept)
 
 
 # --- tasks
@@ -254,30 +260,28 @@ def write(folder, name, rows):
 def test_published_sets_have_the_paper_s_splits_and_lose_no_row(tmp_path):
     write(tmp_path, "gsm8k-train", [{"question": f"q{i}", "answer": f"so\n#### {i},000"} for i in range(5)])
     write(tmp_path, "gsm8k-test", [{"question": "twice", "answer": "#### 7"}] * 2)
-    rows = [{"prompt": f"p{i}", "test_imports": [], "test_list": ["assert 1"]} for i in range(303)]
+    rows = [{"prompt": f"p{i}", "code": "", "test_imports": [], "test_list": ["1"]} for i in range(303)]
     write(tmp_path, "mbpp-test", rows)
     row = {"choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}
     write(tmp_path, "arc_challenge-test", [row | {"question": f"a{i}"} for i in range(30)])
     cfg = replace(SMOKE, data=str(tmp_path), unseen=("reasoning=arc_challenge",))
-    gsm, mbpp, arc = (transformer2.load_task(x, cfg, None) for x in ("math=gsm8k", "code=mbpp", *cfg.unseen))
+    gsm, mbpp, arc = (load_task(x, cfg, None) for x in ("math=gsm8k", "code=mbpp", *cfg.unseen))
     for part, wanted in ((gsm.train, "q0 q2 q4"), (gsm.valid, "q1 q3"), (gsm.test, "twice twice")):
         assert [p.question for p in part] == wanted.split()
     assert [len(mbpp.train), len(mbpp.valid), len(arc.valid), len(arc.test)] == [200, 100, 10, 20]
     assert [p.question[:4] for p in mbpp.test] == ["p300", "p301", "p302"]
     assert not {*arc.valid} & {*arc.test} and {p.target for p in arc.test} == {"B"}
-    assert gsm.valid[0].judge(gsm.valid[0].target, r"\boxed{1000}")
-    write(tmp_path, "gsm8k-test", [{"question": "q", "answer": 12}, {"question": "q"}])
+    assert gsm.valid[0].judge(gsm.valid[0].target, gsm.valid[0].solution)
+    write(tmp_path, "gsm8k-test", [{"question": "q", "answer": 0}, {"question": "q"}])
     with pytest.raises(UserError, match=r"gsm8k-test.jsonl, row 2: KeyError"):
-        transformer2.load_task("math=gsm8k", cfg, None)
+        load_task("math=gsm8k", cfg, None)
 
 
 def test_letters_and_boxes_are_read_as_the_paper_s_code_reads_them():
     for text in ("The answer is (B), not C", "Answer: B", "A or rather B"):
-        assert transformer2.right_letter("B", text) and not transformer2.right_letter("A", text)
-    assert transformer2.right_box("1200", r"\boxed{1,200}") and not transformer2.right_box("7", "7")
-    assert not transformer2.right_box("1200", r"\boxed{2,200}") and not transformer2.right_box(
-        "3", r"\boxed{-3}"
-    )
+        assert right_letter("B", text) and not right_letter("A", text)
+    assert right_box("1200", r"\boxed{1,200}") and not right_box("7", "7")
+    assert not right_box("1200", r"\boxed{2,200}")
 
 
 @pytest.mark.parametrize(
@@ -289,7 +293,6 @@ def test_letters_and_boxes_are_read_as_the_paper_s_code_reads_them():
         ("while True: pass", False),
         ("import os\nos.fork()", False),
         ("open('/tmp/written', 'w')", False),
-        ("def f(:", False),
     ],
 )
 def test_a_program_runs_to_its_end_within_limits_or_fails(program, passes):
@@ -308,9 +311,8 @@ def test_it_is_said_where_root_cannot_run_programs_as_nobody(monkeypatch):
 def test_toy_answers_by_hand_and_splits_that_share_no_row():
     for operation, right in dict(add="567", sub="901", rot="cdefb", rod="23451", max="5", min="1").items():
         assert transformer2.operate(operation, "12345")[1] == right
-    run, sizes = common.Run(SMOKE), dict(base=70_000, train=2000, valid=1000, test=500)
-    rows = [x for split, count in sizes.items() for x in transformer2.digits(split, count, run)]
-    assert len(set(rows)) == len(rows) == sum(sizes.values())
+    rows = [x for split in transformer2.SPLITS for x in transformer2.digits(split, common.Run(SMOKE))]
+    assert len(set(rows)) == len(rows) == 75_000
 
 
 # --- the script
@@ -319,10 +321,10 @@ def test_toy_answers_by_hand_and_splits_that_share_no_row():
 def test_smoke_makes_all_rows_and_resume_repeats_them(run_main, tmp_path):
     code, out, err = run_main(transformer2, "--config", "smoke")
     assert code == 0 and "where its prompts were sent" in out, err
-    folder = tmp_path / "out/transformer2-smoke-s0"
+    folder = tmp_path / "out/transformer2-smoke-s0-tiny"
     before = json.loads((folder / "results.json").read_text())["table"]
-    assert before.keys() == transformer2.ROWS.keys() and (folder / "transformer2.png").exists()
-    expert = folder / "svf_x1_add-s0"
+    assert before.keys() == transformer2.ROWS.keys()
+    expert = folder / "svf_reinforce_x1_add-s0"
     kept = (expert / "add.safetensors").read_bytes()
     for file in (
         *folder.glob("*/result.json"),
@@ -340,24 +342,42 @@ def test_two_ranks_train_the_expert_that_one_trains(run_script, tmp_path):
     run_script(ROOT / "transformer2.py", *words, "one")
     run_script(ROOT / "transformer2.py", *words, "two", ranks=2)
     one, two = (load_file(*(tmp_path / out).rglob("max.safetensors")) for out in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=1e-3, rtol=0)
+    assert_close(one, two, atol=1e-3, rtol=0)
 
 
-def test_a_real_tokenizer_and_jsonl_tasks_go_the_same_way(run_main, text_files, tmp_path):
+def test_a_model_that_rescales_its_logits_is_refused(monkeypatch, bpe_tokenizer):
+    granite = transformers.GraniteForCausalLM(transformers.GraniteConfig(**SIZE, logits_scaling=8.0))
+    monkeypatch.setattr(common, "load_lm", lambda *_: (granite, bpe_tokenizer))
+    with pytest.raises(UserError, match="rescales its logits"):
+        transformer2.open_world("granite", False, ("mlp",), "cpu", torch.float32)
+
+
+def test_real_tokenizer_jsonl_tasks_and_lm_eval_go_the_same_way(run_main, text_files, tmp_path, monkeypatch):
+    def adapted(model, tokenizer, tasks, run, **more):
+        layer = model.get_decoder().layers[0].mlp.up_proj
+        return {tasks[0]: {"alias": "x", "exact,none": float(layer.gain is not None)}}
+
+    monkeypatch.setattr(common, "benchmark", adapted)
     rows = [{"question": f"Is {i} even?", "answer": "yes" if i % 2 else "no"} for i in range(30)]
     write(tmp_path, "even", rows)
     words = "--config text --model lm --tasks math=even.jsonl reasoning=even.jsonl --unseen code=even.jsonl"
-    words += " --device cpu --steps 2 --batch 2 --test 2 --valid 2 --max_new 4 --generations 2 --rows SVF"
-    code, out, err = run_main(transformer2, *words.split(), "B: category expert", "C: few-shot mixing")
-    assert code == 0 and "unseen" in out, err
+    words += " --device cpu --steps 2 --batch 2 --test 2 --valid 2 --max_new 4 --generations 2"
+    words += " --bench math=a code=b --rows SVF"
+    code, _, err = run_main(transformer2, *words.split(), "B: category expert", "C: few-shot mixing")
+    table = json.loads(next(tmp_path.rglob("results.json")).read_text())["table"]
+    assert code == 0 and [table["SVF"][0][k] for k in "ab"] == [1, 0], err
+    assert table["C: few-shot mixing"][0]["b"] == 1
 
 
 def test_full_says_in_one_line_what_is_missing_and_what_it_would_take(run_main, tmp_path):
     code, out, _ = run_main(transformer2, "--config", "full", "--dry_run")
     assert code == 0 and "393,216 of an expert" in out and "hours" in out and "--data takes" in out
+    _, out, _ = run_main(transformer2, "--config", "full", "--dry_run", "--modules", "qv")
+    assert "163,840 of an expert" in out  # both as in the paper
     code, _, err = run_main(transformer2, "--config", "full")
     assert code == 2 and err.count("\n") == 1 and "--model" in err and not (tmp_path / "out").exists()
+    code, _, err = run_main(transformer2, "--config", "smoke", "--experts", "here")
+    assert code == 2 and "--experts here: no add.safe" in err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -365,12 +385,9 @@ def test_full_says_in_one_line_what_is_missing_and_what_it_would_take(run_main, 
     [
         ("--tasks math=toy:add math=toy:max", "one expert a category"),
         ("--tasks art=toy:add", "CATEGORY=SOURCE"),
-        ("--tasks math=toy:plus", "CATEGORY=SOURCE"),
         ("--elites 1", "2 <= --elites"),
         ("--shots 2000", "<= --sample_batch"),
-        ("--modules nothing", "matches none of layers.0.self_attn.q_proj"),
-        ("--gate 0.9", "documents tagged !"),
-        ("--experts nowhere", "no expert"),
+        ("--modules nothing", "no such linear layers"),
     ],
 )
 def test_bad_input_is_one_line_with_exit_code_2(run_main, words, message):
