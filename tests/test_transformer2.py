@@ -321,10 +321,10 @@ def test_toy_answers_by_hand_and_splits_that_share_no_row():
 def test_smoke_makes_all_rows_and_resume_repeats_them(run_main, tmp_path):
     code, out, err = run_main(transformer2, "--config", "smoke")
     assert code == 0 and "where its prompts were sent" in out, err
-    folder = tmp_path / "out/transformer2-smoke-s0-tiny"
+    folder = tmp_path / "out/transformer2-smoke-s10-tiny"
     before = json.loads((folder / "results.json").read_text())["table"]
     assert before.keys() == transformer2.ROWS.keys()
-    expert = folder / "svf_reinforce_x1_add-s0"
+    expert = folder / "svf_reinforce_x1_add-s10"
     kept = (expert / "add.safetensors").read_bytes()
     for file in (
         *folder.glob("*/result.json"),
