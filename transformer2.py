@@ -348,7 +348,7 @@ def model_config(name: str):
 
 
 @functools.lru_cache(maxsize=2)  # loaded and decomposed once a process, not once a cell
-def open_world(name: str, lora: bool, modules: tuple[str, ...], device, dtype) -> World:
+def open_world(name, lora: bool, modules: tuple[str, ...], device, dtype) -> World:
     """The model `name`, perhaps of vision and language, with its layers adapted and nothing changed yet."""
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -704,7 +704,7 @@ def few_shot(task: Task, experts: Tensor, world: World) -> Tensor:
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
     """One cell: train the experts it needs, adapt to each task, and measure on all test splits."""
-    base = str(run.once("base model", make_base) / "model") if cfg.model == "tiny" else cfg.model
+    base = run.once("base model", make_base) / "model" if cfg.model == "tiny" else cfg.model
     tasks, unseen = ([load_task(x, cfg, run) for x in texts] for texts in (cfg.tasks, cfg.unseen))
     dtype = torch.bfloat16 if run.amp else torch.float32
     world = replace(open_world(base, cfg.adapter == "lora", cfg.modules, run.device, dtype), run=run)
