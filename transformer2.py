@@ -564,7 +564,7 @@ def train_expert(task: Task, world: World, run: Run):
         numbers["grad_norm"] = nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip)
         optimizer.step()
         schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         if step % cfg.valid_every == 0 or step + 1 == cfg.steps:
             with adapter.using(vector().detach()):
@@ -995,7 +995,7 @@ def make_base(run: Run):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         run.log(step, loss=loss)
     model.should_save_on_this_rank = lambda _: True  # transformers saves on the first of all ranks only
     model.save_pretrained(run.folder / "model")
@@ -1035,10 +1035,11 @@ def missing(cfg: Config, run: Run) -> list[str]:
     for text in cfg.tasks + cfg.unseen:
         try:
             task = load_task(text, cfg, run)
-            if cfg.experts and task.train and not Path(cfg.experts, f"{task.name}.safetensors").is_file():
-                raise UserError(f"--experts {cfg.experts}: no {task.name}.safetensors")
+            file = Path(cfg.experts, f"{task.name}.safetensors")
+            if cfg.experts and text in cfg.tasks and not file.is_file():
+                raise UserError(f"no {file}")
         except UserError as e:
-            found.append(f"{e}; --data takes a folder of SOURCE-SPLIT.jsonl files")
+            found.append(f"{e} (--data takes a folder of SOURCE-SPLIT.jsonl, --experts one of .safetensors)")
     return found
 
 

@@ -377,7 +377,9 @@ def test_full_says_in_one_line_what_is_missing_and_what_it_would_take(run_main, 
     code, _, err = run_main(transformer2, "--config", "full")
     assert code == 2 and err.count("\n") == 1 and "--model" in err and not (tmp_path / "out").exists()
     code, _, err = run_main(transformer2, "--config", "smoke", "--experts", "here")
-    assert code == 2 and "--experts here: no add.safe" in err and not (tmp_path / "out").exists()
+    assert (
+        code == 2 and "no here/add.safe" in err and "sub.safe" not in err and not (tmp_path / "out").exists()
+    )
 
 
 @pytest.mark.parametrize(
