@@ -90,8 +90,8 @@ class Config(common.Config):
     adapter: Literal["none", "svf", "lora"] = "svf"  # SVF, or a baseline
     modules: tuple[str, ...] = ("mlp", "qv")  # mlp, qv, or patterns of layer names
     # training of one expert
-    steps: int = 30  # updates
-    batch: int = 96  # prompts an update, one answer each
+    steps: int = 40  # updates
+    batch: int = 64  # prompts an update, one answer each
     lr: float = 0.1  # AdamW, cosine to 0
     rate: float = 1.0  # multiple of it, for rows
     clip: float = 1e-3  # norm of the gradient
@@ -99,7 +99,7 @@ class Config(common.Config):
     lam: float = 0.0  # weight of the KL (lambda)
     temperature: float = 1.0  # of sampled answers; 0: greedy, as in the paper's code
     valid_every: int = 10  # updates between two validations
-    valid: int = 200  # problems of one validation, at most
+    valid: int = 100  # problems of one validation, at most
     # adaptation
     adapt: Literal["own", "prompt", "category", "few_shot"] = "own"  # the task's own expert; or A, B, C
     shots: int = 10  # C: solved examples (F)
@@ -112,7 +112,7 @@ class Config(common.Config):
     # the tiny base model
     width: int = 48  # of its hidden layers
     layers: int = 2  # decoder layers
-    base_steps: int = 1200  # pre-training steps
+    base_steps: int = 1000  # pre-training steps
     base_batch: int = 96  # documents a step
     base_lr: float = 6e-3  # peak of one cycle
     # memory and speed
