@@ -343,7 +343,7 @@ def model_config(name: str):
     path, where = Path(name), {}
     if path.suffix == ".gguf":
         name, where = path.parent, {"gguf_file": path.name}
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(ImportError, OSError, ValueError):
         return AutoConfig.from_pretrained(name, **where)
 
 
