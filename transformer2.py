@@ -146,9 +146,9 @@ REAL = Config(
     steps=6,
     batch=8,
     lam=0.1,
-    valid=12,
+    valid=8,
     max_new=6,
-    test=24,
+    test=16,
     micro=4,
     sample_batch=320,
 )
