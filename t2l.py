@@ -42,14 +42,14 @@ Reading order: Config, ROWS, Base, T2L, the losses, fit, reconstruct, train.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
 import os
 import random
 import re
-import string
+import timeit
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -59,7 +59,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.benchmark import Timer
 
 import common
 from common import Claim, Run, UserError
@@ -78,8 +77,7 @@ class Config(common.Config):
     descriptions: int = 36  # of a task for training; those after are for evaluation
     context: int = 32  # tokens of prompt and response, at most
     # words
-    test_shown: float = 0.5  # chance that a prompt of evaluation shows the code of an attribute
-    base_steps: int = 650  # of the tiny model's pre-training
+    base_steps: int = 450  # of the tiny model's pre-training
     # adapters
     modules: tuple[str, ...] = ("q_proj", "v_proj")  # linear layers that get adapters, by name
     rank: int = 4  # r
@@ -95,22 +93,21 @@ class Config(common.Config):
     encoder: str = "hash"  # of descriptions: hash, minilm, onehot, hf:NAME or hf:NAME:cls|mean|last
     trust: bool = False  # run code that comes with the encoder (gte needs it)
     # training
-    tasks: int = 24  # tasks a step, over all ranks, which get equally many
-    each: int = 8  # examples of each
-    steps: int = 450  # optimizer steps of T2L and of the multi-task LoRA
+    tasks: int = 48  # tasks a step, over all ranks, which get equally many
+    each: int = 2  # examples of each
+    steps: int = 600  # optimizer steps of T2L and of the multi-task LoRA
     lr: float = 2e-3  # peak; linear warm-up, linear decay
-    oracle_steps: int = 110  # optimizer steps of the oracles
+    oracle_steps: int = 120  # optimizer steps of the oracles
     plain_lr: float = 1e-2  # peak for plain LoRAs: the multi-task one, oracles
     smoothing: float = 0.0  # of labels
     neftune: float = 0.0  # noise on input embeddings
     # reconstruction
     experts: str = ""  # folder of PEFT adapters by task name; empty: the oracles trained here
-    adapters: int = 0  # training tasks that are used; 0: all
+    adapters: int = 0  # tasks that are both trained on and evaluated on; 0: all are, and those held out
     recon_steps: int = 350  # optimizer steps
     recon_lr: float = 4e-3  # peak
     # evaluation
     describe: Literal["own", "wrong", "random"] = "own"  # whose descriptions T2L reads
-    own: bool = False  # on the tasks that were trained on, not on those held out
     # using a trained hypernetwork
     generate: str = ""  # a description: write its adapter and exit
     checkpoint: str = ""  # t2l.pt to write it with
@@ -130,28 +127,26 @@ SNI_HELDOUT = "lol_701 lol_706 lol_710 lol_726 lol_035 lol_039 lol_202 lol_304 l
 # parts of the benchmarks
 EXCLUDED = "magicoder lol_033 lol_034 lol_080 lol_081 lol_228 lol_380 lol_381 lol_1286 lol_1389 lol_1391"
 
-OWN = dict(method="recon", own=True)  # a library recovered from the descriptions of its own tasks
-NINE = OWN | dict(adapters=9)
+# a library of adapters, recovered from the descriptions of its own tasks
+NINE, ALL = dict(method="recon", adapters=9), dict(method="recon", adapters=48)
 # a row of the table is the settings that it changes: the difference of two rows is an idea of the paper
 ROWS = {
     "T2L L": {},
     "T2L L, wrong description": dict(describe="wrong"),
     "T2L L, random letters": dict(describe="random"),
-    "T2L L, no code shown": dict(test_shown=0.0),
     "T2L L, recon": dict(method="recon"),
     "multi-task LoRA": dict(method="multitask"),
     "average LoRA": dict(method="average"),
     "base": dict(method="base"),
-    "base, all codes shown": dict(method="base", test_shown=1.0),
     "oracle LoRAs": dict(method="oracle"),
     "9 adapters: oracles": NINE | dict(method="oracle"),
     "9 adapters: L": NINE,
     "9 adapters: L, one-hot": NINE | dict(encoder="onehot"),
-    "all adapters: oracles": OWN | dict(method="oracle"),
-    "all adapters: L": OWN,
-    "all adapters: M": OWN | dict(arch="M"),
-    "all adapters: S": OWN | dict(arch="S"),
-    "all adapters: S, small": OWN | dict(arch="S", latent=16, hidden=32),
+    "48 adapters: oracles": ALL | dict(method="oracle"),
+    "48 adapters: L": ALL,
+    "48 adapters: M": ALL | dict(arch="M"),
+    "48 adapters: S": ALL | dict(arch="S"),
+    "48 adapters: S, small": ALL | dict(arch="S", latent=16, hidden=32),
     "T2L M": dict(arch="M"),
     "T2L S": dict(arch="S"),
 }
@@ -187,15 +182,15 @@ CLAIMS = [
     Claim(
         "all 48 come back from head M with .65 of that or more, as in the paper, margin 0.28",
         "exact",
-        "all adapters: M",
-        "all adapters: oracles",
+        "48 adapters: M",
+        "48 adapters: oracles",
         margin=-0.28,
     ),
     Claim(
         "the more they are compressed the worse: L against a small S",
         "exact",
-        "all adapters: L",
-        "all adapters: S, small",
+        "48 adapters: L",
+        "48 adapters: S, small",
     ),
 ]
 
@@ -302,17 +297,20 @@ FRAMES = (
     "You should {0} before you {1}",
 )
 LETTERS = "abcdefghij"
-ALPHABET = LETTERS + LETTERS.upper() + "01234567stuvwxyz_^?!*="  # codes of arrangement, map and style
+ALPHABET = (
+    LETTERS + LETTERS.upper() + "01234567?stuvwxyz!"
+)  # codes of an arrangement and of a map, and their blanks
 
 
 def word_pair(p: int, v: int, capital: bool, odds: float, chance: random.Random) -> Pair:
-    """A random word of four letters after the codes of arrangement p, map v and style; its answer. Each code
-    is shown with probability `odds`."""
-    codes, word = f"{p}{'stuvwxyz'[v]}{'_^'[capital]}", chance.choices(LETTERS, k=4)
-    shown = [code if chance.random() < odds else blank for code, blank in zip(codes, "?!*", strict=True)]
-    moved = "".join(word[int(place)] for place in ARRANGEMENTS[p][0])
-    answer = moved.translate(str.maketrans(LETTERS, MAPS[v][0]))
-    return Pair("".join([*shown, *word, "="]), answer.upper() if capital else answer)
+    """A random word of four letters after the codes of arrangement p and map v, each shown with probability
+    `odds`; and its answer."""
+    word = chance.choices(LETTERS, k=4)
+    codes = f"{p}" if chance.random() < odds else "?"
+    codes += "stuvwxyz"[v] if chance.random() < odds else "!"
+    answer = "".join(word[int(place)] for place in ARRANGEMENTS[p][0])
+    answer = answer.translate(str.maketrans(LETTERS, MAPS[v][0]))
+    return Pair(codes + "".join(word), answer.upper() if capital else answer)
 
 
 def word_tasks(cfg: Config) -> list[list[Task]]:
@@ -321,13 +319,12 @@ def word_tasks(cfg: Config) -> list[list[Task]]:
     trained, heldout, n = [], [], cfg.descriptions
     for p, v in itertools.product(range(8), repeat=2):
         chance = random.Random(cfg.seed)
-        train = [word_pair(p, v, True, 0.5, chance) for _ in range(cfg.examples)]
-        test = [word_pair(p, v, True, cfg.test_shown, chance) for _ in range(cfg.tests)]
+        pairs = [word_pair(p, v, True, 0.5, chance) for _ in range(cfg.tests + cfg.examples)]
         phrases = itertools.product(FRAMES, ARRANGEMENTS[p][1:], MAPS[v][1:])
         texts = [frame.format(*two) for frame, *two in phrases]
         random.Random(f"{cfg.seed} {p} {v}").shuffle(texts)
         held = (p + v + cfg.seed) % 4 == 0
-        task = Task(f"{p} {v}", texts[n:] if held else texts[:n], train, test)
+        task = Task(f"{p} {v}", texts[n:] if held else texts[:n], pairs[cfg.tests :], pairs[: cfg.tests])
         (heldout if held else trained).append(task)
     random.Random(cfg.seed).shuffle(trained)
     return [trained, heldout, []]
@@ -411,8 +408,8 @@ def hashed(text: str) -> list[float]:
     """Counts of words and of pairs of words, by signed feature hashing that is alike in every process."""
     words, vector = re.findall(r"\w+", text.lower()), [0.0] * 512
     for feature in words + list(map(" ".join, itertools.pairwise(words))):
-        code = int.from_bytes(hashlib.blake2b(feature.encode(), digest_size=8).digest(), "big")
-        vector[code % 512] += 1 if code >> 63 else -1
+        code = common.stable_seed(feature)
+        vector[code % 512] += 1 if code >> 31 else -1
     return vector
 
 
@@ -493,39 +490,30 @@ class Form:
 
 
 def find_form(lm: nn.Module, name: str, cfg: Config) -> Form:
-    """The places for adapters; UserError where a type of module is not a linear layer of one shape."""
+    """The places for adapters: linear layers of the types --modules, by type and then by layer."""
     linear = {path: tuple(m.weight.shape) for path, m in lm.named_modules() if isinstance(m, nn.Linear)}
-    sizes = {}
+    there, sizes = {*map(kind_of, linear)}, {}
     for kind in sorted({*cfg.modules}):
-        found = {path: size for path, size in linear.items() if kind_of(path) == kind}
-        if len({*found.values()}) != 1:
-            there = sorted({*map(kind_of, linear)})
-            raise UserError(f"--modules {kind}: {name} has no such linear layer of one shape, but {there}")
-        sizes |= found
+        if kind not in there:
+            raise UserError(f"--modules {kind}: the linear layers of {name} are {sorted(there)}")
+        sizes |= {path: size for path, size in linear.items() if kind_of(path) == kind}
     return Form(name, sizes, cfg.rank, cfg.alpha)
 
 
 class Batch(NamedTuple):
-    """Texts (B, T), padded on the right, where a causal model does not look yet, and their responses (B, R):
-    ids, places that predict them, and which of them are there."""
+    """Texts, padded on the right, where a causal model does not look yet: ids (B, T), and which of them are of
+    the responses."""
 
     ids: Tensor
-    columns: Tensor
-    targets: Tensor
-    there: Tensor
+    answer: Tensor
 
 
 class Base:
     """A frozen causal LM in which each sample may have an adapter of its own."""
 
     def __init__(self, lm: nn.Module, tokenizer, name: str, cfg: Config):
-        if not tokenizer.chat_template:
-            raise UserError(f"--base {name} has no chat template: take an instruction-tuned model")
         self.lm, self.tokenizer, self.cfg = lm.requires_grad_(False).eval(), tokenizer, cfg
         self.form, self.factors = find_form(lm, name, cfg), {}
-        turn = [{"role": "user", "content": "<prompt>"}]
-        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        self.before, _, self.after = text.partition("<prompt>")
         for path in self.form.sizes:
             lm.get_submodule(path).register_forward_hook(partial(self._adapt, path))
 
@@ -535,9 +523,8 @@ class Base:
             return y
         A, B = (factor.to(y.dtype) for factor in self.factors[path])
         x = F.dropout(inputs[0].to(y.dtype), self.cfg.lora_dropout, torch.is_grad_enabled())
-        x, grouped = x.reshape(len(A), -1, A.shape[2]), y.reshape(len(A), -1, B.shape[2])
-        scale = self.form.alpha / math.sqrt(self.form.rank)
-        return torch.baddbmm(grouped, x @ A.mT, B, alpha=scale).view_as(y)
+        change = x.reshape(len(A), -1, A.shape[2]) @ A.mT @ B
+        return y + self.form.alpha / math.sqrt(self.form.rank) * change.view_as(y)
 
     def use(self, adapters: Tensor | None):
         """From now on the model runs with G adapters (G, P), or as it is."""
@@ -545,31 +532,27 @@ class Base:
 
     def batch(self, pairs: list[Pair]) -> Batch:
         """Pairs as tokens in the chat template; a long prompt loses its left, but for the first id."""
-        tokenize = partial(self.tokenizer, add_special_tokens=False)
-        prompts = tokenize([self.before + pair.prompt + self.after for pair in pairs]).input_ids
-        responses = tokenize([pair.response for pair in pairs]).input_ids
-        texts, answers, columns = [], [], []
+        chats = [[{"role": "user", "content": pair.prompt}] for pair in pairs]
+        prompts = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]
+        responses = self.tokenizer([pair.response for pair in pairs], add_special_tokens=False)["input_ids"]
+        texts, answers = [], []
         for prompt, response in zip(prompts, responses, strict=True):
             response = [*response, self.tokenizer.eos_token_id][: self.cfg.context - 1]
             surplus = max(0, len(prompt) + len(response) - self.cfg.context)
             prompt = prompt[:1] + prompt[1 + surplus :]
             texts.append(prompt + response)
-            answers.append(response)
-            columns.append(range(len(prompt) - 1, len(prompt + response) - 1))
-        padded = [common.collate(x, self.lm.device) for x in (texts, columns, answers)]
-        (ids, _), (columns, _), (targets, there) = padded
-        return Batch(ids, columns, targets, there)
+            answers.append([-1] * len(prompt) + response)
+        ids, _ = common.collate(texts, self.lm.device)
+        _, answer = common.collate(answers, self.lm.device)
+        return Batch(ids, answer)
 
-    def response_logits(self, batch: Batch, adapters: Tensor | None) -> Tensor:
-        """Float32 logits (B, R, V) of the responses; the head sees no other place."""
+    def logits(self, batch: Batch, adapters: Tensor | None) -> Tensor:
+        """Float32 logits (B, T - 1, V) of what follows each token."""
         embeds = self.lm.get_input_embeddings()(batch.ids)
         if self.cfg.neftune and torch.is_grad_enabled():
             embeds = neftune(embeds, self.cfg.neftune)
         self.use(adapters)
-        hidden = self.lm.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        logits = self.lm.get_output_embeddings()(hidden.take_along_dim(batch.columns[..., None], 1)).float()
-        cap = getattr(self.lm.config, "final_logit_softcapping", None)  # Gemma-2
-        return cap * (logits / cap).tanh() if cap else logits
+        return self.lm(inputs_embeds=embeds, use_cache=False).logits[:, :-1].float()
 
 
 def lora_start(form: Form) -> Tensor:
@@ -595,10 +578,10 @@ class Table(nn.Module):
 # --- the hypernetwork ---
 
 
-def mlp(inputs: int, outputs: int, drop: nn.Module) -> nn.Module:
-    """Two linear layers, four times as wide between."""
+def mlp(inputs: int, outputs: int, drop: nn.Module) -> nn.Sequential:
+    """Two linear layers, four times as wide between, after a norm."""
     first, second = nn.Linear(inputs, 4 * inputs), nn.Linear(4 * inputs, outputs)
-    return nn.Sequential(first, nn.SiLU(), drop, second, nn.SiLU())
+    return nn.Sequential(nn.LayerNorm(inputs), first, nn.SiLU(), drop, second, nn.SiLU())
 
 
 class Code(nn.LayerNorm):
@@ -633,10 +616,10 @@ class T2L(nn.Module):
         self.task = nn.Sequential(nn.Linear(inputs, D // 2), nn.LayerNorm(D // 2))
         self.kind, self.depth = Code(kinds, 1, D // 4), Code(depth, D // 4)
         drop = nn.Dropout(cfg.dropout)
-        self.mixer = nn.Sequential(drop, mlp(D, D, drop), drop)
-        self.block1 = nn.Sequential(nn.LayerNorm(D), mlp(D, D, drop), drop)
-        self.block2 = nn.Sequential(nn.LayerNorm(D), mlp(D, D, drop), drop)
-        self.mlp3 = nn.Sequential(nn.LayerNorm(D), mlp(D, cfg.hidden, drop))
+        self.mixer = nn.Sequential(drop, *mlp(D, D, drop)[1:], drop)  # without a norm
+        self.block1 = nn.Sequential(mlp(D, D, drop), drop)
+        self.block2 = nn.Sequential(mlp(D, D, drop), drop)
+        self.mlp3 = mlp(D, cfg.hidden, drop)
         if cfg.arch != "L":
             self.factor = Code(kinds, 2, 1, D)  # A or B, of each type
         if cfg.arch == "S":
@@ -691,9 +674,10 @@ def neftune(embeds: Tensor, alpha: float) -> Tensor:
 
 
 def response_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
-    """Eq. (6): logits (B, R, V) -> mean cross entropy of each response, (B,)."""
-    nll = F.cross_entropy(logits.mT, batch.targets, label_smoothing=smoothing, reduction="none")
-    return (nll * batch.there).sum(1) / batch.there.sum(1)
+    """Eq. (6): logits (B, T - 1, V) -> mean cross entropy of each response, (B,)."""
+    answer = batch.answer[:, 1:]
+    nll = F.cross_entropy(logits.mT, batch.ids[:, 1:], label_smoothing=smoothing, reduction="none")
+    return (nll * answer).sum(1) / answer.sum(1)
 
 
 def means(x: Tensor, form: Form) -> Tensor:
@@ -712,21 +696,21 @@ def recon_loss(predicted: Tensor, target: Tensor, form: Form) -> Tensor:
 
 
 def alignment(library: Tensor, form: Form) -> Tensor:
-    """Mean cosine of pairs of adapters (N, P) by A. BA does not change under A -> RA, B -> B R^-1, but
-    eq. (5) does: a library can be learned if all of it began at one A."""
-    A = F.normalize(torch.cat([A.flatten(1) for A, _ in form.split(library).values()], 1), dim=1)
-    return ((A @ A.T).sum() - len(A)) / (len(A) * (len(A) - 1))
+    """Mean cosine of neighbours in a library (N, P) by A. BA does not change under A -> RA, B -> B R^-1, but
+    eq. (5) does: adapters can be learned together if all of them began at one A."""
+    A = torch.cat([A.flatten(1) for A, _ in form.split(library).values()], 1)
+    return F.cosine_similarity(A, A.roll(1, 0)).mean()
 
 
 # --- training ---
 
 
-def training(net: nn.Module, steps: int, lr: float, decay: float, clip: float, warmup: float, run: Run):
+def training(net: nn.Module, steps: int, lr: float, run: Run, decay=1e-3, clip=1.0) -> Iterator:
     """Yields descend for each step: descend(loss, **logs) is one of AdamW under linear warm-up and decay."""
     from transformers import get_linear_schedule_with_warmup
 
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=decay, fused=run.device.type == "cuda")
-    schedule = get_linear_schedule_with_warmup(optimizer, round(warmup * steps), steps)
+    schedule = get_linear_schedule_with_warmup(optimizer, round(0.2 * steps), steps)
     for step in run.steps(steps, net=net, optimizer=optimizer, schedule=schedule):
 
         def descend(loss: Tensor, step=step, **logs: Tensor):
@@ -740,27 +724,22 @@ def training(net: nn.Module, steps: int, lr: float, decay: float, clip: float, w
         yield descend
 
 
-def fit(net: nn.Module, base: Base, tasks: list[Task], z: list[Tensor], run: Run):
-    """SFT through the frozen base, eq. (6): of T2L, of the multi-task LoRA, and of oracles side by side.
-
-    A step's tasks share their draws of examples, which keeps oracles comparable, and plain LoRAs are not
-    clipped, so that no oracle is for another.
+def fit(
+    net: nn.Module, base: Base, tasks: list[Task], z: list[Tensor], count: int, steps: Iterator, run: Run
+):
+    """SFT through the frozen base, eq. (6), with `count` tasks a step: of T2L, of the multi-task LoRA, and of
+    oracles side by side. A step's tasks share their draws of examples, which keeps oracles comparable.
     """
-    cfg, mine = run.cfg, slice(run.rank, None, run.world_size)
-    count, plan = cfg.tasks, (cfg.steps, cfg.lr, 1e-2, 1.0)
-    if isinstance(net, Table):
-        plan = (cfg.steps, cfg.plain_lr, 1e-3, math.inf)
-        if len(net.adapters) > 1:
-            count, plan = len(tasks), (cfg.oracle_steps, *plan[1:])
+    mine = slice(run.rank, None, run.world_size)
     parallel = run.wrap(net.to(run.device).train())
-    for descend in training(net, *plan, 0.2, run):
-        chosen, draws = torch.randperm(len(tasks))[:count].tolist(), torch.rand(cfg.each).tolist()
+    for descend in steps:
+        chosen, draws = torch.randperm(len(tasks))[:count].tolist(), torch.rand(run.cfg.each).tolist()
         described, chosen = draw_descriptions(z, chosen)[mine], chosen[mine]
         batch = base.batch([tasks[k].train[int(u * len(tasks[k].train))] for k in chosen for u in draws])
         with run.autocast():
             adapters = parallel(described, chosen)
-            logits = base.response_logits(batch, adapters)
-        loss, size = response_loss(logits, batch, cfg.smoothing).mean(), magnitude(adapters, base.form)
+            logits = base.logits(batch, adapters)
+        loss, size = response_loss(logits, batch, run.cfg.smoothing).mean(), magnitude(adapters, base.form)
         descend(loss + 1e-3 * size, response_loss=loss, magnitude=size)
 
 
@@ -773,7 +752,7 @@ def reconstruct(net: T2L, library: Tensor, z: list[Tensor], run: Run):
     net.mean.copy_(library.mean(0, keepdim=True))
     net.std.copy_(library.std(0) + 1e-10)
     target = (library - net.mean) / net.std
-    for descend in training(net, cfg.recon_steps, cfg.recon_lr, 1e-3, 1.0, 0.1, run):
+    for descend in training(net, cfg.recon_steps, cfg.recon_lr, run):
         descend(recon_loss(net.z_scores(draw_descriptions(z, everyone)), target, net.form))
 
 
@@ -788,11 +767,11 @@ def make_base(run: Run):
     nn.init.normal_(lm.get_input_embeddings().weight, std=0.3)
     base = Base(lm.to(run.device), tokenizer, "tiny", run.cfg)
     lm.requires_grad_(True)
-    for descend in training(lm, run.cfg.base_steps, 6e-3, 0.01, 1.0, 0.1, run):
-        kinds = [[*random.choices(range(8), k=2), random.random() < 0.5] for _ in range(96)]
-        batch = base.batch([word_pair(*kind, 0.85, random) for kind in kinds])
+    for descend in training(lm, run.cfg.base_steps, 6e-3, run):
+        kinds = [random.choices(range(8), k=2) for _ in range(96)]
+        batch = base.batch([word_pair(*kind, random.random() < 0.5, 0.85, random) for kind in kinds])
         with run.autocast():
-            logits = base.response_logits(batch, None)
+            logits = base.logits(batch, None)
         descend(response_loss(logits, batch, 0.0).mean())
     if run.rank == 0:
         lm.should_save_on_this_rank = lambda _: True  # another than the first of all ranks may make this cell
@@ -836,25 +815,21 @@ def save_peft(adapter: Tensor, form: Form, folder: Path):
 
 
 def load_peft(folder: Path, form: Form) -> Tensor:
-    """An adapter (P,) from PEFT's folder; UserError names what is not as in `form`, or not finite."""
+    """An adapter (P,) from PEFT's folder; UserError for one of another form, or not finite."""
     from safetensors.torch import load_file
 
+    adapter, wanted = torch.zeros(form.parameters), peft_config(form)
+    places = peft_tensors(adapter, form)
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
-        config["target_modules"] = sorted(config["target_modules"])
+        found = {key: config[key] for key in wanted} | {"target_modules": sorted(config["target_modules"])}
         tensors = load_file(folder / "adapter_model.safetensors")
+        for name, place in places.items():
+            place.copy_(tensors[name])
     except Exception as e:  # safetensors has an error of its own
         raise UserError(f"{folder}: no PEFT adapter that can be read ({e!r})") from None
-    for key, wanted in peft_config(form).items():
-        if config.get(key) != wanted:
-            raise UserError(f"{folder}: {key} is {config.get(key)}, not {wanted}")
-    adapter = torch.zeros(form.parameters)
-    places = peft_tensors(adapter, form)
-    for name in sorted({*places, *tensors}):
-        x, place = tensors.get(name), places.get(name)
-        if x is None or place is None or x.shape != place.shape or not x.isfinite().all():
-            raise UserError(f"{folder}: {name} is missing, not finite, or has no place in {form.base}")
-        place.copy_(x)
+    if found != wanted or len(tensors) != len(places) or not adapter.isfinite().all():
+        raise UserError(f"{folder}: {found} with {len(tensors)} tensors, not {wanted}, or not finite")
     return adapter
 
 
@@ -884,58 +859,52 @@ def generate(cfg: Config, run: Run):
 # --- a cell of the table ---
 
 
-def learn(method: str, base: Base, tasks: list[Task], library: Tensor | None, run: Run):
-    """Train what writes adapters for tasks: one LoRA (multitask), one a task (oracle), or a T2L on their
-    descriptions, end to end or on a library of their adapters. It is saved as t2l.pt."""
-    cfg, z = run.cfg, list(torch.zeros(len(tasks), 1, 1))  # plain LoRAs read nothing
-    if method in ("multitask", "oracle"):
-        count = len(tasks) if method == "oracle" else 1
-        net = Table(lora_start(base.form).repeat(count, 1))
-    else:
-        z = read([task.descriptions for task in tasks], cfg, run.device)
+def learn(method: str, base: Base, groups: list[list[Task]], run: Run):
+    """Train what gives a row its adapters (G, P) from z (G, d) or tasks (G,), and save it as t2l.pt."""
+    cfg, (trained, heldout, _) = run.cfg, groups
+    tasks = trained + heldout if method == "oracle" else trained[: cfg.adapters or None]
+    z = read([task.descriptions for task in tasks], cfg, run.device)
+    start = lora_start(base.form)
+    net = Table(start)  # as it is the base model: B = 0
+    if method in ("average", "recon"):
+        library = learned("oracle", base, groups, run).adapters[: len(tasks)]
+    if method in ("t2l", "recon"):
         net = T2L(base.form, z[0].shape[1], cfg)
-    if library is None:
-        fit(net, base, tasks, z, run)
-    else:
-        reconstruct(net, library, z, run)
+    match method:
+        case "average":
+            net = Table(library.mean(0, keepdim=True))
+        case "multitask":
+            fit(net, base, tasks, z, cfg.tasks, training(net, cfg.steps, cfg.plain_lr, run), run)
+        case "oracle" if cfg.experts:
+            net = Table(torch.stack([load_peft(Path(cfg.experts) / task.name, base.form) for task in tasks]))
+        case "oracle":  # unclipped, so that no oracle is for another
+            net = Table(start.repeat(len(tasks), 1))
+            steps = training(net, cfg.oracle_steps, cfg.plain_lr, run, clip=math.inf)
+            fit(net, base, tasks, z, len(tasks), steps, run)
+        case "t2l":
+            steps = training(net, cfg.steps, cfg.lr, run, decay=1e-2)
+            fit(net, base, tasks, z, cfg.tasks, steps, run)
+        case "recon":
+            reconstruct(net, library, z, run)
     if run.rank == 0:
         state = dict(form=asdict(base.form), inputs=z[0].shape[1], cfg=asdict(cfg), net=net.state_dict())
         torch.save(state, run.folder / "t2l.pt")
 
 
-def writer(base: Base, trained: list[Task], heldout: list[Task], run: Run) -> nn.Module:
-    """What gives adapters (G, P) for z (G, d) and tasks in this row, trained once a seed."""
-    cfg = run.cfg
-
-    def learned(name: str, method: str, tasks: list[Task], library: Tensor | None = None) -> nn.Module:
-        folder = run.once(name, partial(learn, method, base, tasks, library))
-        return load_net(folder / "t2l.pt", run.device)
-
-    if cfg.method == "base":
-        return Table(torch.zeros(1, base.form.parameters, device=run.device))
-    if cfg.method == "multitask":
-        return learned("multitask", "multitask", trained)
-    if cfg.method == "t2l":
-        return learned(f"t2l {cfg.arch}", "t2l", trained)
-    if cfg.experts:
-        experts = [load_peft(Path(cfg.experts) / task.name, base.form) for task in trained + heldout]
-        oracles = Table(torch.stack(experts).to(run.device))
-    else:
-        oracles = learned("oracles", "oracle", trained + heldout)
-    if cfg.method == "oracle":
-        return oracles
-    count = cfg.adapters or len(trained)
-    library = oracles.adapters.data[:count]
-    if cfg.method == "average":
-        return Table(library.mean(0, keepdim=True))
-    return learned(f"recon {cfg.arch} {cfg.latent} {cfg.encoder} {count}", "recon", trained[:count], library)
+def learned(method: str, base: Base, groups: list[list[Task]], run: Run) -> nn.Module:
+    """What `learn` has learned, once a seed."""
+    cfg, name = run.cfg, method
+    if method in ("t2l", "recon"):
+        name += f" {cfg.arch} {cfg.latent} {cfg.encoder} {cfg.adapters}"
+    folder = run.once(name, partial(learn, method, base, groups))
+    return load_net(folder / "t2l.pt", run.device)
 
 
 def texts_for(task: Task, trained: list[Task], cfg: Config) -> list[str]:
     """Three descriptions: a task's own, another training task's, or random letters."""
     chance = random.Random(f"{cfg.seed} {task.name}")
     if cfg.describe == "random":
-        return ["".join(chance.choices(string.ascii_lowercase, k=40)) for _ in range(3)]
+        return ["".join(chance.choices(LETTERS, k=40)) for _ in range(3)]
     if cfg.describe == "wrong":
         task = chance.choice([other for other in trained if other is not task])
     return task.descriptions[:3]
@@ -944,21 +913,15 @@ def texts_for(task: Task, trained: list[Task], cfg: Config) -> list[str]:
 @torch.no_grad()
 def evaluate(base: Base, tasks: list[Task], adapters: list[Tensor], run: Run) -> dict[str, float]:
     """Mean over tasks, each with its adapters (G, P): share of responses that greedy decoding gets right
-    (those whose every token is the likeliest after the true ones before it), and loss a token. Benchmarks
-    have their own scores."""
-    exact, losses, found = [], [], {}
-    for task, own in zip(tasks, adapters, strict=True):
-        if not task.test:
-            found[task.name] = benchmark(base, task.name, own, run)
-            continue
+    (those whose every token is the likeliest after the true ones before it), and loss a token."""
+    found = []
+    for task, own in zip(tasks, adapters, strict=False):
         batch = base.batch(task.test * len(own))
         with run.autocast():
-            logits = base.response_logits(batch, own)
-        right = (logits.argmax(-1) == batch.targets) | ~batch.there
-        exact.append(right.all(1).float().mean())
-        losses.append(response_loss(logits, batch, 0.0).mean())
-    means = {"exact": torch.stack(exact).mean().item(), "loss": torch.stack(losses).mean().item()}
-    return means | found
+            logits = base.logits(batch, own)
+        exact = ((logits.argmax(-1) == batch.ids[:, 1:]) | ~batch.answer[:, 1:]).all(1)
+        found.append(torch.stack([exact.float().mean(), response_loss(logits, batch, 0.0).mean()]))
+    return dict(zip(("exact", "loss"), torch.stack(found).mean(0).tolist(), strict=True))
 
 
 def benchmark(base: Base, name: str, adapters: Tensor, run: Run) -> float:
@@ -971,32 +934,25 @@ def benchmark(base: Base, name: str, adapters: Tensor, run: Run) -> float:
     return sum(scores) / len(adapters)  # rank 0 has the scores
 
 
-@torch.no_grad()
-def overhead(base: Base, adapter: Tensor, pairs: list[Pair]) -> float:
-    """Time of a forward pass of 16 samples with an adapter each, over that of the bare base."""
-    batch, seconds = base.batch((pairs * 16)[:16]), []
-    for adapters in (adapter.repeat(16, 1), None):
-        forward = partial(base.response_logits, batch, adapters)
-        timer = Timer("forward()", globals={"forward": forward})
-        seconds.append(timer.blocked_autorange(min_run_time=0.1).median)
-    return seconds[0] / seconds[1]
-
-
 def train(cfg: Config, run: Run) -> dict[str, float]:
     """One cell of the table: who writes adapters, from which descriptions, for which tasks."""
     name = str(run.once("tiny model", make_base) / "model") if cfg.base == "tiny" else cfg.base
     lm, tokenizer = common.load_lm(name, torch.bfloat16 if run.amp else torch.float32)
     base = Base(lm.to(run.device), tokenizer, name, cfg)
-    trained, heldout, bench = load_tasks(cfg)
-    net = writer(base, trained, heldout, run)
-    tasks, first = (trained[: cfg.adapters or None], 0) if cfg.own else (heldout + bench, len(trained))
-    z = read([texts_for(task, trained, cfg) for task in tasks], cfg, run.device)
+    trained, heldout, bench = groups = load_tasks(cfg)
+    net = learned(cfg.method, base, groups, run)
+    tasks, first = (trained[: cfg.adapters], 0) if cfg.adapters else (heldout, len(trained))
+    z = read([texts_for(task, trained, cfg) for task in tasks + bench], cfg, run.device)
     adapters = [net(described, [first + k]) for k, described in enumerate(z)]
     found = evaluate(base, tasks, adapters, run)
+    for task, own in zip(bench, adapters[len(tasks) :], strict=True):
+        found[task.name] = benchmark(base, task.name, own, run)
     if isinstance(net, T2L):
         found["million_parameters"] = own = sum(p.numel() for p in net.parameters()) / 1e6
-        found["ratio"] = len(trained[: cfg.adapters or None]) * base.form.parameters / 1e6 / own
-        run.speed["lora_forward_ratio"] = overhead(base, adapters[0][:1], tasks[0].test)
+        found["ratio"] = (cfg.adapters or len(trained)) * base.form.parameters / 1e6 / own
+        batch, sixteen = base.batch((tasks[0].test * 16)[:16]), adapters[0][:1].repeat(16, 1)
+        ours, bare = (timeit.timeit(partial(base.logits, batch, x), number=20) for x in (sixteen, None))
+        run.speed["lora_forward_ratio"] = ours / bare
     return found
 
 
