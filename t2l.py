@@ -49,7 +49,6 @@ import os
 import random
 import re
 import timeit
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -75,7 +74,7 @@ class Config(common.Config):
     examples: int = 384  # of a task for training, at most
     tests: int = 32  # of a task for evaluation
     descriptions: int = 16  # of a task for training; those after are for evaluation
-    context: int = 32  # tokens of prompt and response, at most
+    context: int = 128  # tokens of prompt and response, at most
     # words
     base_steps: int = 450  # of the tiny model's pre-training
     # adapters
@@ -199,9 +198,7 @@ REAL = Config(
     rows=("T2L L", "T2L L, wrong description", "base"),
     base="",
     data="",
-    tests=12,
     descriptions=6,
-    context=128,
     rank=8,
     alpha=16.0,
     lora_dropout=0.05,
@@ -383,16 +380,12 @@ def load_tasks(cfg: Config) -> list[list[Task]]:
         raise UserError(f"--data {cfg.data}: {len(failed)} tasks cannot be read: {'; '.join(failed)}")
     trained, heldout, bench = groups = [[job.result() for job in group] for group in jobs]
     if len(trained) < cfg.tasks:
-        raise UserError(
-            f"--data {cfg.data}: {len(trained)} tasks to train on, fewer than --tasks {cfg.tasks}"
-        )
+        raise UserError(f"--data {cfg.data}: {len(trained)} tasks to train on for --tasks {cfg.tasks}")
     known = {text for task in trained for text in task.descriptions}
     for task in heldout + bench:
         task.descriptions = [text for text in task.descriptions if text not in known]
         if len(task.descriptions) < 3:
-            raise UserError(
-                f"--data {cfg.data}: {task.name} has no 3 descriptions that no task is trained on"
-            )
+            raise UserError(f"--data {cfg.data}: {task.name} lacks 3 descriptions that no task trains on")
     return groups
 
 
@@ -408,7 +401,7 @@ def sentence(text: str) -> str:
 def hashed(text: str) -> list[float]:
     """Counts of words and of pairs of words, by signed feature hashing that is alike in every process."""
     words, vector = re.findall(r"\w+", text.lower()), [0.0] * 512
-    for feature in words + list(map(" ".join, itertools.pairwise(words))):
+    for feature in [*words, *map(" ".join, itertools.pairwise(words))]:
         code = common.stable_seed(feature)
         vector[code % 512] += 1 if code >> 31 else -1
     return vector
@@ -436,8 +429,8 @@ def encode(texts: list[str], cfg: Config, device) -> Tensor:
         how = dict(device=device, dtype=torch.float32, trust_remote_code=cfg.trust)
         states = pipeline("feature-extraction", name, **how)(texts, return_tensors=True, truncation=True)
         # a tensor (1, tokens, d) for each text, without padding
-        pools = [{"mean": x[0].mean(0), "last": x[0, -1], "cls": x[0, 0]} for x in states]
-        vectors = torch.stack([pool[pooling] for pool in pools])
+        choices = [{"mean": x[0].mean(0), "last": x[0, -1], "cls": x[0, 0]} for x in states]
+        vectors = torch.stack([choice[pooling] for choice in choices])
     return F.normalize(vectors.to(device), dim=1) * math.sqrt(vectors.shape[1])
 
 
@@ -484,9 +477,8 @@ class Form:
     def split(self, flat: Tensor) -> dict:
         """G adapters (G, P) -> path -> A (G, r, i), B^T (G, r, o), views."""
         lengths = [self.rank * n for o, i in self.sizes.values() for n in (i, o)]
-        parts = [part.unflatten(1, (self.rank, -1)) for part in flat.split(lengths, 1)]
-        factors = zip(parts[::2], parts[1::2], strict=True)  # A, B^T, A, B^T, ...
-        return dict(zip(self.sizes, factors, strict=True))
+        parts = (part.unflatten(1, (self.rank, -1)) for part in flat.split(lengths, 1))
+        return {path: (next(parts), next(parts)) for path in self.sizes}
 
 
 def find_form(lm: nn.Module, name: str, cfg: Config) -> Form:
@@ -537,7 +529,7 @@ class Base:
         responses = self.tokenizer([pair.response for pair in pairs], add_special_tokens=False)["input_ids"]
         texts, answers = [], []
         for prompt, response in zip(prompts, responses, strict=True):
-            response = [*response, self.tokenizer.eos_token_id][: self.cfg.context - 1]
+            response = [*response, self.tokenizer.eos_token_id]
             surplus = max(0, len(prompt) + len(response) - self.cfg.context)
             prompt = prompt[:1] + prompt[1 + surplus :]
             texts.append(prompt + response)
@@ -559,7 +551,7 @@ def lora_start(form: Form) -> Tensor:
     """Where LoRAs begin, (1, P): A ~ U(-1 / sqrt(i), 1 / sqrt(i)) as in PEFT, B = 0."""
     start = torch.zeros(1, form.parameters)
     for A, _ in form.split(start).values():
-        A.uniform_(-1, 1).div_(math.sqrt(A.shape[2]))
+        A.uniform_(-1, 1).div_(A.shape[2] ** 0.5)
     return start
 
 
@@ -623,11 +615,11 @@ class T2L(nn.Module):
             self.factor = Code(kinds, 2, 1, D)  # A or B, of each type
         if cfg.arch == "S":
             self.place = Code(form.rank, D)  # which row of A, which column of B
-        self.register_buffer("mean", torch.zeros(1, form.parameters))  # of a library of adapters
+        self.register_buffer("mean", torch.zeros(form.parameters))  # of a library of adapters
         self.register_buffer("std", torch.ones(form.parameters))
         sft = cfg.method != "recon"
         if sft and cfg.init == "exact":  # a frozen start beside heads that are zero
-            self.mean.copy_(lora_start(form))
+            self.mean.copy_(lora_start(form)[0])
         self.heads = nn.ModuleDict()
         for kind, (o, i) in form.kinds.items():
             A0 = torch.empty(form.rank, max(i, o)).uniform_(-1, 1) / math.sqrt(i)
@@ -649,9 +641,9 @@ class T2L(nn.Module):
         if self.cfg.arch == "S":
             place = self.place()
             h = h[..., None, :] + place + self.block2(place)  # (G, types, 2, layers, r, D)
-        parts = []
-        for u, (kind, (o, i)) in zip(self.mlp3(h).unbind(1), self.form.kinds.items(), strict=True):
-            out = self.heads[kind](u)  # L: (G, layers, r (i + o)), and the same after this:
+        u, parts = self.mlp3(h), []
+        for k, (kind, (o, i)) in enumerate(self.form.kinds.items()):
+            out = self.heads[kind](u[:, k])  # L: (G, layers, r (i + o)), and the same after this:
             if self.cfg.arch != "L":
                 A, B = out.reshape(*out.shape[:3], self.form.rank, -1).unbind(1)  # (G, layers, r, max(i, o))
                 out = torch.cat([A[..., :i].flatten(2), B[..., :o].flatten(2)], 2)
@@ -704,11 +696,12 @@ def alignment(library: Tensor, form: Form) -> Tensor:
 # --- training ---
 
 
-def training(net: nn.Module, steps: int, lr: float, decay: float, clip: float, run: Run) -> Iterator:
+def training(net: nn.Module, steps: int, lr: float, decay: float, run: Run):
     """Yields descend for each step: descend(loss) is one of AdamW under linear warm-up and decay."""
     from transformers import get_linear_schedule_with_warmup
 
-    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=decay, fused=run.device.type == "cuda")
+    clip = math.inf if isinstance(net, Table) else 1.0  # no oracle is clipped for another
+    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=decay)
     schedule = get_linear_schedule_with_warmup(optimizer, round(0.2 * steps), steps)
     for step in run.steps(steps, net=net, optimizer=optimizer, schedule=schedule):
 
@@ -724,21 +717,13 @@ def training(net: nn.Module, steps: int, lr: float, decay: float, clip: float, r
 
 
 def fit(
-    net: nn.Module,
-    base: Base,
-    tasks: list[Task],
-    z: Tensor,
-    run: Run,
-    steps: int,
-    lr: float,
-    decay=1e-3,
-    clip=1.0,
+    net: nn.Module, base: Base, tasks: list[Task], z: Tensor, run: Run, steps: int, lr: float, decay=1e-3
 ):
     """SFT through the frozen base, eq. (6): of T2L, of the multi-task LoRA, and of oracles side by side. A
     step's tasks share their draws of examples, which keeps oracles comparable."""
     cfg, mine = run.cfg, slice(run.rank, None, run.world_size)
     parallel = run.wrap(net.to(run.device).train())
-    for descend in training(net, steps, lr, decay, clip, run):
+    for descend in training(net, steps, lr, decay, run):
         chosen, draws = torch.randperm(len(tasks))[: cfg.tasks].tolist(), torch.rand(cfg.each).tolist()
         described, chosen = draw(z, chosen)[mine], chosen[mine]
         batch = base.batch([tasks[k].train[int(u * len(tasks[k].train))] for k in chosen for u in draws])
@@ -755,10 +740,10 @@ def reconstruct(net: T2L, library: Tensor, z: Tensor, run: Run):
     if (cosine := alignment(library, net.form)) < 0.5:
         run.print(f"mean cosine of A {cosine:.2f}: adapters that did not begin at one A are hard to recover")
     net.to(run.device).train()
-    net.mean.copy_(library.mean(0, keepdim=True))
+    net.mean.copy_(library.mean(0))
     net.std.copy_(library.std(0) + 1e-10)
     target = (library - net.mean) / net.std
-    for descend in training(net, cfg.recon_steps, cfg.recon_lr, 1e-3, 1.0, run):
+    for descend in training(net, cfg.recon_steps, cfg.recon_lr, 1e-3, run):
         descend(recon_loss(net.z_scores(draw(z, everyone)), target, net.form))
 
 
@@ -773,12 +758,10 @@ def make_base(run: Run):
     nn.init.normal_(lm.get_input_embeddings().weight, std=0.3)
     base = Base(lm.to(run.device), tokenizer, "tiny", run.cfg)
     lm.requires_grad_(True)
-    for descend in training(lm, run.cfg.base_steps, 6e-3, 1e-2, 1.0, run):
+    for descend in training(lm, run.cfg.base_steps, 6e-3, 1e-2, run):
         kinds = [random.choices(range(8), k=2) for _ in range(96)]
         batch = base.batch([word_pair(*kind, random.random() < 0.5, 0.85, random) for kind in kinds])
-        with run.autocast():
-            logits = base.logits(batch, None)
-        descend(response_loss(logits, batch, 0.0).mean())
+        descend(response_loss(base.logits(batch, None), batch, 0.0).mean())
     if run.rank == 0:
         lm.should_save_on_this_rank = lambda _: True  # another than the first of all ranks may make this cell
         lm.save_pretrained(run.folder / "model")
@@ -789,7 +772,7 @@ def make_base(run: Run):
 
 
 def peft_config(form: Form) -> dict:
-    """adapter_config.json of an adapter; what is not said is PEFT's default."""
+    """adapter_config.json of an adapter but for its modules; what is not said is PEFT's default."""
     return dict(
         peft_type="LORA",
         task_type="CAUSAL_LM",
@@ -797,7 +780,6 @@ def peft_config(form: Form) -> dict:
         r=form.rank,
         lora_alpha=form.alpha,
         use_rslora=True,
-        target_modules=list(form.kinds),
     )
 
 
@@ -817,7 +799,8 @@ def save_peft(adapter: Tensor, form: Form, folder: Path):
     folder.mkdir(parents=True)
     tensors = {name: x.contiguous().clone() for name, x in peft_tensors(adapter.cpu(), form).items()}
     save_file(tensors, folder / "adapter_model.safetensors")
-    common.write_atomic(folder / "adapter_config.json", json.dumps(peft_config(form), indent=1))
+    config = peft_config(form) | {"target_modules": list(form.kinds)}
+    common.write_atomic(folder / "adapter_config.json", json.dumps(config))
 
 
 def load_peft(folder: Path, form: Form) -> Tensor:
@@ -828,7 +811,7 @@ def load_peft(folder: Path, form: Form) -> Tensor:
     places = peft_tensors(adapter, form)
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
-        found = {key: config[key] for key in wanted} | {"target_modules": sorted(config["target_modules"])}
+        found = {key: config[key] for key in wanted}
         tensors = load_file(folder / "adapter_model.safetensors")
         for name, place in places.items():
             place.copy_(tensors[name])
@@ -883,9 +866,9 @@ def learn(method: str, base: Base, groups: list[list[Task]], run: Run):
             fit(net, base, tasks, z, run, cfg.steps, cfg.plain_lr)
         case "oracle" if cfg.experts:
             net = Table(torch.stack([load_peft(Path(cfg.experts) / task.name, base.form) for task in tasks]))
-        case "oracle":  # unclipped, so that no oracle is for another
+        case "oracle":
             net = Table(start.repeat(len(tasks), 1))
-            fit(net, base, tasks, z, run, cfg.oracle_steps, cfg.plain_lr, clip=math.inf)
+            fit(net, base, tasks, z, run, cfg.oracle_steps, cfg.plain_lr)
         case "t2l":
             fit(net, base, tasks, z, run, cfg.steps, cfg.lr, decay=1e-2)
         case "recon":
