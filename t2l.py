@@ -77,7 +77,7 @@ class Config(common.Config):
     descriptions: int = 16  # of a task for training; those after are for evaluation
     context: int = 128  # tokens of prompt and response, at most
     # words
-    base_steps: int = 450  # of the tiny model's pre-training
+    base_steps: int = 400  # of the tiny model's pre-training
     # adapters
     modules: tuple[str, ...] = ("q_proj", "v_proj")  # linear layers that get adapters, by name
     rank: int = 4  # r
@@ -95,7 +95,7 @@ class Config(common.Config):
     # training
     tasks: int = 64  # tasks a step, over all ranks; where there are fewer, some come again
     each: int = 2  # examples of each
-    steps: int = 600  # optimizer steps of T2L and of the multi-task LoRA
+    steps: int = 500  # optimizer steps of T2L and of the multi-task LoRA
     lr: float = 3e-3  # peak for T2L; linear warm-up, linear decay
     oracle_steps: int = 120  # optimizer steps of the oracles
     plain_lr: float = 1e-2  # peak for plain LoRAs: the multi-task one, oracles
@@ -198,6 +198,7 @@ REAL = Config(
     rows=("T2L L", "T2L L, wrong description", "base"),
     base="",
     data="",
+    heldout=("letter_counting",),
     descriptions=6,
     rank=8,
     alpha=16.0,
@@ -376,8 +377,8 @@ def load_tasks(cfg: Config) -> list[list[Task]]:
     with ThreadPoolExecutor(16) as pool:  # the hub is slow, and slower still where it cannot be reached
         jobs = [[pool.submit(read_task, Path(cfg.data) / name, cfg) for name in group] for group in names]
     failed = [str(job.exception()) for job in itertools.chain(*jobs) if job.exception()]
-    if failed:
-        raise UserError(f"--data {cfg.data}: {len(failed)} tasks cannot be read: {'; '.join(failed)}")
+    if failed or not all(names[:2]):
+        raise UserError(f"--data {cfg.data}: {names[:2]} to train on and held out; {'; '.join(failed)}")
     trained, heldout, bench = groups = [[job.result() for job in group] for group in jobs]
     known = {text for task in trained for text in task.descriptions}
     for task in heldout + bench:

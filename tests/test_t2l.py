@@ -31,19 +31,22 @@ def run(tmp_path):
 def tiny(cfg=SMOKE, kv=4, dtype=torch.float32):
     """A model whose v_proj has fewer outputs than inputs, with the tokenizer of the words."""
     torch.manual_seed(3)
-    tokenizer = common.CharTokenizer(t2l.ALPHABET + "$", eos="$")
+    tokenizer = common.CharTokenizer(t2l.ALPHABET + "=$", eos="$")
     tokenizer.chat_template = "{{ messages[0].content }}"
     lm = common.tiny_lm(len(tokenizer), 32, 2, heads=8, num_key_value_heads=kv, initializer_range=0.2)
     return t2l.Base(lm.to(dtype), tokenizer, "tiny", cfg)
 
 
-def hypernet(form, arch, init="recon", inputs=6):
+RECON = dict(method="recon")
+
+
+def hypernet(form, arch, inputs=6, **settings):
     torch.manual_seed(4)
-    return t2l.T2L(form, inputs, arch, 16, 24, 0.0, init).eval()
+    return t2l.T2L(form, inputs, replace(SMOKE, latent=16, hidden=24, arch=arch, **settings)).eval()
 
 
 def words(n=5, cfg=SMOKE):
-    return [task.train[k % 8] for k, task in enumerate(t2l.word_tasks(cfg)[:n])]
+    return [task.train[k % 8] for k, task in enumerate(t2l.word_tasks(cfg)[0][:n])]
 
 
 # --- the hypernetwork
@@ -54,32 +57,32 @@ def words(n=5, cfg=SMOKE):
 ])  # fmt: skip
 def test_parameters_of_the_heads_on_mistral_are_the_paper_s(arch, biased, plain):
     assert MISTRAL.parameters == 3_407_872
-    for init, count in (("paper", biased), ("recon", plain)):
+    for settings, count in (({}, biased), (RECON, plain)):
         with torch.device("meta"):
-            net = t2l.T2L(MISTRAL, 1024, arch, 128, 512, 0.05, init)
+            net = t2l.T2L(MISTRAL, 1024, replace(t2l.CONFIGS["full"], arch=arch, **settings))
         assert sum(p.numel() for p in net.parameters()) == count
 
 
 def test_head_l_starts_at_the_base_bit_for_bit_and_the_others_where_the_paper_s_do():
     base, z = tiny(), torch.randn(3, 6)
     batch = base.batch(words(6))
-    bare, start = base.response_logits(batch, None), hypernet(base.form, "L", "paper")(z)
-    assert torch.equal(base.response_logits(batch, start), bare)
+    bare, start = base.logits(batch, None), hypernet(base.form, "L")(z)
+    assert torch.equal(base.logits(batch, start), bare)
     places = [LAYER.format(n, kind) for n, kind in ((0, "q_proj"), (1, "q_proj"), (0, "v_proj"))]
     (A, B), (other, _), (V, _) = (base.form.split(start)[path] for path in places)
     assert torch.equal(A, other) and 0.1 < A.abs().max() <= 1 / math.sqrt(32) and B.abs().max() == 0
     torch.testing.assert_close(t2l.magnitude(start, base.form), A.square().mean() + V.square().mean())
     for arch, rank in (("M", 4), ("S", 1)):
-        A, B = base.form.split(hypernet(base.form, arch, "paper")(z))[places[2]]
+        A, B = base.form.split(hypernet(base.form, arch)(z))[places[2]]
         assert torch.equal(B, A[..., :16]) and torch.linalg.matrix_rank(B[0].T @ A[0], rtol=1e-4) == rank
-        exact = hypernet(base.form, arch, "exact")(z)
-        assert torch.equal(base.response_logits(batch, exact), bare)
+        exact = hypernet(base.form, arch, init="exact")(z)
+        assert torch.equal(base.logits(batch, exact), bare)
 
 
 def test_the_first_gradient_of_head_l_reaches_rows_of_b_alone():
     base = tiny()
-    net, batch = hypernet(base.form, "L", "paper"), base.batch(words(4))
-    t2l.response_loss(base.response_logits(batch, net(torch.randn(2, 6))), batch, 0.0).mean().backward()
+    net, batch = hypernet(base.form, "L"), base.batch(words(4))
+    t2l.response_loss(base.logits(batch, net(torch.randn(2, 6))), batch, 0.0).mean().backward()
     for name, p in net.named_parameters():
         rows = p.grad[4 * 32 :] if name.startswith("heads") else p.grad[:0]
         assert p.grad.abs().sum() == rows.abs().sum()
@@ -88,28 +91,28 @@ def test_the_first_gradient_of_head_l_reaches_rows_of_b_alone():
 
 def by_hand(net, z, kind, layer, row):
     """Row `row` of A and column of B of one module, for one description, as the paper's equation reads."""
-    k, (o, i), r = list(net.heads).index(kind), net.sizes[kind], net.form.rank
+    k, (o, i), r = list(net.heads).index(kind), net.form.kinds[kind], net.form.rank
     x = torch.cat([net.task(z), net.depth()[layer], net.kind()[k, 0]])
     h = net.mixer(x)
     h = h + net.block1(h)
-    if net.arch == "L":
+    if net.cfg.arch == "L":
         flat = net.heads[kind](net.mlp3(h + net.block2(h)))
         return flat[: r * i].view(r, i)[row], flat[r * i :].view(r, o)[row]
     found = []
     for code, size in zip(net.factor()[k, :, 0], (i, o), strict=True):
         u = (h + code) + net.block2(h + code)
-        if net.arch == "S":
+        if net.cfg.arch == "S":
             place = net.place()[row]
             u = u + place + net.block2(place)
         out = net.heads[kind](net.mlp3(u))
-        found.append((out if net.arch == "S" else out.view(r, -1)[row])[:size])
+        found.append((out if net.cfg.arch == "S" else out.view(r, -1)[row])[:size])
     return found
 
 
 @pytest.mark.parametrize("arch", "LMS")
 def test_all_adapters_at_once_are_those_of_a_loop_and_ignore_their_batch_mates(arch):
     form = tiny().form
-    net, z = hypernet(form, arch).double(), torch.randn(3, 6, dtype=torch.float64)
+    net, z = hypernet(form, arch, **RECON).double(), torch.randn(3, 6, dtype=torch.float64)
     parts = form.split(net.z_scores(z))
     for g, kind, layer, row in ((0, "q_proj", 1, 3), (2, "v_proj", 0, 2)):
         A, B = by_hand(net, z[g], kind, layer, row)
@@ -126,20 +129,24 @@ def test_an_adapter_for_each_sample_is_the_merged_weights_of_each_padding_includ
     pairs = [Pair("ab=", "CD"), Pair("abcdef=", "A"), Pair("a=", "BCDEF"), Pair("abc=", "B")]
     adapters = torch.randn(2, base.form.parameters, dtype=torch.float64) * 0.2
     batch = base.batch(pairs)
-    together = base.response_logits(batch, adapters)
+    together = base.logits(batch, adapters)
     for g, part in enumerate((pairs[:2], pairs[2:])):
         for path, (A, B) in base.form.split(adapters).items():
             base.lm.get_submodule(path).weight.data += 5 / math.sqrt(3) * B[g].T @ A[g]
-        alone = base.response_logits(base.batch(part), None)
+        alone = base.batch(part)
+        logits = base.logits(alone, None)
         base = tiny(replace(SMOKE, rank=3, alpha=5.0), dtype=torch.float64)
-        torch.testing.assert_close(together[batch.rows // 2 == g], alone, atol=1e-10, rtol=0)
+        length = logits.shape[1]
+        there = alone.answer[:, 1:]
+        found = together[2 * g : 2 * g + 2, :length][there]
+        torch.testing.assert_close(found, logits[there], atol=1e-10, rtol=0)
 
 
 def test_a_response_is_kept_and_a_prompt_loses_its_left_but_for_the_first_id():
     base = tiny(replace(SMOKE, context=6))
     batch = base.batch([Pair("abcdefgh=", "CD")])
     assert base.tokenizer.decode(batch.ids[0]) == "ah=CD$"
-    assert base.tokenizer.decode(batch.targets) == "CD$" and batch.columns.tolist() == [2, 3, 4]
+    assert base.tokenizer.decode(batch.ids[batch.answer]) == "CD$"
 
 
 def test_a_module_that_is_not_there_is_named_with_those_that_are():
@@ -153,13 +160,13 @@ def test_a_module_that_is_not_there_is_named_with_those_that_are():
 def test_response_loss_is_the_mean_of_each_sample_s_response_whatever_the_padding():
     base = tiny()
     batch = base.batch([Pair("abc=", "CD"), Pair("abcdefg=", "ABCDE")])
-    logits = base.lm(batch.ids, attention_mask=batch.mask.long()).logits
-    found = t2l.response_loss(base.response_logits(batch, None), batch, 0.1)
+    logits = base.lm(batch.ids).logits
+    found = t2l.response_loss(base.logits(batch, None), batch, 0.1)
     for row, (start, end) in enumerate(((4, 7), (8, 14))):
         mine = logits[row, start - 1 : end - 1], batch.ids[row, start:end]
         torch.testing.assert_close(found[row], F.cross_entropy(*mine, label_smoothing=0.1))
     other = base.batch([Pair("abc=", "CD"), Pair("abcdefghij=", "ABCDEF")])  # more padding in row 0
-    longer = t2l.response_loss(base.response_logits(other, None), other, 0.1)
+    longer = t2l.response_loss(base.logits(other, None), other, 0.1)
     torch.testing.assert_close(longer[0], found[0])
 
 
@@ -168,7 +175,7 @@ def test_neftune_is_bounded_and_only_where_gradients_are_taken():
     batch, adapters = base.batch(words()), 0.1 * torch.randn(1, base.form.parameters)
     for training in (False, True):
         with torch.set_grad_enabled(training):
-            first, second = (base.response_logits(batch, adapters) for _ in range(2))
+            first, second = (base.logits(batch, adapters) for _ in range(2))
         assert torch.equal(first, second) != training
     noise = t2l.neftune(torch.zeros(4, 7, 32), 5.0)
     assert 0.99 < noise.abs().max() * math.sqrt(7 * 32) / 5 <= 1 and noise.mean().abs() < 0.02
@@ -176,9 +183,9 @@ def test_neftune_is_bounded_and_only_where_gradients_are_taken():
 
 def test_reconstruction_is_zero_at_the_target_mean_absolute_z_at_zero_and_zero_is_the_average(run):
     form = tiny().form
-    library, net = torch.randn(5, form.parameters) * 0.1 + 1, hypernet(form, "L")
+    library, net = torch.randn(5, form.parameters) * 0.1 + 1, hypernet(form, "L", **RECON)
     run.cfg = replace(run.cfg, recon_steps=0)
-    t2l.reconstruct(net, library, [torch.zeros(1, 6)] * 5, run)
+    t2l.reconstruct(net, library, torch.zeros(5, 1, 6), run)
     z = (library - net.mean) / net.std
     assert t2l.recon_loss(z, z, form) == 0
     parts = [part.abs().mean() for factors in form.split(z).values() for part in factors]
@@ -203,29 +210,33 @@ def test_turning_the_ranks_of_adapters_lowers_their_alignment_and_changes_the_re
 # --- descriptions, tasks, sampling
 
 
-def test_embeddings_have_unit_mean_square_and_hashing_is_alike_in_every_process(run_script):
+def test_embeddings_have_unit_mean_square_and_hashing_is_alike_in_every_process():
     texts = ["Sort the words", "  Sort the words.", "Is it 7?"]
-    z = t2l.encode(texts, "hash", False, "cpu")
+    z = t2l.encode(texts, SMOKE, "cpu")
     torch.testing.assert_close(z.square().mean(1), torch.ones(3))
     assert torch.equal(z[0], z[1]) and not torch.equal(z[0], z[2])
-    code = f"import t2l; print(t2l.encode({texts!r}, 'hash', False, 'cpu').double().sum().item())"
-    found = run_script("-c", code)  # its hash seed is random
-    assert float(found.stdout) == pytest.approx(z.double().sum().item())
+    assert z.double().sum().item() == pytest.approx(0)  # Python's own hash differs between processes
+
+
+@pytest.mark.parametrize("pooling", ["", ":mean", ":cls", ":last"])
+def test_an_encoder_reads_one_text_at_a_time(text_files, tmp_path, pooling):
+    cfg = replace(SMOKE, encoder=f"hf:{tmp_path / 'lm'}{pooling}")
+    lm, tokenizer = common.load_lm(str(tmp_path / "lm"))
+    texts = ["Add the numbers.", "Add"]
+    for text, z in zip(texts, t2l.encode(texts, cfg, "cpu"), strict=True):
+        text = "Add." if text == "Add" else text
+        states = lm.base_model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        wanted = {":cls": states[0], ":last": states[-1]}.get(pooling, states.mean(0))
+        torch.testing.assert_close(z, F.normalize(wanted, dim=0) * math.sqrt(32))
 
 
 def test_a_word_task_does_what_its_name_says_and_held_out_ones_share_no_sentence_with_training():
-    tasks = t2l.word_tasks(SMOKE)
-    held = [task for task in tasks if task.heldout]
-    assert len(tasks) == 64 and len(held) == 16 and len({task.name[0] for task in held}) == 8
-    trained = {text for task in tasks if not task.heldout for text in task.descriptions}
-    assert not any(trained & {*task.unseen} for task in tasks)
-    prompt, response = next(task.train[0] for task in tasks if task.name == "1 1")
-    assert response == "".join(chr(65 + (ord(c) - 96) % 10) for c in reversed(prompt[3:7]))
-
-
-def test_tasks_walk_in_a_new_order_every_epoch_and_drop_the_remainder(run):
-    steps = [{*t2l.tasks_of_step(step, 3, 7, run)} for step in range(4)]
-    assert len(steps[0] | steps[1]) == len(steps[2] | steps[3]) == 6 and steps[0] != steps[2]
+    trained, heldout, _ = t2l.word_tasks(SMOKE)
+    assert len(trained) == 48 and len({task.name[0] for task in heldout}) == 8
+    known = {text for task in trained for text in task.descriptions}
+    assert not any(known & {*task.descriptions} for task in heldout)
+    prompt, response = next(task.train[0] for task in trained + heldout if task.name == "1 1")
+    assert response == "".join(chr(65 + (ord(c) - 96) % 10) for c in reversed(prompt[2:]))
 
 
 def test_an_sni_row_becomes_definition_problem_and_answers():
@@ -235,35 +246,51 @@ def test_an_sni_row_becomes_definition_problem_and_answers():
     pair = t2l.to_pair(row, "f")
     assert pair.response == "cat, dog" and pair.prompt.endswith("\n\nin the zoo")
     assert pair.prompt.startswith("Name animals. Separate several answers by commas.")
-    with pytest.raises(UserError, match="f: no prompt"):
+    assert t2l.to_pair(row | {"output": "cat"}, "f").response == "cat"
+    with pytest.raises(UserError, match="f: no question"):
         t2l.to_pair({"input": "Definition: x", "output": ["y"]}, "f")
+
+
+def test_a_description_that_a_task_is_trained_on_is_not_unseen_for_another(tmp_path):
+    task_folders(tmp_path)
+    cfg = replace(t2l.CONFIGS["text"], data=str(tmp_path), heldout=("t3",), descriptions=3, tests=4)
+    file = tmp_path / "t3/metadata.yaml"
+    texts = json.loads(file.read_text())["descriptions"]
+    file.write_text(json.dumps({"descriptions": [*texts, "Add 1 to the number, please now"]}))
+    trained, heldout, _ = t2l.load_tasks(cfg)
+    assert len(trained) == 3 and len(trained[0].train) == 8
+    assert heldout[0].descriptions == [f"{text}." for text in texts[3:]]
+    file.write_text(json.dumps({"descriptions": texts[:5]}))
+    with pytest.raises(UserError, match="t3 lacks 3"):
+        t2l.load_tasks(cfg)
 
 
 # --- training and evaluation
 
 
 def test_oracles_trained_side_by_side_are_those_trained_with_other_mates(run):
-    base, tasks, trained = tiny(dtype=torch.float64), t2l.word_tasks(SMOKE), []
+    base, tasks, trained = tiny(dtype=torch.float64), t2l.word_tasks(SMOKE)[0], []
     for mates in (tasks[:2], [tasks[0], tasks[2]]):
         run.folder = run.folder / "next"
-        net = t2l.Table(base.form, 2, run.generator("A0")).double()
-        t2l.fit(net, base, mates, [torch.zeros(1, 1)] * 2, 2, run)
+        torch.manual_seed(5)
+        net = t2l.Table(t2l.lora_start(base.form).repeat(2, 1).double())
+        t2l.fit(net, base, mates, torch.zeros(2, 1, 1), run, 4, 1e-2)
         trained.append(net.adapters.detach())
     torch.testing.assert_close(trained[0][0], trained[1][0], atol=1e-10, rtol=0)
     assert not torch.allclose(trained[0][0], trained[0][1])
 
 
 def test_a_response_counts_as_right_where_greedy_decoding_writes_it(run):
-    base, z = tiny(), [torch.zeros(1, 1)]
+    base = tiny()
     adapters = 0.3 * torch.randn(1, base.form.parameters)
     for prompt, _ in words():
         ids = [base.tokenizer(prompt).input_ids]
-        with base.use(adapters):
-            *ids, base.tokenizer.eos_token_id = common.generate(base.lm, ids, torch.zeros(1, 4), [], 0)[0]
+        base.use(adapters)
+        *ids, base.tokenizer.eos_token_id = common.generate(base.lm, ids, torch.zeros(1, 4), [], 0)[0]
         text = base.tokenizer.decode(ids)
         wrong = ("b" if text[0] == "a" else "a") + text[1:]
-        task = Task("", [], [], [], [Pair(prompt, text), Pair(prompt, wrong)])
-        assert t2l.evaluate(base, lambda z, task: adapters, [task], z, run)["exact"] == 0.5
+        task = Task("", [], [], [Pair(prompt, text), Pair(prompt, wrong)])
+        assert t2l.evaluate(base, [task], [adapters], run)["exact"] == 0.5
 
 
 # --- files
@@ -276,16 +303,17 @@ def test_peft_loads_what_is_written_and_gives_the_same_logits(tmp_path):
     t2l.save_peft(adapter, base.form, tmp_path / "a")
     assert torch.equal(t2l.load_peft(tmp_path / "a", base.form), adapter)
     ids = base.batch(words()).ids
-    with base.use(adapter[None]):
-        ours = base.lm(ids).logits
+    base.use(adapter[None])
+    ours = base.lm(ids).logits
+    base.use(None)
     theirs = peft.PeftModel.from_pretrained(tiny().lm, tmp_path / "a")(ids).logits
     torch.testing.assert_close(theirs, ours)
     assert (theirs - base.lm(ids).logits).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(base="other"), "base_model_name_or_path is other"), (dict(rank=5), "r is 5"), ({}, "not finite"),
-    (dict(alpha=3.0), "lora_alpha"), (dict(sizes={"a.k_proj": (2, 3)}), "target_modules"),
+    (dict(base="other"), "'other'.*not"), (dict(rank=5), "'r': 5.*not"), ({}, "not finite"),
+    (dict(alpha=3.0), "'lora_alpha': 3.0.*not"), (dict(sizes={"a.k_proj": (2, 3)}), "KeyError.*q_proj"),
 ])  # fmt: skip
 def test_an_expert_of_another_form_or_with_nan_is_refused_by_name(tmp_path, change, words):
     form = replace(tiny().form, **change)
@@ -300,13 +328,13 @@ def test_an_expert_of_another_form_or_with_nan_is_refused_by_name(tmp_path, chan
 def task_folders(folder, count=4):
     for k in range(count):
         (folder / f"t{k}").mkdir(parents=True)
-        texts = [f"Add {k} to the number, please {w}" for w in ("now", "soon", "again", "at once")]
+        texts = [f"Add {k} to the number, please {w}" for w in ("now", "soon", "again", "slowly", "twice", "first")]
         (folder / f"t{k}/metadata.yaml").write_text(json.dumps({"descriptions": texts}))
-        rows = [{"prompt": f"What is {i} plus {k}?", "response": f"It is {i + k}."} for i in range(12)]
+        rows = [{"question": f"What is {i} plus {k}?", "answer": f"It is {i + k}."} for i in range(12)]
         (folder / f"t{k}/data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-TEXT = "--config text --base lm --data tasks --heldout t3 --descriptions 3 --tests 4 --encoder hash --steps 3"
+TEXT = "--config text --base lm --data tasks --heldout t1 --descriptions 3 --tests 4 --encoder hash --steps 3"
 
 
 def test_a_model_and_tasks_from_folders_then_an_adapter_for_a_sentence(run_main, text_files, tmp_path):
@@ -316,7 +344,14 @@ def test_a_model_and_tasks_from_folders_then_an_adapter_for_a_sentence(run_main,
     folder = tmp_path / "out/t2l-text-s0-lm"
     table = json.loads((folder / "results.json").read_text())["table"]
     assert table["T2L L"][0]["loss"] != table["base"][0]["loss"]
-    words = ["--generate", "Add 3", "--checkpoint", str(folder / "t2l_L-s0/t2l.pt"), "--save", "new"]
+    words = [
+        "--generate",
+        "Add 3",
+        "--checkpoint",
+        str(folder / "t2l_L_16_hash_0-s0/t2l.pt"),
+        "--save",
+        "new",
+    ]
     code, out, err = run_main(t2l, *words)
     assert code == 0 and "PeftModel" in out, err
     assert json.loads((tmp_path / "new/adapter_config.json").read_text())["base_model_name_or_path"] == "lm"
@@ -328,6 +363,8 @@ def test_a_model_and_tasks_from_folders_then_an_adapter_for_a_sentence(run_main,
     ("--generate x --checkpoint none.pt", "none.pt: no hypernetwork"),
     ("--config full --data nothing", "lol_1557"), ("--config text --base lm --data tasks", "letter_counting"),
     ("--config text --base lm --data tasks --heldout t1 --descriptions 9", "t0.*t1.*t2"),
+    ("--config text --base lm --data tasks --heldout t0 t1 t2", r"\[\], \('t0'"),
+    ("--config text --base lm --data tasks --tasks 3 --ranks 2", "multiple of the ranks"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_one_line_before_anything_is_computed(
     run_main, text_files, tmp_path, words, message
@@ -346,10 +383,10 @@ def test_dry_run_has_the_paper_s_sizes_and_hours(run_main, tmp_path):
 def test_smoke_runs_and_a_killed_run_resumes_to_the_same_numbers(run_script, tmp_path):
     words = [ROOT / "t2l.py", "--config", "smoke", "--save_every", "2"]
     run_script(*words)
-    folder = tmp_path / "out/t2l-smoke-s0"
+    folder = tmp_path / "out/t2l-smoke-s0-tiny"
     first = json.loads((folder / "results.json").read_text())
     assert set(first["table"]) == set(t2l.ROWS)
-    for name in ("t2l_S", "T2L_S", "recon_S_16_hash_48", "all_adapters_S_small"):
+    for name in ("t2l_S_64_hash_0", "T2L_S", "recon_S_16_hash_48", "48_adapters_S_small"):
         (folder / f"{name}-s0/result.json").unlink()
         for newest in sorted((folder / f"{name}-s0").glob("step*/.metadata"))[-1:]:
             newest.unlink()
@@ -357,8 +394,8 @@ def test_smoke_runs_and_a_killed_run_resumes_to_the_same_numbers(run_script, tmp
     assert json.loads((folder / "results.json").read_text())["table"] == first["table"]
 
 
-def test_two_ranks_that_share_a_run_find_what_one_does(run_script, text_files, tmp_path):
-    task_folders(tmp_path / "tasks")
+def test_two_ranks_that_share_a_run_and_one_task_find_what_one_does(run_script, text_files, tmp_path):
+    task_folders(tmp_path / "tasks", 2)
     tables = []
     for ranks in (1, 2):
         words = [*TEXT.split(), "--tasks", "2", "--rows", "T2L L", "--neftune", "0", "--lora_dropout", "0"]
