@@ -328,7 +328,9 @@ def test_an_expert_of_another_form_or_with_nan_is_refused_by_name(tmp_path, chan
 def task_folders(folder, count=4):
     for k in range(count):
         (folder / f"t{k}").mkdir(parents=True)
-        texts = [f"Add {k} to the number, please {w}" for w in ("now", "soon", "again", "slowly", "twice", "first")]
+        texts = [
+            f"Add {k} to the number, please {w}" for w in ("now", "soon", "again", "slowly", "twice", "first")
+        ]
         (folder / f"t{k}/metadata.yaml").write_text(json.dumps({"descriptions": texts}))
         rows = [{"question": f"What is {i} plus {k}?", "answer": f"It is {i + k}."} for i in range(12)]
         (folder / f"t{k}/data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
