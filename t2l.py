@@ -112,11 +112,6 @@ class Config(common.Config):
     checkpoint: str = ""  # t2l.pt to write it with
     save: str = "adapter"  # folder to write it to
 
-    def check(self):
-        super().check()
-        if self.share == "run" and self.tasks % int(os.environ.get("WORLD_SIZE", self.ranks)):
-            raise UserError(f"--tasks {self.tasks} must be a multiple of the ranks, which share each batch")
-
 
 # lm-eval's tasks that the paper evaluates on; the last two run what the model writes
 BENCHMARKS = "arc_challenge arc_easy boolq gsm8k hellaswag openbookqa piqa winogrande humaneval mbpp"
@@ -450,8 +445,7 @@ def kind_of(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """What the adapters of a base model look like. An adapter is one flat tensor of P numbers: for each
     module A (r, i), then B^T (r, o); types of modules are sorted, and those of a type lie layer by layer."""
 
@@ -489,10 +483,11 @@ def find_form(lm: nn.Module, name: str, cfg: Config) -> Form:
 
 
 class Batch(NamedTuple):
-    """Texts, padded on the right, where a causal model does not look yet: ids (B, T), and which of them are
-    of responses."""
+    """Texts, padded on the right, where a causal model does not look yet: ids, the ids that follow them, and
+    which of those belong to a response, (B, T) each."""
 
     ids: Tensor
+    targets: Tensor
     answer: Tensor
 
 
@@ -532,15 +527,15 @@ class Base:
             answers.append([-1] * len(prompt) + response)
         ids, _ = common.collate(texts, self.lm.device)
         _, answer = common.collate(answers, self.lm.device)
-        return Batch(ids, answer)
+        return Batch(ids[:, :-1], ids[:, 1:], answer[:, 1:])
 
     def logits(self, batch: Batch, adapters: Tensor | None) -> Tensor:
-        """Float32 logits (B, T - 1, V) of what follows each token."""
+        """Float32 logits (B, T, V) of what follows each token."""
         embeds = self.lm.get_input_embeddings()(batch.ids)
         if self.cfg.neftune and torch.is_grad_enabled():
             embeds = neftune(embeds, self.cfg.neftune)
         self.use(adapters)
-        return self.lm(inputs_embeds=embeds, use_cache=False).logits[:, :-1].float()
+        return self.lm(inputs_embeds=embeds, use_cache=False).logits.float()
 
 
 def lora_start(form: Form) -> Tensor:
@@ -661,10 +656,9 @@ def neftune(embeds: Tensor, alpha: float) -> Tensor:
 
 
 def response_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
-    """Eq. (6): logits (B, T - 1, V) -> mean cross entropy of each response, (B,)."""
-    answer = batch.answer[:, 1:]
-    nll = F.cross_entropy(logits.mT, batch.ids[:, 1:], label_smoothing=smoothing, reduction="none")
-    return (nll * answer).sum(1) / answer.sum(1)
+    """Eq. (6): logits (B, T, V) -> mean cross entropy of each response, (B,)."""
+    nll = F.cross_entropy(logits.mT, batch.targets, label_smoothing=smoothing, reduction="none")
+    return (nll * batch.answer).sum(1) / batch.answer.sum(1)
 
 
 def means(x: Tensor, form: Form) -> Tensor:
@@ -871,7 +865,7 @@ def learn(method: str, base: Base, groups: list[list[Task]], run: Run):
         case "recon":
             reconstruct(net, library, z, run)
     if run.rank == 0:
-        state = dict(form=asdict(base.form), inputs=z.shape[2], cfg=asdict(cfg), net=net.state_dict())
+        state = dict(form=base.form._asdict(), inputs=z.shape[2], cfg=asdict(cfg), net=net.state_dict())
         torch.save(state, run.folder / "t2l.pt")
 
 
@@ -906,7 +900,7 @@ def evaluate(base: Base, tasks: list[Task], adapters: list[Tensor], run: Run) ->
         batch = base.batch(task.test * len(own))
         with run.autocast():
             logits = base.logits(batch, own)
-        exact = ((logits.argmax(-1) == batch.ids[:, 1:]) | ~batch.answer[:, 1:]).all(1)
+        exact = ((logits.argmax(-1) == batch.targets) | ~batch.answer).all(1)
         scores.append(torch.stack([exact.float().mean(), response_loss(logits, batch, 0.0).mean()]))
     found["exact"], found["loss"] = torch.stack(scores).mean(0).tolist()
     return found
@@ -971,19 +965,20 @@ def find_config(name: str, cfg: Config):
         return None
 
 
-def missing(cfg: Config) -> list[str]:
+def missing(cfg: Config, run: Run) -> list[str]:
     """What this config needs and does not find, a line each, with the flag that mends it."""
-    found, names = [], [cfg.base]
+    found = []
     try:
-        names.append(encoder_model(cfg.encoder)[0])
+        load_tasks(cfg)
         if cfg.bench:
             common.need("lm_eval", "lm")
-        load_tasks(cfg)
     except UserError as e:
         found.append(str(e))
-    for name in names:
+    for name in (cfg.base, encoder_model(cfg.encoder)[0]):
         if not (name in ("tiny", "hash", "onehot") or Path(name).is_file() or find_config(name, cfg)):
             found.append(f"{name!r} of --base or --encoder (hf:NAME): neither here nor on the hub")
+    if cfg.share == "run" and cfg.tasks % run.world_size:
+        found.append(f"--tasks {cfg.tasks} must be a multiple of the ranks, which share each batch")
     if {"humaneval", "mbpp"} & {*cfg.bench} and os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
         found.append("HF_ALLOW_CODE_EVAL=1, to run programs that the model writes; or other tasks by --bench")
     return found
@@ -1015,14 +1010,14 @@ def main():
     with Run(cfg, cfg.base) as run:
         if cfg.generate:
             return generate(cfg, run)
-        lacking = missing(cfg)
+        lacking = missing(cfg, run)
         if cfg.dry_run:
             return dry_run(cfg, lacking, run)
         if lacking:
             raise UserError("; ".join(lacking))
         table = run.grid(ROWS, train)
         run.check(CLAIMS, table)
-        run.figure(plot, table, size=(12, 5))
+        run.figure(plot, table)
 
 
 if __name__ == "__main__":
