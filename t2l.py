@@ -49,7 +49,6 @@ import os
 import random
 import re
 import timeit
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -283,12 +282,10 @@ FRAMES = (
     "You should {0} before you {1}",
 )
 LETTERS = "abcdefghij"
-ALPHABET = (
-    LETTERS + LETTERS.upper() + "01234567?stuvwxyz!"
-)  # codes of an arrangement and of a map, and their blanks
+ALPHABET = "abcdefghijABCDEFGHIJ01234567?stuvwxyz!"  # letters, codes and a blank of arrangements, of maps
 
 
-def word_pair(p: int, v: int, style: Callable, odds: float, chance: random.Random) -> Pair:
+def word_pair(p: int, v: int, capital: bool, odds: float, chance: random.Random) -> Pair:
     """A random word of four letters after the codes of arrangement p and map v, each shown with probability
     `odds`; and its answer."""
     word = chance.choices(LETTERS, k=4)
@@ -296,7 +293,7 @@ def word_pair(p: int, v: int, style: Callable, odds: float, chance: random.Rando
     codes += "stuvwxyz"[v] if chance.random() < odds else "!"
     answer = "".join(word[int(place)] for place in list(ARRANGEMENTS)[p])
     answer = answer.translate(str.maketrans(LETTERS, list(MAPS)[v]))
-    return Pair(codes + "".join(word), style(answer))
+    return Pair(codes + "".join(word), answer.upper() if capital else answer)
 
 
 def word_tasks(cfg: Config) -> list[list[Task]]:
@@ -306,7 +303,7 @@ def word_tasks(cfg: Config) -> list[list[Task]]:
     moves, changes = ([text.split(" / ") for text in x.values()] for x in (ARRANGEMENTS, MAPS))
     for p, v in itertools.product(range(8), repeat=2):
         chance = random.Random(cfg.seed)
-        pairs = [word_pair(p, v, str.upper, 0.5, chance) for _ in range(cfg.tests + cfg.examples)]
+        pairs = [word_pair(p, v, True, 0.5, chance) for _ in range(cfg.tests + cfg.examples)]
         sentences = itertools.product(FRAMES, moves[p], changes[v])
         texts = [frame.format(*phrases) for frame, *phrases in sentences]
         random.Random(f"{cfg.seed} {p} {v}").shuffle(texts)
@@ -344,7 +341,7 @@ def read_task(folder: Path, cfg: Config) -> Task:
     n, count, source = cfg.descriptions, cfg.examples + cfg.tests, str(folder / "data.jsonl")
     try:
         meta = yaml.safe_load((folder / "metadata.yaml").read_text(encoding="utf-8"))
-        texts = list(dict.fromkeys(map(sentence, meta["descriptions"])))
+        texts = list(dict.fromkeys(map(str.strip, meta["descriptions"])))
         source = source if Path(source).exists() else meta["ds_kwargs"]["path"]
     except Exception as e:  # whatever somebody else's file may hold
         raise UserError(f"{folder / 'metadata.yaml'}: {e!r}") from None
@@ -366,7 +363,7 @@ def load_tasks(cfg: Config) -> list[list[Task]]:
     names = sorted(there - {*cfg.heldout, *cfg.excluded}), cfg.heldout, cfg.bench
     with ThreadPoolExecutor(16) as pool:  # the hub is slow, and slower still where it cannot be reached
         jobs = [[pool.submit(read_task, Path(cfg.data) / name, cfg) for name in group] for group in names]
-    failed = [str(job.exception()) for job in itertools.chain(*jobs) if job.exception()]
+    failed = [str(e) for job in itertools.chain(*jobs) if (e := job.exception())]
     if failed or not all(names[:2]):
         raise UserError(f"--data {cfg.data}: {names[:2]} to train on and held out; {'; '.join(failed)}")
     trained, heldout, bench = groups = [[job.result() for job in group] for group in jobs]
@@ -379,12 +376,6 @@ def load_tasks(cfg: Config) -> list[list[Task]]:
 
 
 # --- embeddings of descriptions ---
-
-
-def sentence(text: str) -> str:
-    """A description without blanks around it, ended by a full stop if it ends in a letter."""
-    text = text.strip()
-    return text + "." * text[-1:].isalpha()
 
 
 def hashed(text: str) -> list[float]:
@@ -407,10 +398,10 @@ def encoder_model(encoder: str) -> tuple:
 
 
 def encode(texts: list[str], cfg: Config, device) -> Tensor:
-    """Eq. (2): n descriptions -> z (n, d), each coordinate of unit mean square."""
+    """Eq. (2): n descriptions, ended by a full stop -> z (n, d), each coordinate of unit mean square."""
     from transformers import pipeline
 
-    texts = [sentence(text) for text in texts]
+    texts = [re.sub(r"(?<=[^\W\d_])$", ".", text.strip()) for text in texts]
     if cfg.encoder == "hash":
         vectors = torch.tensor([hashed(text) for text in texts])
     else:
@@ -420,8 +411,8 @@ def encode(texts: list[str], cfg: Config, device) -> Tensor:
         )
         states = reader(texts, return_tensors=True, truncation=True)
         # a tensor (1, tokens, d) for each text, without padding
-        choices = [{"mean": x[0].mean(0), "last": x[0, -1], "cls": x[0, 0]} for x in states]
-        vectors = torch.stack([choice[pooling] for choice in choices])
+        vectors = [{"mean": x[0].mean(0), "last": x[0, -1], "cls": x[0, 0]}[pooling] for x in states]
+        vectors = torch.stack(vectors)
     return F.normalize(vectors.to(device), dim=1) * math.sqrt(vectors.shape[1])
 
 
@@ -509,10 +500,6 @@ class Base:
         change = x.reshape(len(A), -1, A.shape[2]) @ A.mT @ B
         return y + self.form.alpha / math.sqrt(self.form.rank) * change.view_as(y)
 
-    def use(self, adapters: Tensor | None):
-        """From now on the model runs with G adapters (G, P), or as it is."""
-        self.factors = {} if adapters is None else self.form.split(adapters)
-
     def batch(self, pairs: list[Pair]) -> Batch:
         """Pairs as tokens in the chat template; a long prompt loses its left, but for the first id."""
         chats = [[{"role": "user", "content": pair.prompt}] for pair in pairs]
@@ -534,7 +521,7 @@ class Base:
         embeds = self.lm.get_input_embeddings()(batch.ids)
         if self.cfg.neftune and torch.is_grad_enabled():
             embeds = neftune(embeds, self.cfg.neftune)
-        self.use(adapters)
+        self.factors = {} if adapters is None else self.form.split(adapters)
         return self.lm(inputs_embeds=embeds, use_cache=False).logits.float()
 
 
@@ -562,9 +549,15 @@ class Table(nn.Module):
 
 
 def mlp(inputs: int, outputs: int, drop: nn.Module) -> nn.Sequential:
-    """Two linear layers, four times as wide between, after a norm."""
-    first, second = nn.Linear(inputs, 4 * inputs), nn.Linear(4 * inputs, outputs)
-    return nn.Sequential(nn.LayerNorm(inputs), first, nn.SiLU(), drop, second, nn.SiLU())
+    """A norm, then two linear layers, four times as wide between."""
+    return nn.Sequential(
+        nn.LayerNorm(inputs),
+        nn.Linear(inputs, 4 * inputs),
+        nn.SiLU(),
+        drop,
+        nn.Linear(4 * inputs, outputs),
+        nn.SiLU(),
+    )
 
 
 class Code(nn.LayerNorm):
@@ -713,13 +706,11 @@ def fit(
     cfg, mine = run.cfg, slice(run.rank, None, run.world_size)
     parallel = run.wrap(net.to(run.device).train())
     for descend in training(net, steps, lr, decay, run):
-        order = torch.randperm(len(tasks)).repeat(cfg.tasks)
-        chosen = order[: cfg.tasks].tolist()
-        described = draw(z, chosen)
+        chosen = torch.randperm(len(tasks)).repeat(cfg.tasks)[: cfg.tasks].tolist()
         examples = [random.choices(tasks[k].train, k=cfg.each) for k in chosen]
         batch = base.batch(list(itertools.chain(*examples[mine])))  # all ranks draw alike
         with run.autocast():
-            adapters = parallel(described[mine], chosen[mine])
+            adapters = parallel(draw(z, chosen)[mine], chosen[mine])
             logits = base.logits(batch, adapters)
         loss = response_loss(logits, batch, cfg.smoothing).mean()
         descend(loss + 1e-3 * magnitude(adapters, base.form))
@@ -750,13 +741,13 @@ def make_base(run: Run):
     base = Base(lm.to(run.device), tokenizer, "tiny", run.cfg)
     lm.requires_grad_(True)
     for descend in training(lm, run.cfg.base_steps, 6e-3, 1e-2, run):
-        kinds = itertools.product(range(8), range(8), (str.upper, str.lower))
+        kinds = itertools.product(range(8), range(8), (True, False))
         batch = base.batch([word_pair(*kind, 0.85, random) for kind in kinds])
         descend(response_loss(base.logits(batch, None), batch, 0.0).mean())
     if run.rank == 0:
         lm.should_save_on_this_rank = lambda _: True  # another than the first of all ranks may make this cell
-        lm.save_pretrained(run.folder / "model")
-        tokenizer.save_pretrained(run.folder / "model")
+        lm.save_pretrained(run.folder)
+        tokenizer.save_pretrained(run.folder)
 
 
 # --- files ---
@@ -791,7 +782,7 @@ def save_peft(adapter: Tensor, form: Form, folder: Path):
     tensors = {name: x.contiguous().clone() for name, x in peft_tensors(adapter.cpu(), form).items()}
     save_file(tensors, folder / "adapter_model.safetensors")
     config = peft_config(form) | {"target_modules": list(form.kinds)}
-    common.write_atomic(folder / "adapter_config.json", json.dumps(config))
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def load_peft(folder: Path, form: Form) -> Tensor:
@@ -910,7 +901,7 @@ def benchmark(base: Base, name: str, adapters: Tensor, run: Run) -> float:
     """The first score that lm-eval gives for its task `name`, mean over adapters (G, P)."""
     scores = []
     for one in adapters.split(1):
-        base.use(one)
+        base.factors = base.form.split(one)
         found = common.benchmark(base.lm, base.tokenizer, [name], run, confirm_run_unsafe_code=True)
         scores += [x for key, x in found.get(name, {}).items() if "," in key][:1]
     return sum(scores) / len(adapters)  # rank 0 has the scores
@@ -918,7 +909,7 @@ def benchmark(base: Base, name: str, adapters: Tensor, run: Run) -> float:
 
 def train(cfg: Config, run: Run) -> dict:
     """One cell of the table: who writes adapters, from which descriptions, for which tasks."""
-    name = str(run.once("tiny model", make_base) / "model") if cfg.base == "tiny" else cfg.base
+    name = str(run.once("tiny model", make_base)) if cfg.base == "tiny" else cfg.base
     lm, tokenizer = common.load_lm(name, torch.bfloat16 if run.amp else torch.float32)
     base = Base(lm.to(run.device), tokenizer, name, cfg)
     trained, heldout, bench = groups = load_tasks(cfg)
@@ -931,8 +922,8 @@ def train(cfg: Config, run: Run) -> dict:
         found["million_parameters"] = sum(p.numel() for p in net.parameters()) / 1e6
         batch = base.batch(tasks[0].test[:16])
         each = adapters[0][:1].repeat(len(batch.ids), 1)  # an adapter for each sample
-        seconds = [timeit.timeit(partial(base.logits, batch, x), number=20) for x in (each, None)]
-        run.speed["lora_forward_ratio"] = seconds[0] / seconds[1]
+        ours, bare = (timeit.timeit(partial(base.logits, batch, x), number=20) for x in (each, None))
+        run.speed["lora_forward_ratio"] = ours / bare
     return found
 
 
@@ -946,13 +937,11 @@ def plot(figure, table: dict):
         scores = [cell["exact"] for cell in cells]
         if "adapters:" not in row:
             left.plot(scores, [row] * len(cells), "o")
-        elif "48" in row and "million_parameters" in cells[0]:
+        elif "million_parameters" in cells[0]:
             right.plot([cell["million_parameters"] for cell in cells], scores, "o", label=row)
             right.legend()
     left.set(xlabel="exact match, tasks never trained on")
-    right.set(
-        xlabel="million parameters; the adapters have 0.1", ylabel="exact match, own tasks", xscale="log"
-    )
+    right.set(xlabel="exact match, own tasks, over million parameters of the network", xscale="log")
 
 
 def find_config(name: str, cfg: Config):
@@ -993,8 +982,8 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
         form = find_form(lm, cfg.base, cfg)
         net = T2L(form, 1024, cfg)
     base, own = lm.num_parameters(), sum(p.numel() for p in net.parameters())
-    flops = 4 * base * cfg.steps * cfg.tasks * cfg.each * 300  # forward, and gradients of activations only
-    hours = flops / run.world_size / (0.4 * 989e12) / 3600
+    flops = 4 * 300 * base * cfg.steps * cfg.tasks * cfg.each  # forward, and gradients of activations only
+    hours = flops / run.world_size / 396e12 / 3600  # 40 % of an H100's peak
     run.print(
         f"{cfg.base}: {base:,} parameters, an adapter {form.parameters:,}, T2L {cfg.arch} {own:,}\n"
         f"{(2 * base + 16 * own) / 1e9:.0f} GB on each GPU, and activations of its share of a batch\n"
