@@ -103,7 +103,7 @@ class Config(common.Config):
     # reconstruction
     experts: str = ""  # folder of PEFT adapters by task name; empty: the oracles trained here
     adapters: int = 0  # tasks that are both trained on and evaluated on; 0: all are, and those held out
-    recon_steps: int = 350  # optimizer steps
+    recon_steps: int = 250  # optimizer steps
     # evaluation
     describe: Literal["own", "wrong", "random"] = "own"  # whose descriptions T2L reads
     # using a trained hypernetwork
