@@ -28,25 +28,25 @@ def run(tmp_path):
     return run
 
 
-def tiny(cfg=SMOKE, kv=4, dtype=torch.float32):
+def tiny(cfg=SMOKE, dtype=torch.float32):
     """A model whose v_proj has fewer outputs than inputs, with the tokenizer of the words."""
     torch.manual_seed(3)
     tokenizer = common.CharTokenizer(t2l.ALPHABET + "=$", eos="$")
     tokenizer.chat_template = "{{ messages[0].content }}"
-    lm = common.tiny_lm(len(tokenizer), 32, 2, heads=8, num_key_value_heads=kv, initializer_range=0.2)
+    lm = common.tiny_lm(len(tokenizer), 32, 2, heads=8, num_key_value_heads=4, initializer_range=0.2)
     return t2l.Base(lm.to(dtype), tokenizer, "tiny", cfg)
 
 
 RECON = dict(method="recon")
 
 
-def hypernet(form, arch, inputs=6, **settings):
+def hypernet(form, arch, **settings):
     torch.manual_seed(4)
-    return t2l.T2L(form, inputs, replace(SMOKE, latent=16, hidden=24, arch=arch, **settings)).eval()
+    return t2l.T2L(form, 6, replace(SMOKE, latent=16, hidden=24, arch=arch, **settings)).eval()
 
 
-def words(n=5, cfg=SMOKE):
-    return [task.train[k % 8] for k, task in enumerate(t2l.word_tasks(cfg)[0][:n])]
+def words(n=6):
+    return [task.train[0] for task in t2l.word_tasks(SMOKE)[0][:n]]
 
 
 # --- the hypernetwork
@@ -65,47 +65,33 @@ def test_parameters_of_the_heads_on_mistral_are_the_paper_s(arch, biased, plain)
 
 def test_head_l_starts_at_the_base_bit_for_bit_and_the_others_where_the_paper_s_do():
     base, z = tiny(), torch.randn(3, 6)
-    batch = base.batch(words(6))
+    batch = base.batch(words())
     bare, start = base.logits(batch, None), hypernet(base.form, "L")(z)
     assert torch.equal(base.logits(batch, start), bare)
-    places = [LAYER.format(n, kind) for n, kind in ((0, "q_proj"), (1, "q_proj"), (0, "v_proj"))]
-    (A, B), (other, _), (V, _) = (base.form.split(start)[path] for path in places)
-    assert torch.equal(A, other) and 0.1 < A.abs().max() <= 1 / math.sqrt(32) and B.abs().max() == 0
+    (A, B), (V, _) = (base.form.split(start)[LAYER.format(1, kind)] for kind in ("q_proj", "v_proj"))
+    assert 0.1 < A.abs().max() <= 1 / math.sqrt(32) and not B.any()
     torch.testing.assert_close(t2l.magnitude(start, base.form), A.square().mean() + V.square().mean())
     for arch, rank in (("M", 4), ("S", 1)):
-        A, B = base.form.split(hypernet(base.form, arch)(z))[places[2]]
+        A, B = base.form.split(hypernet(base.form, arch)(z))[LAYER.format(0, "v_proj")]
         assert torch.equal(B, A[..., :16]) and torch.linalg.matrix_rank(B[0].T @ A[0], rtol=1e-4) == rank
-        exact = hypernet(base.form, arch, init="exact")(z)
-        assert torch.equal(base.logits(batch, exact), bare)
-
-
-def test_the_first_gradient_of_head_l_reaches_rows_of_b_alone():
-    base = tiny()
-    net, batch = hypernet(base.form, "L"), base.batch(words(4))
-    t2l.response_loss(base.logits(batch, net(torch.randn(2, 6))), batch, 0.0).mean().backward()
-    for name, p in net.named_parameters():
-        rows = p.grad[4 * 32 :] if name.startswith("heads") else p.grad[:0]
-        assert p.grad.abs().sum() == rows.abs().sum()
-        assert not name.startswith("heads") or rows.abs().sum() > 0
+        assert torch.equal(base.logits(batch, hypernet(base.form, arch, init="exact")(z)), bare)
 
 
 def by_hand(net, z, kind, layer, row):
     """Row `row` of A and column of B of one module, for one description, as the paper's equation reads."""
-    k, (o, i), r = list(net.heads).index(kind), net.form.kinds[kind], net.form.rank
-    x = torch.cat([net.task(z), net.depth()[layer], net.kind()[k, 0]])
-    h = net.mixer(x)
+    k, (o, i), r, arch = list(net.heads).index(kind), net.form.kinds[kind], net.form.rank, net.cfg.arch
+    h = net.mixer(torch.cat([net.task(z), net.depth()[layer], net.kind()[k, 0]]))
     h = h + net.block1(h)
-    if net.cfg.arch == "L":
-        flat = net.heads[kind](net.mlp3(h + net.block2(h)))
-        return flat[: r * i].view(r, i)[row], flat[r * i :].view(r, o)[row]
+    if arch == "L":
+        A, B = net.heads[kind](net.mlp3(h + net.block2(h))).split((r * i, r * o))
+        return A.view(r, i)[row], B.view(r, o)[row]
     found = []
     for code, size in zip(net.factor()[k, :, 0], (i, o), strict=True):
         u = (h + code) + net.block2(h + code)
-        if net.cfg.arch == "S":
-            place = net.place()[row]
-            u = u + place + net.block2(place)
+        if arch == "S":
+            u = u + net.place()[row] + net.block2(net.place()[row])
         out = net.heads[kind](net.mlp3(u))
-        found.append((out if net.cfg.arch == "S" else out.view(r, -1)[row])[:size])
+        found.append((out if arch == "S" else out.view(r, -1)[row])[:size])
     return found
 
 
@@ -115,43 +101,36 @@ def test_all_adapters_at_once_are_those_of_a_loop_and_ignore_their_batch_mates(a
     net, z = hypernet(form, arch, **RECON).double(), torch.randn(3, 6, dtype=torch.float64)
     parts = form.split(net.z_scores(z))
     for g, kind, layer, row in ((0, "q_proj", 1, 3), (2, "v_proj", 0, 2)):
-        A, B = by_hand(net, z[g], kind, layer, row)
-        for part, wanted in zip(parts[LAYER.format(layer, kind)], (A, B), strict=True):
-            torch.testing.assert_close(part[g, row], wanted.float())
-    torch.testing.assert_close(net(z.flip(0)), net(z).flip(0))
+        wanted = by_hand(net, z[g], kind, layer, row)
+        for part, factor in zip(parts[LAYER.format(layer, kind)], wanted, strict=True):
+            torch.testing.assert_close(part[g, row], factor.float())
 
 
 # --- adapters in the model
 
 
 def test_an_adapter_for_each_sample_is_the_merged_weights_of_each_padding_included():
-    base = tiny(replace(SMOKE, rank=3, alpha=5.0), dtype=torch.float64)
-    pairs = [Pair("ab=", "CD"), Pair("abcdef=", "A"), Pair("a=", "BCDEF"), Pair("abc=", "B")]
-    adapters = torch.randn(2, base.form.parameters, dtype=torch.float64) * 0.2
-    batch = base.batch(pairs)
-    together = base.logits(batch, adapters)
-    for g, part in enumerate((pairs[:2], pairs[2:])):
+    cfg, pairs = (
+        replace(SMOKE, rank=3, alpha=5.0),
+        [Pair("ab=", "CD"), Pair("abcdef=", "A"), Pair("a=", "BCD")],
+    )
+    base = tiny(cfg, dtype=torch.float64)
+    adapters = torch.randn(3, base.form.parameters, dtype=torch.float64) * 0.2
+    together = base.batch(pairs)
+    losses = t2l.response_loss(base.logits(together, adapters), together, 0.0)
+    for g, pair in enumerate(pairs):
+        base, alone = tiny(cfg, dtype=torch.float64), base.batch([pair])
         for path, (A, B) in base.form.split(adapters).items():
             base.lm.get_submodule(path).weight.data += 5 / math.sqrt(3) * B[g].T @ A[g]
-        alone = base.batch(part)
-        logits = base.logits(alone, None)
-        base = tiny(replace(SMOKE, rank=3, alpha=5.0), dtype=torch.float64)
-        length = logits.shape[1]
-        there = alone.answer[:, 1:]
-        found = together[2 * g : 2 * g + 2, :length][there]
-        torch.testing.assert_close(found, logits[there], atol=1e-10, rtol=0)
+        loss = t2l.response_loss(base.logits(alone, None), alone, 0.0)
+        torch.testing.assert_close(losses[g], loss[0], atol=1e-6, rtol=0)  # logits are float32
 
 
 def test_a_response_is_kept_and_a_prompt_loses_its_left_but_for_the_first_id():
     base = tiny(replace(SMOKE, context=6))
     batch = base.batch([Pair("abcdefgh=", "CD")])
-    assert base.tokenizer.decode(batch.ids[0]) == "ah=CD$"
-    assert base.tokenizer.decode(batch.ids[batch.answer]) == "CD$"
-
-
-def test_a_module_that_is_not_there_is_named_with_those_that_are():
-    with pytest.raises(UserError, match=r"qkv_proj.*k_proj"):
-        tiny(replace(SMOKE, modules=("qkv_proj",)))
+    assert base.tokenizer.decode(batch.ids[0]) == "ah=CD"
+    assert base.tokenizer.decode(batch.targets[batch.answer]) == "CD$"
 
 
 # --- losses
@@ -160,17 +139,14 @@ def test_a_module_that_is_not_there_is_named_with_those_that_are():
 def test_response_loss_is_the_mean_of_each_sample_s_response_whatever_the_padding():
     base = tiny()
     batch = base.batch([Pair("abc=", "CD"), Pair("abcdefg=", "ABCDE")])
-    logits = base.lm(batch.ids).logits
-    found = t2l.response_loss(base.logits(batch, None), batch, 0.1)
-    for row, (start, end) in enumerate(((4, 7), (8, 14))):
-        mine = logits[row, start - 1 : end - 1], batch.ids[row, start:end]
+    logits = base.logits(batch, None)
+    found = t2l.response_loss(logits, batch, 0.1)
+    for row, (start, end) in enumerate(((3, 6), (7, 13))):
+        mine = logits[row, start:end], batch.targets[row, start:end]
         torch.testing.assert_close(found[row], F.cross_entropy(*mine, label_smoothing=0.1))
-    other = base.batch([Pair("abc=", "CD"), Pair("abcdefghij=", "ABCDEF")])  # more padding in row 0
-    longer = t2l.response_loss(base.logits(other, None), other, 0.1)
-    torch.testing.assert_close(longer[0], found[0])
 
 
-def test_neftune_is_bounded_and_only_where_gradients_are_taken():
+def test_noise_is_bounded_and_only_where_gradients_are_taken():
     base = tiny(replace(SMOKE, neftune=5.0, lora_dropout=0.5))
     batch, adapters = base.batch(words()), 0.1 * torch.randn(1, base.form.parameters)
     for training in (False, True):
@@ -178,31 +154,30 @@ def test_neftune_is_bounded_and_only_where_gradients_are_taken():
             first, second = (base.logits(batch, adapters) for _ in range(2))
         assert torch.equal(first, second) != training
     noise = t2l.neftune(torch.zeros(4, 7, 32), 5.0)
-    assert 0.99 < noise.abs().max() * math.sqrt(7 * 32) / 5 <= 1 and noise.mean().abs() < 0.02
+    assert 0.99 < noise.abs().max() * math.sqrt(7 * 32) / 5 <= 1
 
 
-def test_reconstruction_is_zero_at_the_target_mean_absolute_z_at_zero_and_zero_is_the_average(run):
+def test_reconstruction_is_mean_absolute_z_at_zero_and_zero_is_the_average(run):
     form = tiny().form
     library, net = torch.randn(5, form.parameters) * 0.1 + 1, hypernet(form, "L", **RECON)
     run.cfg = replace(run.cfg, recon_steps=0)
     t2l.reconstruct(net, library, torch.zeros(5, 1, 6), run)
     z = (library - net.mean) / net.std
-    assert t2l.recon_loss(z, z, form) == 0
     parts = [part.abs().mean() for factors in form.split(z).values() for part in factors]
-    torch.testing.assert_close(t2l.recon_loss(torch.zeros_like(z), z, form), sum(parts) / 8)
+    torch.testing.assert_close(t2l.recon_loss(0 * z, z, form), sum(parts) / 8)
     for head in net.heads.values():
         nn.init.zeros_(head.weight)
-    torch.testing.assert_close(net(torch.randn(1, 6)), library.mean(0, keepdim=True))
+    torch.testing.assert_close(net(torch.randn(1, 6))[0], library.mean(0))
 
 
 def test_turning_the_ranks_of_adapters_lowers_their_alignment_and_changes_the_reconstruction():
     form = tiny().form
     library = torch.randn(1, form.parameters) + 0.1 * torch.randn(6, form.parameters)
     turned = library.clone()
-    for A, B in form.split(turned).values():
-        R = torch.linalg.qr(torch.randn(6, 4, 4))[0]  # B^T R^T R A is what it was
-        A.copy_(R @ A)
-        B.copy_(R @ B)
+    for factors in form.split(turned).values():
+        R = torch.linalg.qr(torch.randn(6, 4, 4))[0]
+        for factor in factors:  # B^T R^T R A is what it was
+            factor.copy_(R @ factor)
     assert t2l.recon_loss(library, turned, form) > 0.1
     assert t2l.alignment(library, form) > 0.9 > 0.5 > t2l.alignment(turned, form)
 
@@ -218,24 +193,20 @@ def test_embeddings_have_unit_mean_square_and_hashing_is_alike_in_every_process(
     assert z.double().sum().item() == pytest.approx(0)  # Python's own hash differs between processes
 
 
-@pytest.mark.parametrize("pooling", ["", ":mean", ":cls", ":last"])
-def test_an_encoder_reads_one_text_at_a_time(text_files, tmp_path, pooling):
-    cfg = replace(SMOKE, encoder=f"hf:{tmp_path / 'lm'}{pooling}")
+def test_an_encoder_s_vectors_are_of_each_text_alone(text_files, tmp_path):
     lm, tokenizer = common.load_lm(str(tmp_path / "lm"))
-    texts = ["Add the numbers.", "Add"]
+    cfg, texts = replace(SMOKE, encoder=f"hf:{tmp_path / 'lm'}:last"), ["Add the two numbers.", "Add."]
     for text, z in zip(texts, t2l.encode(texts, cfg, "cpu"), strict=True):
-        text = "Add." if text == "Add" else text
-        states = lm.base_model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
-        wanted = {":cls": states[0], ":last": states[-1]}.get(pooling, states.mean(0))
-        torch.testing.assert_close(z, F.normalize(wanted, dim=0) * math.sqrt(32))
+        state = lm.base_model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -1]
+        torch.testing.assert_close(z, F.normalize(state, dim=0) * math.sqrt(32))
 
 
 def test_a_word_task_does_what_its_name_says_and_held_out_ones_share_no_sentence_with_training():
     trained, heldout, _ = t2l.word_tasks(SMOKE)
-    assert len(trained) == 48 and len({task.name[0] for task in heldout}) == 8
+    assert len(trained) == 48 and len(heldout) == 16
     known = {text for task in trained for text in task.descriptions}
     assert not any(known & {*task.descriptions} for task in heldout)
-    prompt, response = next(task.train[0] for task in trained + heldout if task.name == "1 1")
+    prompt, response = next(task.train[0] for task in trained if task.name == "1 1")
     assert response == "".join(chr(65 + (ord(c) - 96) % 10) for c in reversed(prompt[2:]))
 
 
@@ -247,22 +218,15 @@ def test_an_sni_row_becomes_definition_problem_and_answers():
     assert pair.response == "cat, dog" and pair.prompt.endswith("\n\nin the zoo")
     assert pair.prompt.startswith("Name animals. Separate several answers by commas.")
     assert t2l.to_pair(row | {"output": "cat"}, "f").response == "cat"
-    with pytest.raises(UserError, match="f: no question"):
-        t2l.to_pair({"input": "Definition: x", "output": ["y"]}, "f")
 
 
 def test_a_description_that_a_task_is_trained_on_is_not_unseen_for_another(tmp_path):
-    task_folders(tmp_path)
-    cfg = replace(t2l.CONFIGS["text"], data=str(tmp_path), heldout=("t3",), descriptions=3, tests=4)
-    file = tmp_path / "t3/metadata.yaml"
+    task_folders(tmp_path, 2)
+    cfg = replace(t2l.CONFIGS["text"], data=str(tmp_path), heldout=("t1",), descriptions=3, tests=4)
+    file = tmp_path / "t1/metadata.yaml"
     texts = json.loads(file.read_text())["descriptions"]
-    file.write_text(json.dumps({"descriptions": [*texts, "Add 1 to the number, please now"]}))
-    trained, heldout, _ = t2l.load_tasks(cfg)
-    assert len(trained) == 3 and len(trained[0].train) == 8
-    assert heldout[0].descriptions == [f"{text}." for text in texts[3:]]
-    file.write_text(json.dumps({"descriptions": texts[:5]}))
-    with pytest.raises(UserError, match="t3 lacks 3"):
-        t2l.load_tasks(cfg)
+    file.write_text(json.dumps({"descriptions": [*texts, "Add 0, now"]}))
+    assert t2l.load_tasks(cfg)[1][0].descriptions == texts[3:]
 
 
 # --- training and evaluation
@@ -285,7 +249,7 @@ def test_a_response_counts_as_right_where_greedy_decoding_writes_it(run):
     adapters = 0.3 * torch.randn(1, base.form.parameters)
     for prompt, _ in words():
         ids = [base.tokenizer(prompt).input_ids]
-        base.use(adapters)
+        base.factors = base.form.split(adapters)
         *ids, base.tokenizer.eos_token_id = common.generate(base.lm, ids, torch.zeros(1, 4), [], 0)[0]
         text = base.tokenizer.decode(ids)
         wrong = ("b" if text[0] == "a" else "a") + text[1:]
@@ -303,12 +267,9 @@ def test_peft_loads_what_is_written_and_gives_the_same_logits(tmp_path):
     t2l.save_peft(adapter, base.form, tmp_path / "a")
     assert torch.equal(t2l.load_peft(tmp_path / "a", base.form), adapter)
     ids = base.batch(words()).ids
-    base.use(adapter[None])
-    ours = base.lm(ids).logits
-    base.use(None)
+    base.factors = base.form.split(adapter[None])
     theirs = peft.PeftModel.from_pretrained(tiny().lm, tmp_path / "a")(ids).logits
-    torch.testing.assert_close(theirs, ours)
-    assert (theirs - base.lm(ids).logits).abs().max() > 0.01
+    torch.testing.assert_close(theirs, base.lm(ids).logits)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -316,7 +277,7 @@ def test_peft_loads_what_is_written_and_gives_the_same_logits(tmp_path):
     (dict(alpha=3.0), "'lora_alpha': 3.0.*not"), (dict(sizes={"a.k_proj": (2, 3)}), "KeyError.*q_proj"),
 ])  # fmt: skip
 def test_an_expert_of_another_form_or_with_nan_is_refused_by_name(tmp_path, change, words):
-    form = replace(tiny().form, **change)
+    form = tiny().form._replace(**change)
     t2l.save_peft(torch.full((form.parameters,), torch.nan), form, tmp_path / "expert")
     with pytest.raises(UserError, match=f"expert.*{words}"):
         t2l.load_peft(tmp_path / "expert", tiny().form)
@@ -325,12 +286,10 @@ def test_an_expert_of_another_form_or_with_nan_is_refused_by_name(tmp_path, chan
 # --- the script
 
 
-def task_folders(folder, count=4):
+def task_folders(folder, count=3):
     for k in range(count):
         (folder / f"t{k}").mkdir(parents=True)
-        texts = [
-            f"Add {k} to the number, please {w}" for w in ("now", "soon", "again", "slowly", "twice", "first")
-        ]
+        texts = [f"Add {k}, {when}" for when in ("now", "soon", "again", "slowly", "twice", "first")]
         (folder / f"t{k}/metadata.yaml").write_text(json.dumps({"descriptions": texts}))
         rows = [{"question": f"What is {i} plus {k}?", "answer": f"It is {i + k}."} for i in range(12)]
         (folder / f"t{k}/data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -341,11 +300,11 @@ TEXT = "--config text --base lm --data tasks --heldout t1 --descriptions 3 --tes
 
 def test_a_model_and_tasks_from_folders_then_an_adapter_for_a_sentence(run_main, text_files, tmp_path):
     task_folders(tmp_path / "tasks")
-    code, _, err = run_main(t2l, *TEXT.split(), "--tasks", "2", "--rows", "T2L L", "base", "multi-task LoRA")
+    code, _, err = run_main(t2l, *TEXT.split(), "--tasks", "2", "--rows", "T2L", "base", "multi-task LoRA")
     assert code == 0, err
     folder = tmp_path / "out/t2l-text-s0-lm"
     table = json.loads((folder / "results.json").read_text())["table"]
-    assert table["T2L L"][0]["loss"] != table["base"][0]["loss"]
+    assert table["T2L"][0]["loss"] != table["base"][0]["loss"]
     words = [
         "--generate",
         "Add 3",
@@ -356,12 +315,11 @@ def test_a_model_and_tasks_from_folders_then_an_adapter_for_a_sentence(run_main,
     ]
     code, out, err = run_main(t2l, *words)
     assert code == 0 and "PeftModel" in out, err
-    assert json.loads((tmp_path / "new/adapter_config.json").read_text())["base_model_name_or_path"] == "lm"
     assert run_main(t2l, *words)[0] == 2
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--encoder bert", "hf:NAME"), ("--base gpt2", "--data words goes"),
+    ("--encoder bert", "hf:NAME"), ("--base gpt2", "gpt2.*neither"),
     ("--generate x --checkpoint none.pt", "none.pt: no hypernetwork"),
     ("--config full --data nothing", "lol_1557"), ("--config text --base lm --data tasks", "letter_counting"),
     ("--config text --base lm --data tasks --heldout t1 --descriptions 9", "t0.*t1.*t2"),
@@ -371,7 +329,7 @@ def test_a_model_and_tasks_from_folders_then_an_adapter_for_a_sentence(run_main,
 def test_what_makes_no_sense_is_one_line_before_anything_is_computed(
     run_main, text_files, tmp_path, words, message
 ):
-    task_folders(tmp_path / "tasks", 3)
+    task_folders(tmp_path / "tasks")
     code, _, err = run_main(t2l, *words.split())
     assert code == 2 and "Traceback" not in err and not (tmp_path / "out").exists()
     assert t2l.re.search(message, err), err
@@ -388,7 +346,7 @@ def test_smoke_runs_and_a_killed_run_resumes_to_the_same_numbers(run_script, tmp
     folder = tmp_path / "out/t2l-smoke-s0-tiny"
     first = json.loads((folder / "results.json").read_text())
     assert set(first["table"]) == set(t2l.ROWS)
-    for name in ("t2l_S_64_hash_0", "T2L_S", "recon_S_16_hash_48", "48_adapters_S_small"):
+    for name in ("t2l_L_64_hash_0", "T2L", "48_adapters_S_small"):
         (folder / f"{name}-s0/result.json").unlink()
         for newest in sorted((folder / f"{name}-s0").glob("step*/.metadata"))[-1:]:
             newest.unlink()
@@ -400,8 +358,8 @@ def test_two_ranks_that_share_a_run_and_one_task_find_what_one_does(run_script, 
     task_folders(tmp_path / "tasks", 2)
     tables = []
     for ranks in (1, 2):
-        words = [*TEXT.split(), "--tasks", "2", "--rows", "T2L L", "--neftune", "0", "--lora_dropout", "0"]
+        words = [*TEXT.split(), "--tasks", "2", "--rows", "T2L", "--neftune", "0", "--lora_dropout", "0"]
         run_script(ROOT / "t2l.py", *words, "--dropout", "0", "--out", f"o{ranks}", ranks=ranks)
         found = json.loads((tmp_path / f"o{ranks}/t2l-text-s0-lm/results.json").read_text())
-        tables.append(found["table"]["T2L L"][0])
+        tables.append(found["table"]["T2L"][0])
     assert tables[0] == pytest.approx(tables[1], rel=1e-4)
