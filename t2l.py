@@ -24,20 +24,21 @@ How to run
   python t2l.py --config text --base M --data DIR          a real model: hub id, folder, .gguf
   torchrun --nproc_per_node=8 t2l.py --config full --data DIR    Mistral-7B, 479 tasks: the paper's setting
 DIR has a folder a task with metadata.yaml (descriptions; ds_kwargs: path), as the public code's tasks/, and
-data.jsonl (input and output, prompt and response, or question and answer) if the path is not to be used.
+data.jsonl (question and answer, or input and output as in SNI) if the path is not to be used.
 
 Departures from the paper and its code
 - Module types are sorted and kept in the checkpoint; in the code their order changes between processes.
 - The public code's heads M and S do not start at BA = 0 ("paper"); --init exact adds a frozen start instead.
 - A response is kept whole when a text is cut (the code may cut it away); of a prompt the first id stays.
-- Oracles train side by side for fixed steps from one A0 (the code: one by one, early stopping) and, as the
-  multi-task LoRA, unclipped, by the loss of eq. (6). A step's tasks share their draws of examples.
+- Oracles train side by side from one A0 for fixed steps (the code: one by one, early stopping), unclipped.
+- A step draws its tasks anew, not by epochs; a fifth of all steps is warm-up. A step of reconstruction has
+  the whole library.
 - Validation on held-out tasks, not on slices of the benchmarks. Prompts and graders are lm-eval's.
 - Left out: dW reconstruction, Hyperdecoders. Ranks draw the same dropout and noise for their shares.
 - The demo's base model knows every skill by a code; adapters must elicit it where codes are hidden. The
   multi-task LoRA cannot know the task from such a prompt; in the paper prompts do hold an instruction.
 
-Reading order: Config, ROWS, Base, T2L, the losses, fit, reconstruct, train.
+Reading order: Config, ROWS, Base, T2L, the losses, fit, reconstruct, learn, train.
 """
 
 from __future__ import annotations
