@@ -366,7 +366,8 @@ def load_tasks(cfg: Config) -> list[list[Task]]:
         jobs = [[pool.submit(read_task, Path(cfg.data) / name, cfg) for name in group] for group in names]
     failed = [str(e) for job in itertools.chain(*jobs) if (e := job.exception())]
     if failed or not all(names[:2]):
-        raise UserError(f"--data {cfg.data}: {names[:2]} to train on and held out; {'; '.join(failed)}")
+        counts = f"{len(names[0])} tasks to train on, {len(names[1])} held out"
+        raise UserError(f"--data {cfg.data}: {counts}; cannot be read: {'; '.join(failed) or 'none'}")
     trained, heldout, bench = groups = [[job.result() for job in group] for group in jobs]
     known = {text for task in trained for text in task.descriptions}
     for task in heldout + bench:
@@ -400,12 +401,12 @@ def encoder_model(encoder: str) -> tuple:
 
 def encode(texts: list[str], cfg: Config, device) -> Tensor:
     """Eq. (2): n descriptions, ended by a full stop -> z (n, d), each coordinate of unit mean square."""
-    from transformers import pipeline
-
     texts = [re.sub(r"(?<=[^\W\d_])$", ".", text.strip()) for text in texts]
     if cfg.encoder == "hash":
         vectors = torch.tensor([hashed(text) for text in texts])
     else:
+        from transformers import pipeline
+
         name, pooling = encoder_model(cfg.encoder)
         reader = pipeline(
             "feature-extraction", name, device=device, trust_remote_code=cfg.trust, dtype=torch.float32
