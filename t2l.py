@@ -366,8 +366,10 @@ def load_tasks(cfg: Config) -> list[list[Task]]:
         jobs = [[pool.submit(read_task, Path(cfg.data) / name, cfg) for name in group] for group in names]
     failed = [str(e) for job in itertools.chain(*jobs) if (e := job.exception())]
     if failed or not all(names[:2]):
-        counts = f"{len(names[0])} tasks to train on, {len(names[1])} held out"
-        raise UserError(f"--data {cfg.data}: {counts}; cannot be read: {'; '.join(failed) or 'none'}")
+        raise UserError(
+            f"--data {cfg.data}: {len(names[0])} tasks to train on, {len(names[1])} held out; "
+            f"cannot be read: {'; '.join(failed) or 'none'}"
+        )
     trained, heldout, bench = groups = [[job.result() for job in group] for group in jobs]
     known = {text for task in trained for text in task.descriptions}
     for task in heldout + bench:
@@ -687,7 +689,7 @@ def training(net: nn.Module, steps: int, lr: float, decay: float, run: Run):
 
     clip = math.inf if isinstance(net, Table) else 1.0  # no oracle is clipped for another
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=decay)
-    schedule = get_linear_schedule_with_warmup(optimizer, round(0.2 * steps), steps)
+    schedule = get_linear_schedule_with_warmup(optimizer, steps // 5, steps)
     for step in run.steps(steps, net=net, optimizer=optimizer, schedule=schedule):
 
         def descend(loss: Tensor, step=step):
@@ -836,7 +838,8 @@ def learn(method: str, base: Base, groups: list[list[Task]], run: Run):
     """Train what gives a row its adapters (G, P) from z (G, d) or tasks (G,), and save it as t2l.pt."""
     cfg, (trained, heldout, _) = run.cfg, groups
     tasks = trained + heldout if method == "oracle" else trained[: cfg.adapters or None]
-    z = read([task.descriptions for task in tasks], cfg, run.device)
+    # oracles read nothing
+    z = read([[task.name] if method == "oracle" else task.descriptions for task in tasks], cfg, run.device)
     start = lora_start(base.form)
     net = Table(start)  # as it is the base model: B = 0
     if method in ("average", "recon"):
@@ -984,8 +987,8 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
         form = find_form(lm, cfg.base, cfg)
         net = T2L(form, 1024, cfg)
     base, own = lm.num_parameters(), sum(p.numel() for p in net.parameters())
-    flops = 4 * 300 * base * cfg.steps * cfg.tasks * cfg.each  # forward, and gradients of activations only
-    hours = flops / run.world_size / 396e12 / 3600  # 40 % of an H100's peak
+    flops = 1200 * base * cfg.steps * cfg.tasks * cfg.each  # 4 a token: forward, gradients of activations
+    hours = flops / run.world_size / 1.43e18  # what an H100 does in an hour at 40 % of its peak
     run.print(
         f"{cfg.base}: {base:,} parameters, an adapter {form.parameters:,}, T2L {cfg.arch} {own:,}\n"
         f"{(2 * base + 16 * own) / 1e9:.0f} GB on each GPU, and activations of its share of a batch\n"
