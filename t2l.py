@@ -95,7 +95,7 @@ class Config(common.Config):
     # training
     tasks: int = 64  # tasks a step, over all ranks; where there are fewer, some come again
     each: int = 2  # examples of each
-    steps: int = 500  # optimizer steps of T2L and of the multi-task LoRA
+    steps: int = 400  # optimizer steps of T2L and of the multi-task LoRA
     lr: float = 3e-3  # peak for T2L; linear warm-up, linear decay
     oracle_steps: int = 120  # optimizer steps of the oracles
     plain_lr: float = 1e-2  # peak for plain LoRAs: the multi-task one, oracles

@@ -309,7 +309,7 @@ def test_a_model_and_tasks_from_folders_then_an_adapter_for_a_sentence(run_main,
         "--generate",
         "Add 3",
         "--checkpoint",
-        str(folder / "t2l_L_16_hash_0-s0/t2l.pt"),
+        str(folder / "t2l_L_128_hash_0-s0/t2l.pt"),
         "--save",
         "new",
     ]
