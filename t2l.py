@@ -97,14 +97,14 @@ class Config(common.Config):
     each: int = 2  # examples of each
     steps: int = 400  # optimizer steps of T2L and of the multi-task LoRA
     lr: float = 3e-3  # peak for T2L; linear warm-up, linear decay
-    oracle_steps: int = 120  # optimizer steps of the oracles
+    oracle_steps: int = 300  # optimizer steps of the oracles
     plain_lr: float = 1e-2  # peak for plain LoRAs: the multi-task one, oracles
     smoothing: float = 0.0  # of labels
     neftune: float = 0.0  # noise on input embeddings
     # reconstruction
     experts: str = ""  # folder of PEFT adapters by task name; empty: the oracles trained here
     adapters: int = 0  # tasks that are both trained on and evaluated on; 0: all are, and those held out
-    recon_steps: int = 250  # optimizer steps
+    recon_steps: int = 200  # optimizer steps
     # evaluation
     describe: Literal["own", "wrong", "random"] = "own"  # whose descriptions T2L reads
     # using a trained hypernetwork
@@ -207,7 +207,7 @@ CONFIGS = {
     "smoke": Config(
         examples=8, tests=4, base_steps=6, tasks=4, each=2, steps=6, oracle_steps=3, recon_steps=4
     ),
-    "demo": Config(seed=10, seeds=5, ranks=2, save_every=1000),
+    "demo": Config(seed=10, seeds=4, ranks=2, save_every=1000),
     "gpu": Config(seeds=8, ranks=8, steps=2000),
     "text": REAL,
     "full": replace(
@@ -868,7 +868,11 @@ def learn(method: str, base: Base, groups: list[list[Task]], run: Run):
 def learned(method: str, base: Base, groups: list[list[Task]], run: Run) -> nn.Module:
     """What `learn` has learned, once a seed."""
     cfg = run.cfg
-    name = method if method == "oracle" else f"{method} {cfg.arch} {cfg.latent} {cfg.encoder} {cfg.adapters}"
+    name = (
+        method
+        if method == "oracle"
+        else f"{method} {cfg.arch} {cfg.latent} {cfg.encoder} {cfg.adapters or len(groups[0])}"
+    )
     folder = run.once(name, partial(learn, method, base, groups))
     return load_net(folder / "t2l.pt", run.device)
 
