@@ -867,12 +867,9 @@ def learn(method: str, base: Base, groups: list[list[Task]], run: Run):
 
 def learned(method: str, base: Base, groups: list[list[Task]], run: Run) -> nn.Module:
     """What `learn` has learned, once a seed."""
-    cfg = run.cfg
-    name = (
-        method
-        if method == "oracle"
-        else f"{method} {cfg.arch} {cfg.latent} {cfg.encoder} {cfg.adapters or len(groups[0])}"
-    )
+    cfg, name = run.cfg, method
+    if method != "oracle":
+        name += f" {cfg.arch} {cfg.latent} {cfg.encoder} {cfg.adapters or len(groups[0])}"
     folder = run.once(name, partial(learn, method, base, groups))
     return load_net(folder / "t2l.pt", run.device)
 

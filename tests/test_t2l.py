@@ -309,7 +309,7 @@ def test_a_model_and_tasks_from_folders_then_an_adapter_for_a_sentence(run_main,
         "--generate",
         "Add 3",
         "--checkpoint",
-        str(folder / "t2l_L_128_hash_0-s0/t2l.pt"),
+        str(folder / "t2l_L_128_hash_2-s0/t2l.pt"),
         "--save",
         "new",
     ]
@@ -345,7 +345,7 @@ def test_smoke_runs_and_a_killed_run_resumes_to_the_same_numbers(run_script, tmp
     folder = tmp_path / "out/t2l-smoke-s0-tiny"
     first = json.loads((folder / "results.json").read_text())
     assert set(first["table"]) == set(t2l.ROWS)
-    for name in ("t2l_L_64_hash_0", "T2L", "48_adapters_S_small"):
+    for name in ("t2l_L_64_hash_48", "T2L", "48_adapters_S_small"):
         (folder / f"{name}-s0/result.json").unlink()
         for newest in sorted((folder / f"{name}-s0").glob("step*/.metadata"))[-1:]:
             newest.unlink()
