@@ -204,9 +204,7 @@ REAL = Config(
     neftune=5.0,
 )
 CONFIGS = {
-    "smoke": Config(
-        examples=8, tests=4, base_steps=6, tasks=4, each=2, steps=6, oracle_steps=3, recon_steps=4
-    ),
+    "smoke": Config(examples=8, tests=4, base_steps=6, tasks=4, steps=6, oracle_steps=3, recon_steps=4),
     "demo": Config(seed=10, seeds=4, ranks=2, save_every=1000),
     "gpu": Config(seeds=8, ranks=8, steps=2000),
     "text": REAL,
