@@ -945,7 +945,7 @@ def plot(figure, table: dict):
             right.plot([cell["million_parameters"] for cell in cells], scores, "o", label=row)
             right.legend()
     left.set(xlabel="exact match, tasks never trained on")
-    right.set(xlabel="exact match, own tasks, over million parameters of the network", xscale="log")
+    right.set(xlabel="million parameters of the network", ylabel="exact match, own tasks")
 
 
 def find_config(name: str, cfg: Config):
