@@ -96,15 +96,17 @@ class Config(common.Config):
     tasks: int = 64  # tasks a step, over all ranks; where there are fewer, some come again
     each: int = 2  # examples of each
     steps: int = 400  # optimizer steps of T2L and of the multi-task LoRA
-    lr: float = 3e-3  # peak for T2L; linear warm-up, linear decay
+    lr: float = 3e-3  # peak for T2L, by either way; linear warm-up, linear decay
     oracle_steps: int = 300  # optimizer steps of the oracles
     plain_lr: float = 1e-2  # peak for plain LoRAs: the multi-task one, oracles
     smoothing: float = 0.0  # of labels
     neftune: float = 0.0  # noise on input embeddings
     # reconstruction
     experts: str = ""  # folder of PEFT adapters by task name; empty: the oracles trained here
-    adapters: int = 0  # tasks that are both trained on and evaluated on; 0: all are, and those held out
-    recon_steps: int = 200  # optimizer steps
+    adapters: int = (
+        0  # first tasks, both to train and to evaluate on; 0: all to train, those held out to evaluate
+    )
+    recon_steps: int = 200  # optimizer steps of T2L on a library
     # evaluation
     describe: Literal["own", "wrong", "random"] = "own"  # whose descriptions T2L reads
     # using a trained hypernetwork
