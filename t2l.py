@@ -103,9 +103,7 @@ class Config(common.Config):
     neftune: float = 0.0  # noise on input embeddings
     # reconstruction
     experts: str = ""  # folder of PEFT adapters by task name; empty: the oracles trained here
-    adapters: int = (
-        0  # first tasks, both to train and to evaluate on; 0: all to train, those held out to evaluate
-    )
+    adapters: int = 0  # train and evaluate on so many tasks; 0: train on all, evaluate on those held out
     recon_steps: int = 200  # optimizer steps of T2L on a library
     # evaluation
     describe: Literal["own", "wrong", "random"] = "own"  # whose descriptions T2L reads
