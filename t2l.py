@@ -206,7 +206,7 @@ REAL = Config(
 CONFIGS = {
     "smoke": Config(examples=8, tests=4, base_steps=6, tasks=4, steps=6, oracle_steps=3, recon_steps=4),
     "demo": Config(seed=10, seeds=4, ranks=2, save_every=1000),
-    "gpu": Config(seeds=8, ranks=8, steps=2000),
+    "gpu": Config(seeds=8, steps=2000),
     "text": REAL,
     "full": replace(
         REAL,
@@ -360,6 +360,7 @@ def load_tasks(cfg: Config) -> list[list[Task]]:
         return word_tasks(cfg)
     there = {path.parent.name for path in Path(cfg.data).glob("*/metadata.yaml")}
     names = sorted(there - {*cfg.heldout, *cfg.excluded}), cfg.heldout, cfg.bench
+    common.need("datasets", "lm").utils.tqdm.get_lock()  # made by a thread, it would be deleted in another
     with ThreadPoolExecutor(16) as pool:  # the hub is slow, and slower still where it cannot be reached
         jobs = [[pool.submit(read_task, Path(cfg.data) / name, cfg) for name in group] for group in names]
     failed = [str(e) for job in itertools.chain(*jobs) if (e := job.exception())]
@@ -401,7 +402,7 @@ def encoder_model(encoder: str) -> tuple:
 
 def encode(texts: list[str], cfg: Config, device) -> Tensor:
     """Eq. (2): n descriptions, ended by a full stop -> z (n, d), each coordinate of unit mean square."""
-    texts = [re.sub(r"(?<=[^\W\d_])$", ".", text.strip()) for text in texts]
+    texts = [re.sub(r"(?<=[^\W\d_])$", ".", text) for text in texts]
     if cfg.encoder == "hash":
         vectors = torch.tensor([hashed(text) for text in texts])
     else:
@@ -925,8 +926,10 @@ def train(cfg: Config, run: Run) -> dict:
     if isinstance(net, T2L):
         found["million_parameters"] = sum(p.numel() for p in net.parameters()) / 1e6
         batch = base.batch(tasks[0].test[:16])
-        each = adapters[0][:1].repeat(len(batch.ids), 1)  # an adapter for each sample
-        ours, bare = (timeit.timeit(partial(base.logits, batch, x), number=20) for x in (each, None))
+        ours, bare = (
+            timeit.timeit(partial(base.logits, batch, x), number=20)
+            for x in (adapters[0][:1].repeat(len(batch.ids), 1), None)  # an adapter for each sample, or none
+        )
         run.speed["lora_forward_ratio"] = ours / bare
     return found
 
@@ -945,7 +948,7 @@ def plot(figure, table: dict):
             right.plot([cell["million_parameters"] for cell in cells], scores, "o", label=row)
             right.legend()
     left.set(xlabel="exact match, tasks never trained on")
-    right.set(xlabel="million parameters of the network", ylabel="exact match, own tasks")
+    right.set(xlabel="exact match, own tasks, over million parameters")
 
 
 def find_config(name: str, cfg: Config):
