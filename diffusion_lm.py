@@ -492,7 +492,7 @@ class DiffusionPath(nn.Module):
         The standard deviation of a coordinate of x_t, w, which is 0 at t = 0 to the bit, and each layer's
         modulations.
         """
-        tau, start = self.tau(t, label), self.tau(torch.zeros_like(t), label)
+        tau, start = self.tau(t, label), self.tau(t.new_zeros(()), label)
         weight = (t > 0)[..., None] * (self.weight(tau) - self.weight(start))  # eq. (6)
         scale = ((1 - t).square() * self.cfg.sigma**2 + t.square()).sqrt()
         return torch.cat([scale[..., None], weight, *(head(tau) for head in self.heads)], -1)
@@ -717,7 +717,9 @@ def load(base: str, cfg: Config, run: Run) -> tuple:
 
 def make_tiny():
     """The demo's LM: one layer, too narrow to hold a list."""
-    return common.tiny_lm(len(ALPHABET), 24, 1, heads=1, intermediate_size=48, initializer_range=24**-0.5)
+    return common.tiny_lm(
+        len(ALPHABET), 24, 1, heads=1, intermediate_size=48, initializer_range=24**-0.5, tie_word_embeddings=True
+    )
 
 
 def make_base(run: Run):
