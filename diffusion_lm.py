@@ -33,12 +33,9 @@ Departures from the paper and its code
 - Diffusion tokens stand at label positions only; examples are drawn with replacement; the loss is divided
   once; all weights decay. Masks come from lengths, never from a pad id. One chat template everywhere.
 - t = 0 is the LM's own logits, so it costs nothing; it counts as an evaluation. T: evaluations a token.
-- Answers beyond --context are cut, not dropped. lm-eval's prompts and graders;
-  classes for guidance by benchmark (all of MMLU is "general").
-- The demo's task is ours: the LM can tell how often a given word occurs, but not find the one that occurs
-  twice. Its embeddings are tied, as Llama-3.2-1B's are: what turns to logits of a word also asks for it; with
-  others most paths learned nothing. sigma / sqrt(d_f) is 1 there, 4 in the paper; LoRA takes all layers.
-  Tuned on seeds from 100 on.
+- Answers beyond --context are cut, not dropped. Prompts and graders are lm-eval's; classes by benchmark.
+- The demo's task is ours (see `duplicates`). Its LM ties its embeddings, as Llama-3.2-1B does; untied, paths
+  learn far more slowly. sigma / sqrt(d_f) is 1, not 4; LoRA takes all layers. Tuned on seeds from 100 on.
 
 Reading order: Config, ROWS, DiffusionPath, corrupt, the solvers, Decoder, fit, train.
 """
@@ -710,7 +707,10 @@ def load(base: str, cfg: Config, run: Run) -> tuple:
 
 
 def make_tiny():
-    """The demo's LM: one layer, too narrow to hold a list."""
+    """The demo's LM: one layer, too narrow to find a word in a list, but not to count one.
+
+    Embeddings are tied, so a state whose logits favour a word also asks the keys for it.
+    """
     return common.tiny_lm(
         len(ALPHABET),
         24,
