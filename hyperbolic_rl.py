@@ -82,7 +82,6 @@ class Config(common.Config):
     cells: int = 3  # side of the tree's maze, in rooms
     horizon: int = 24  # steps of an episode of the tree
     # network
-    body: Literal["impala", "der"] = "impala"  # IMPALA's residual stacks or data-efficient Rainbow's encoder
     gain: float = 2.0  # pictures are floats in [-gain, gain]
     channels: tuple[int, ...] = (16,)  # of the IMPALA stacks
     features: int = 32  # of the last hidden layer (n)
@@ -94,7 +93,7 @@ class Config(common.Config):
     normals: float = 1.0  # first standard deviation of w_i, times sqrt n
     bins: int = 0  # of a categorical critic (HL-Gauss); 0: a scalar with a clipped squared error
     # learning
-    algo: Literal["ppo", "rainbow"] = "ppo"  # what learns
+    algo: Literal["ppo", "rainbow"] = "ppo"  # on IMPALA's residual stacks; data-efficient Rainbow's encoder
     steps: int = 45  # PPO: iterations of rollout and update; Rainbow: steps of the environment
     lr: float = 1e-3  # Adam's and Riemannian Adam's, constant
     adam_eps: float = 1e-5  # epsilon of both
@@ -177,7 +176,6 @@ CONFIGS = {
         seeds=10,
         env="atari:pong",
         algo="rainbow",
-        body="der",
         features=256,
         envs=1,
         steps=100_000,
@@ -533,7 +531,7 @@ class Residual(nn.Module):
 def make_body(shape: tuple[int, ...], cfg: Config) -> tuple:
     """The convolutions for pictures (C, H, W), and how many numbers (B, F) they give."""
     inputs, layers = shape[0], []
-    if cfg.body == "der":
+    if cfg.algo == "rainbow":
         layers += [nn.Conv2d(inputs, 32, 5, 5), nn.ReLU(), nn.Conv2d(32, 64, 5, 5)]
     else:
         for channels in cfg.channels:
@@ -693,7 +691,9 @@ class Rollout(NamedTuple):
 
 @torch.no_grad()
 def play(net: nn.Module, envs, obs: np.ndarray, noise: Tensor, run: Run) -> tuple:
-    """The policy's steps from `obs` with Gumbel noise (T, E, actions), and the observation after them."""
+    """The policy's steps from `obs`, and the observation after them; the argmax of logits plus Gumbel noise
+    (T, E, actions) is a sample of their softmax.
+    """
     steps = []
     net.eval()
     with parametrize.cached(), run.autocast():  # one normalised weight for all T steps
@@ -716,22 +716,11 @@ def standardise(advantage: Tensor, run: Run) -> Tensor:
     return centred / (run.mean(centred.square().mean()).sqrt() + 1e-7)
 
 
-def clock(device: torch.device) -> float:
-    """Seconds of the CPU that this process had, or of the wall once a GPU has done its work."""
-    if device.type == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def gumbel(*shape: int) -> Tensor:
-    """argmax(logits + gumbel) is a sample of their softmax."""
-    return -torch.empty(shape).exponential_().log()
-
-
 def train_ppo(cfg: Config, run: Run) -> dict:
     """One cell of the table by PPO: play, advantages, epochs of minibatches; then what the claims compare."""
     device, share = run.device, cfg.envs // run.world_size
+    if cfg.envs % run.world_size:
+        raise UserError(f"--envs {cfg.envs} must be a multiple of the ranks that share the run")
     mine = slice(run.rank * share, (run.rank + 1) * share)
     envs = make_envs(cfg, cfg.envs, mine, train=True)
     net, moments = Net(envs, cfg).to(device), torch.zeros(3, dtype=torch.float64, device=device)
@@ -746,8 +735,8 @@ def train_ppo(cfg: Config, run: Run) -> dict:
             before = torch.zeros(share, device=device)
 
         # play
-        noise = gumbel(cfg.rollout, cfg.envs, net.sizes[0][0])[:, mine].to(device)
-        seen, obs = play(net, envs, obs, noise, run)
+        noise = -torch.empty(cfg.rollout, cfg.envs, net.sizes[0][0]).exponential_().log()  # Gumbel's
+        seen, obs = play(net, envs, obs, noise[:, mine].to(device), run)
         reward = scaled(seen.reward, seen.done, before, moments, cfg.discount, run)
         value = value_of(seen.critic, cfg)
         advantage = gae(reward, value, seen.done, cfg.discount, cfg.gae_lambda)
@@ -755,7 +744,7 @@ def train_ppo(cfg: Config, run: Run) -> dict:
         data = Batch(seen.obs, seen.action, logp, value[:-1], advantage, advantage + value[:-1])
 
         # learn
-        begin, logs = clock(device), []
+        begin, logs = time.perf_counter(), []
         for _ in range(cfg.epochs):
             order = torch.rand(cfg.rollout, cfg.envs).argsort(0)[:, mine].to(device)
             for rows in order.chunk(cfg.minibatches):
@@ -769,8 +758,9 @@ def train_ppo(cfg: Config, run: Run) -> dict:
                 norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.max_grad)
                 optimizer.step()
                 logs.append(torch.stack([loss, entropy, norm]).detach())
-        learning = clock(device) - begin
-        logs = dict(zip(("loss", "entropy", "gradient"), torch.stack(logs).mean(0), strict=True))
+        means = torch.stack(logs).mean(0).tolist()  # here a GPU is waited for
+        learning = time.perf_counter() - begin
+        logs = dict(zip(("loss", "entropy", "gradient"), means, strict=True))
         logs["reward"] = seen.reward.mean()
         logs["learn_us"] = 1e6 * learning / (cfg.rollout * cfg.envs)
         if step % cfg.eval_every == 0 or step == cfg.steps - 1:
@@ -880,7 +870,7 @@ def train_rainbow(cfg: Config, run: Run) -> dict:
         replay.add(obs=before, action=action, reward=np.float32(reward), done=done, priority=highest)
         # learn
         logs = {"reward": reward[0]}
-        if step >= cfg.warmup:
+        if step >= max(cfg.warmup, cfg.nstep):
             batch = sample(replay, cfg)
             loss = rainbow_loss(net, target, batch, atoms)
             beta = cfg.correction + (1 - cfg.correction) * step / cfg.steps
@@ -929,7 +919,8 @@ def measure_features(net: nn.Module, obs: Tensor, cfg: Config, run: Run) -> dict
     """Relative delta of features of pictures (T, E, ...), and the share of points beyond |x| = .99."""
     (tail,), pictures = net.tails, obs.flatten(0, 1)
     features = tail.hidden(net.read(pictures[torch.randperm(len(pictures))[: cfg.points]])).float()
-    found = {"delta": relative_delta(torch.cdist(features, features))}
+    exact = "donot_use_mm_for_euclid_dist"  # TF32 would round a product
+    found = {"delta": relative_delta(torch.cdist(features, features, compute_mode=exact))}
     if cfg.geometry == "ball":
         found["border"] = (tail.place(features).norm(dim=1) > 0.99).float().mean()
         np.save(run.folder / f"points{run.rank}.npy", tail.place(tail.hidden(net.read(obs[:, 0]))).cpu())
@@ -1000,7 +991,7 @@ def main():
     with Run(cfg, model=cfg.env.partition(":")[2]) as run:
         if cfg.dry_run:
             return dry_run(cfg, run)
-        table = run.grid(ROWS, {"ppo": train_ppo, "rainbow": train_rainbow}[cfg.algo])
+        table = run.grid(ROWS, train_ppo if cfg.algo == "ppo" else train_rainbow)
         run.check(CLAIMS, table)
         if DISC in table:
             run.figure(draw, table, run, size=(16, 4))

@@ -31,9 +31,10 @@ Departures from the paper and its code
 - Kept from the code: log-density averaged over dimensions, without a correction for the clamp; fixed sigma;
   no target actor, no delayed updates; IQL weighs by AWAC's advantage, not by its paper's P(Q') - V.
 - Changed: softmax weights times B (only Adam's epsilon notices); V is initialised like the other networks;
-  one gamma (the code never passes its flag on); N = 1 works; TD3+BC clones with mu(s), not a noisy sample.
+  one gamma (the code never passes its flag on); N = 1 works; TD3+BC clones with mu(s), not a noisy sample;
+  V has the critics' width (the code: 1024); 1 % of the episodes are held out to measure errors.
 - The authors' data are not public. Demo and gpu: gaits that evolution finds for dm_control's cheetah, new
-  ones for every seed, actions held for 4 physics steps; walking gaits walk at the task's speed.
+  ones for every seed, actions held for 4 control steps; walking gaits walk at the task's speed.
 - The demo's settings (temperature, rate, batch, small actor of 5 units, 2000 updates) were tuned on seeds 1,
   2 and 200 to 205, the same for all rows, but chosen for the gap between the actors; it runs from seed 20 on.
 - From resets all gaits share one pose, where an actor may stand still for ever (as on seeds 10 to 17); hence
@@ -82,7 +83,7 @@ class Config(common.Config):
     mixture: Literal["same", "cross", "mixed", "all"] = "all"  # the task's agent, others, all but rnd, all
     shuffle: bool = False  # control: the rewards in a random order
     held_out: float = 0.1  # share of each agent's episodes that is not trained on
-    hold: int = 4  # physics steps an action is held
+    hold: int = 4  # control steps of dm_control that an action is held
     # networks
     algo: Literal["bc", "td3bc", "awac", "iql", "asac", "behaviour"] = "awac"  # behaviour: none
     actor: Literal["small", "large", "modern"] = "small"  # modern: residual, layer norm, spectral norm
@@ -111,11 +112,10 @@ class Config(common.Config):
     standardize: bool = True  # observations, by the mean and deviation of the training data
     # evaluation
     es: int = 1  # actions that evaluation sampling picks from (M); 1: the mean action
-    episodes: int = 8  # episodes of an evaluation, each 1000 physics steps
+    episodes: int = 8  # episodes of an evaluation, each 1000 control steps
     # collecting
     collect: bool = False  # only fill the folder --data, an agent of each task and one of novelty a domain
-    gaits: bool = True  # without --data: evolve gaits of the cheetah, whose trajectories are the data
-    collect_episodes: int = 30  # episodes an agent, each 1000 physics steps
+    collect_episodes: int = 30  # episodes an agent, each 1000 control steps
     generations: int = 16  # of the evolution of a gait
     population: int = 40  # gaits a generation
     spread: tuple[float, ...] = (0.0, 0.15, 0.3)  # perturbation of a gait from episode to episode, in turn
@@ -128,6 +128,8 @@ class Config(common.Config):
             raise UserError("--updates must be a multiple of --block")
         if self.collect and not self.data:
             raise UserError("--collect fills the folder --data")
+        if 1000 % self.hold or (one_set(self.data) and len(self.tasks) > 1):
+            raise UserError("--hold: a divisor of 1000; --tasks: one for a single data set")
         if unknown := set(self.tasks) - set(TASKS) - {f"{domain}_rnd" for domain in DOMAINS}:
             raise UserError(f"--tasks {unknown.pop()}: there are {', '.join(TASKS)}")
         if not (self.beta and self.std) or max(self.discount, self.held_out) >= 1:
@@ -220,7 +222,6 @@ CONFIGS = {
         decay=False,
         standardize=False,
         episodes=50,
-        gaits=False,
         collect_episodes=1000,
         save_every=200,
     ),
@@ -262,7 +263,7 @@ OWN_REWARDS = {  # of tasks that dm_control's suite does not have
 
 
 class MoodEnv(common.DmControl):
-    """A task of MOOD, 1000 physics steps an episode, each action held for `hold` of them."""
+    """A task of MOOD, 1000 control steps an episode, each action held for `hold` of them."""
 
     def __init__(self, name: str, hold: int = 1):
         domain, _, task = name.partition("_")
@@ -603,7 +604,7 @@ def prepare(task: str, run: Run):
     torch.save(data, run.folder / "data.pt")
 
 
-read_data = functools.lru_cache(maxsize=16)(torch.load)  # what `prepare` wrote, read once a rank
+read_data = functools.lru_cache(maxsize=1)(torch.load)  # what `prepare` wrote; one task's may take gigabytes
 
 
 def load_data(task: str, run: Run) -> dict:
@@ -634,22 +635,23 @@ def train(cfg: Config, run: Run) -> dict:
         mixture_of(load_data(task, run), task, cfg)
     found = [train_task(task, cfg, run) for task in cfg.tasks]
     means = {key: float(np.mean([numbers[key] for numbers in found])) for key in found[0]}
-    several = zip(cfg.tasks, found, strict=True) if len(found) > 1 else ()
-    return means | {task: numbers["return"] for task, numbers in several}
+    if len(found) > 1:
+        means |= {task: numbers["return"] for task, numbers in zip(cfg.tasks, found, strict=True)}
+    return means
 
 
 def train_task(task: str, cfg: Config, run: Run) -> dict:
     """Train an agent on one task's data; its return and its error on held-out actions of the task's agent."""
     data, device = load_data(task, run), run.device
-    train = mixture_of(data, task, cfg)
+    chosen = mixture_of(data, task, cfg)
     envs, low, high = scoring(task, cfg.data, cfg.hold, cfg.episodes)
     if cfg.algo == "behaviour":
-        mine = (data["whose"] == OWN) & train
+        mine = (data["whose"] == OWN) & chosen
         total = data["reward"][mine].sum() / len(data["episode"][mine].unique())
         return {"return": float(100 * (total - low) / (high - low)), "own": math.nan, "error": math.nan}
-    x = {key: value[train].to(device) for key, value in data.items()}
+    x = {key: value[chosen].to(device) for key, value in data.items()}
     n, width = x["action"].shape
-    if envs and envs.single_observation_space.shape != x["observation"].shape[1:]:
+    if envs.single_observation_space.shape != x["observation"].shape[1:]:
         raise UserError(
             f"{cfg.data}: observations are not those of the environment, {envs.observation_space}"
         )
@@ -698,11 +700,12 @@ D4RL = {  # environment of gymnasium, returns of a random and of an expert polic
 }
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=1)
 def scoring(task: str, path: str, hold: int, count: int) -> tuple:
-    """`count` environments, None if there are none here, and the returns that count 0 and 100.
+    """`count` environments, and the returns that count 0 and 100.
 
-    MOOD's tasks count up to 1000, whatever --hold is. Made once a rank; many step in processes.
+    MOOD's tasks count up to 1000, whatever --hold is. Kept until another task's are made; many step in
+    processes.
     """
     make, low, high = functools.partial(MoodEnv, task, hold), 0.0, 100 / hold
     if path.startswith("minari:"):
@@ -717,11 +720,13 @@ def scoring(task: str, path: str, hold: int, count: int) -> tuple:
 
     elif one_set(path):
         found = [values for name, values in D4RL.items() if name in Path(path).name.lower()]
-        name, low, high = found[0] if found else (None, 0.0, 100.0)
-        make = functools.partial(gymnasium.make, name) if name else None
+        if not found:
+            raise UserError(f"{path}: only {', '.join(D4RL)} are scored; try a minari: set")
+        name, low, high = found[0]
+        make = functools.partial(gymnasium.make, name)
     try:
         kind = gymnasium.vector.AsyncVectorEnv if count > 8 else gymnasium.vector.SyncVectorEnv
-        return make and kind([make] * count), low, high
+        return kind([make] * count), low, high
     except gymnasium.error.Error as e:
         raise UserError(f"{path}: its environment cannot be made here ({e})") from None
 
@@ -756,7 +761,7 @@ def measure(agent: Agent, task: str, data: dict, cfg: Config, run: Run) -> dict:
     numbers, starts = {"return": math.nan, "own": math.nan, "error": error}, {"return": None}
     if "physics" in data and test.any():
         starts["own"] = {"physics": data["physics"][test].numpy()}
-    for name, options in starts.items() if envs else ():
+    for name, options in starts.items():
         returns = common.evaluate_policy(envs, policy, seed, options)
         numbers[name] = float(100 * (returns.mean() - low) / (high - low))
     return numbers
@@ -835,12 +840,12 @@ def missing(cfg: Config) -> list[str]:
     """What is needed of --data and is not there, a line each."""
     path, domains = Path(cfg.data).expanduser(), dict.fromkeys(task.partition("_")[0] for task in cfg.tasks)
     if not cfg.data:
-        made = cfg.gaits and list(domains) == ["cheetah"]
-        why = "MOOD's data are not public; ExORL's, or first --collect --data FOLDER"
-        return [] if made else [f"--data FOLDER: {why}"]
+        if cfg.config != "full" and list(domains) == ["cheetah"]:
+            return []
+        return ["--data FOLDER: MOOD's are not public; ExORL's, or --collect --data FOLDER"]
     if one_set(cfg.data):
         there = cfg.data.startswith("minari:") or path.is_file()
-        return [] if there else [f"--data {cfg.data}: no such file"]
+        return [] if there else [f"--data {path}: no such file"]
     empty = [path / domain for domain in domains if not agents(path / domain)]
     return [f"{folder}: no agent's folder of episodes; --collect makes them" for folder in empty]
 
@@ -864,7 +869,7 @@ def draw(figure, table: dict):
     """Returns and errors of each row, a dot a seed."""
     for axes, metric in zip(figure.subplots(1, 3, sharey=True), ("return", "own", "error"), strict=True):
         for row, cells in reversed(table.items()):
-            values = [cell[metric] or math.nan for cell in cells]
+            values = [cell[metric] for cell in cells]
             axes.plot(values, [row] * len(cells), "o", alpha=0.5)
         axes.set_xlabel(metric)
 

@@ -12,7 +12,7 @@ Question q, solution s, explanation t; teacher pi_T, frozen student pi_S; log-pr
            can the student get to the solution?
   eq. (2)  r_KL = mean_j d_j + alpha max_j d_j,  d_j = log pi_T(t_j | q, s, t_<j) - log pi_S(t_j | q, t_<j)
            is every step natural to somebody who does not see s?
-  eq. (3)  r = r_SS - lambda r_KL + penalty where the closing tag is missing
+  eq. (3)  r = r_SS - lambda r_KL - 1 where the closing tag is missing
   eq. (4)  GRPO: A = (r - mean) / (std + 1e-4) over the G explanations of a question; the loss is the mean
            over explanations of the mean over their tokens of -(exp(lp - sg lp) A - beta (e^rho - rho - 1)),
            lp = log pi_T, rho = log pi_ref - lp
@@ -25,32 +25,30 @@ How to run
   torchrun --nproc_per_node=8 rlt.py --config full  Qwen2.5-7B on Bespoke-Stratos-17k, the paper's setting
 
 Departures from the paper and its code
-- The paper writes a KL divergence; like its code we take the log-ratio at the sampled token. From the code,
-  too: tau inside r_SS; the reference moves 0.9 of the way to the policy every 32 updates; -1 for a missing
-  closing tag; an empty explanation counts 1 for mean and for max; explanations are re-encoded from text.
-- The explanation is found by character offsets; a token that straddles a tag is left out. The code looks for
-  its ids, so it finds the question if the explanation only repeats that.
-- Log-softmax in float32, no pad token in any loss, rewards in batches (the code: bfloat16, pads, one by one).
-- The teacher's system prompt is ours, of the same structure. One explanation a question is collected.
-  Supervised texts are cut at --context; dropout is off unless activations are recomputed; a warm-up's first
-  step has rate 0 (transformers' schedule). lm-eval's prompts and graders where the paper used SkyThought's.
-- Samples are an inverse CDF of numbers that all ranks draw alike, so their number changes no result (vLLM
-  draws its own).
+- From the paper's code: d_j is the log-ratio at the sampled token, not a divergence; tau inside r_SS; the
+  reference moves 0.9 of the way to the policy every 32 updates; explanations are encoded anew from text.
+- The explanation is found by character offsets; a token that straddles a tag is left out, so the blank line
+  that the teacher's prompt ends with is not scored. The code looks for its ids, and finds the question where
+  the explanation only repeats that.
+- Float32 log-softmax, no pad in any loss. The teacher's system prompt is ours, one explanation a question is
+  collected, problems that may exceed --context are dropped instead of cut, a warm-up's first step has rate 0.
+  lm-eval's prompts and graders, where the paper used SkyThought's.
+- Samples are an inverse CDF of numbers that all ranks draw alike, so their number changes no result; vLLM
+  draws its own.
 - The demo's task, pointer chasing, is ours and was selected: exploration must fail. With two chains it
   does not, and correctness RL wins: two control rows. Settings were tuned on seeds from 100 on.
 
-Reading order: Config, ROWS, Prompts, align, rlt_reward, grpo_loss, train_grpo, train.
+Reading order: Config, ROWS, TEXT, Prompts, rlt_reward, grpo_loss, train_grpo, train.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -59,6 +57,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 import common
 from common import Claim, Run, UserError
@@ -70,8 +69,8 @@ SYMBOLS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-"
 class Config(common.Config):
     # models and data
     teacher: str = "tiny"  # becomes the teacher: hub id, folder or .gguf; tiny: trained here on pointers
-    student: str = "self"  # frozen model that computes the reward (pi_S); self: the teacher as it starts
-    learner: str = "self"  # model that is distilled; self: the teacher as it starts
+    student: str = ""  # frozen model that computes the reward (pi_S); empty: the teacher as it starts
+    learner: str = ""  # model that is distilled; empty: the teacher as it starts
     data: str = "pointers"  # or a .jsonl with question, solution, reasoning_trace; Stratos, GSM8K; gym:NAME
     problems: int = 1536  # of pointers and gym: problems to make
     holdout: int = 256  # problems kept for evaluation, the last ones
@@ -85,11 +84,10 @@ class Config(common.Config):
     base_steps: int = 1500  # pre-training steps with every symbol written, at most
     web_steps: int = 250  # pre-training steps on corpus traces
     base_lr: float = 4e-3  # of pre-training
-    base_check: bool = True  # stop when the tiny model cannot follow single hops
     # supervised stages
     warmup_steps: int = 40  # optimizer steps of the teacher on corpus traces
     warmup_batch: int = 32  # texts a step
-    source: Literal["teacher", "corpus"] = "teacher"  # explanations that the learner is distilled from
+    source: Literal["teacher", "warm teacher", "corpus"] = "teacher"  # of what is distilled; warm: before RL
     traces: int = 384  # explanations to distil from
     distil_steps: int = 80  # optimizer steps
     distil: float = 1.0  # share of the two that the learner gets; 0: no distillation
@@ -97,19 +95,16 @@ class Config(common.Config):
     distil_batch: int = 32  # texts a step
     # reinforcement learning
     updates: int = 40  # optimizer steps, one for each batch of completions
-    teach: float = 1.0  # share of them that the teacher gets; 0: explanations of the teacher before RL
-    solve: float = 0.0  # share that the learner gets of correctness RL, after distillation
+    solve: float = 0.0  # share of them that the learner gets of correctness RL, after distillation
     prompts: int = 8  # questions an update (P)
     group: int = 8  # completions a question (G)
-    max_new: int = 32  # tokens a completion, at most
+    max_new: int = 32  # tokens of an explanation, at most
     temperature: float = 1.0  # of sampling and of every log-prob (tau)
     lr: float = 1e-3  # AdamW, constant
     beta: float = 0.04  # weight of the KL to the reference model
-    sync_every: int = 32  # updates between two moves of the reference model
-    sync_mix: float = 0.9  # how far it moves towards the policy
+    sync_every: int = 32  # updates between two moves of the reference model, 0.9 of the way to the policy
     alpha: float = 0.01  # weight of the min in r_SS and of the max in r_KL
     lam: float = 3.0  # weight of r_KL (lambda)
-    penalty: float = -1.0  # reward for a missing closing tag
     # evaluation, memory and speed
     eval_new: int = 40  # tokens of an answer, at most
     context: int = 128  # tokens of the longest text; problems that may not fit are dropped and counted
@@ -118,13 +113,11 @@ class Config(common.Config):
     sampler: Literal["hf", "vllm"] = "hf"  # transformers' loop, or a vLLM engine on each GPU
     recompute: bool = False  # activations in the backward pass, to save memory
     # looking instead of training
-    show: bool = False  # rank the trained teacher's explanations by their reward, print the best, exit
-    score: str = ""  # the same for a .jsonl with question, solution, reasoning_trace
+    show: bool = False  # print the best explanation of the trained teacher, token by token, and exit
+    score: str = ""  # .jsonl with question, solution, reasoning_trace: rank it by the reward, print the best
 
     def check(self):
         super().check()
-        if not self.temperature:
-            raise UserError("--temperature must be positive: log-probs are taken at it")
         if self.group < 2:
             raise UserError("--group must be 2 or more: the advantage compares completions of one question")
         if not self.chains <= self.symbols <= len(SYMBOLS):
@@ -135,58 +128,44 @@ class Config(common.Config):
             raise UserError("--data pointers goes with --teacher tiny, other data with another teacher")
 
 
-DEMO = Config(seeds=3, ranks=2, log_every=4, save_every=1000)
-REAL = Config(
-    share="run",
-    rows=("RLT", "distilled from the corpus"),
-    data="",
-    teacher="",
-    problems=64,
-    holdout=4,
-    warmup_steps=2,
-    sft_lr=1e-5,
-    warmup_batch=4,
-    traces=4,
-    distil_steps=2,
-    updates=2,
+DEMO = Config(seeds=3, ranks=2, save_every=1000)
+SMOKE = Config(
+    problems=40,
+    holdout=8,
+    symbols=6,
+    chains=2,
+    base_steps=20,
+    web_steps=10,
+    warmup_steps=3,
+    updates=3,
     prompts=2,
     group=4,
+    max_new=10,
+    traces=8,
+    distil_steps=3,
+)
+REAL = replace(
+    SMOKE,
+    share="run",
+    rows=("RLT", "distilled from the corpus"),
+    teacher="Qwen/Qwen2.5-0.5B-Instruct",
+    data="openai/gsm8k",
+    warmup_batch=4,
+    sft_lr=1e-5,
     max_new=48,
     temperature=0.7,
     lr=1e-6,
-    eval_new=48,
     context=1024,
     micro_tokens=2048,
     log_every=1,
 )
 CONFIGS = {
-    "smoke": Config(
-        seeds=2,
-        problems=40,
-        holdout=8,
-        symbols=6,
-        chains=2,
-        width=32,
-        base_steps=20,
-        web_steps=10,
-        base_check=False,
-        warmup_steps=3,
-        warmup_batch=8,
-        distil_batch=8,
-        updates=3,
-        prompts=2,
-        group=4,
-        max_new=10,
-        traces=8,
-        distil_steps=3,
-        log_every=1,
-    ),
+    "smoke": SMOKE,
     "demo": DEMO,
     "gpu": replace(
         DEMO,
         ranks=8,
         seeds=8,
-        problems=4096,
         symbols=32,
         width=128,
         base_batch=64,
@@ -196,10 +175,8 @@ CONFIGS = {
         updates=60,
         prompts=16,
         group=16,
-        max_new=40,
         traces=1024,
         distil_steps=160,
-        eval_new=56,
         micro_tokens=65536,
     ),
     "text": REAL,
@@ -233,7 +210,7 @@ ROWS = {
     "RLT, lambda = 0": dict(lam=0.0),
     "correctness RL": dict(distil=0.0, solve=1.0),
     "distilled from the corpus": dict(source="corpus"),
-    "teacher before RL": dict(teach=0.0),
+    "teacher before RL": dict(source="warm teacher"),
     "RL from a few RLT traces": dict(distil=0.25, solve=0.4),
     "two chains: RLT": dict(chains=2),
     "two chains: correctness RL": dict(chains=2, distil=0.0, solve=1.0),
@@ -276,7 +253,7 @@ CLAIMS = [
 def share_right(solution: str, text: str) -> float:
     """Share of the solution's symbols that stand at their place in an answer "...[solution]"."""
     _, there, rest = text.rpartition("[")
-    answer = rest.partition("]")[0] if there else ""
+    answer = there and rest.partition("]")[0]
     right = sum(a == b for a, b in zip(solution, answer, strict=False))
     return right / max(len(solution), len(answer))
 
@@ -295,13 +272,14 @@ def gym_score(score: Callable, solution: str, text: str) -> float:
 class Example:
     """A question, its solution and perhaps a reasoning trace, and what judges an answer.
 
-    Solution and trace hold the blank lines that pad them between their tags.
+    Solution and trace hold the blank lines that pad them; the one before a trace belongs to its tag.
     """
 
     question: str
     solution: str
-    trace: str | None = None
-    judge: Callable[[str, str], float] = right_box  # (solution, text) -> credit in [0, 1]; 1 is right
+    trace: str = ""
+    system: str = ""  # prompt of the student
+    judge: Callable = right_box  # (solution, text) -> credit in [0, 1]; 1 is right
 
 
 def make_problems(n: int, cfg: Config, generator: torch.Generator, p_write: float) -> list[Example]:
@@ -320,59 +298,50 @@ def make_problems(n: int, cfg: Config, generator: torch.Generator, p_write: floa
     elided[..., [0, 3]] = False
     columns = torch.cat([f, hops[0]], 1), hops[3], chains.masked_fill(elided, len(SYMBOLS)).flatten(1)
     rows = zip(*(letters(x) for x in columns), strict=True)
-    return [Example(*row, share_right) for row in rows]
+    return [Example(*row, "?", share_right) for row in rows]
 
 
-def letters(rows: Tensor) -> list[str]:
+def letters(rows: Tensor) -> list:
     """Symbols by their numbers (n, L), a text a row."""
     return ["".join((SYMBOLS + "~")[i] for i in row) for row in rows.tolist()]
 
 
-def load_examples(cfg: Config, run: Run) -> tuple[list[Example], str]:
-    """Examples and the student's system prompt from what --data names; UserError for what cannot be used."""
-    source, tags = cfg.data, POINTERS if cfg.teacher == "tiny" else TEXT
+def load_examples(cfg: Config, run: Run) -> list:
+    """Examples from what --data names; UserError for what cannot be used."""
+    source = cfg.data
     if source == "pointers":
-        return make_problems(cfg.problems, cfg, run.generator("problems"), cfg.p_write), tags.student
+        return make_problems(cfg.problems, cfg, run.generator("problems"), cfg.p_write)
     gym = dict(size=cfg.problems, seed=cfg.seed) if source.startswith("gym:") else {}
     rows = common.load_rows(source, subset="main" if "gsm8k" in source else None, **gym)
-    if "conversations" in rows[0]:
-        rows = [from_turns(row, f"{source}, row {number}") for number, row in enumerate(rows, 1)]
-    elif "solution" not in rows[0]:
-        common.need_text(source, rows, ["answer"])
-        rows = [row | from_answer(row["answer"]) for row in rows]
+    rows = [row | sections(row) for row in rows]
     common.need_text(source, rows, ["question", "solution"])
-    examples, systems = [], {row.get("system") or tags.student for row in rows}
-    if len(systems) > 1:
-        raise UserError(f"{source}: the column system varies, so there is no one student prompt")
+    gap, system = ("", "?") if cfg.teacher == "tiny" else ("\n\n", STRATOS_SYSTEM)
+    examples = []
     for row in rows:
+        trace = str(row.get("reasoning_trace") or "").strip()
+        solution, trace = gap + row["solution"].strip() + gap, trace and trace + gap
         judge = partial(gym_score, row["score"]) if gym else right_box
-        trace = row.get("reasoning_trace")
-        trace = padded(trace, tags.gap) if isinstance(trace, str) and trace else None
-        examples.append(Example(row["question"], padded(row["solution"], tags.gap), trace, judge))
-    return examples, systems.pop()
+        examples.append(Example(row["question"], solution, trace, row.get("system") or system, judge))
+    return examples
 
 
-def padded(text: str, gap: str) -> str:
-    return gap + text.strip() + gap
-
-
-def from_answer(answer: str) -> dict:
-    """GSM8K's answers are a rationale, #### and a number; those of a gym task are a solution alone."""
-    trace, _, number = answer.rpartition("####")
-    return {"solution": rf"The answer is \boxed{{{number.strip()}}}", "reasoning_trace": trace}
-
-
-def from_turns(row: dict, where: str) -> dict:
-    """Bespoke-Stratos has two turns: a question, and an answer of a thought block and a solution block."""
-    texts = [str(turn.get("value")) for turn in row["conversations"] or ()]
-    found = re.search(BLOCKS, texts[-1], re.DOTALL) if len(texts) == 2 else None
-    if not found:
-        raise UserError(f"{where}: not a question and an answer of {TEXT.thought} and {TEXT.solution}")
-    return row | {"question": texts[0], "reasoning_trace": found[1], "solution": found[2]}
+def sections(row: dict) -> dict:
+    """What Stratos and GSM8K call otherwise, as question, solution and reasoning_trace."""
+    if "conversations" in row:  # a question, and an answer of a thought block and a solution block
+        turns = [turn.get("value") for turn in row["conversations"] or ()]
+        if len(turns) != 2:
+            return {}
+        found = re.search(BLOCKS, str(turns[1]), re.DOTALL)
+        return {"question": turns[0]} | (found.groupdict() if found else {})
+    if row.get("answer") and "solution" not in row:  # GSM8K: a rationale, #### and a number; gym: a solution
+        trace, _, number = str(row["answer"]).rpartition("####")
+        return {"solution": rf"The answer is \boxed{{{number.strip()}}}", "reasoning_trace": trace}
+    return {}
 
 
 BLOCKS = (
-    r"<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>.*?<\|begin_of_solution\|>(.*?)<\|end_of_solution\|>"
+    r"<\|begin_of_thought\|>(?P<reasoning_trace>.*?)<\|end_of_thought\|>.*?"
+    r"<\|begin_of_solution\|>(?P<solution>.*?)<\|end_of_solution\|>"
 )
 
 
@@ -380,15 +349,12 @@ BLOCKS = (
 
 
 @dataclass(frozen=True)
-class Tags:
-    """System prompts of teacher and student, the tags around s and t, and the gap between sections."""
+class Prompt:
+    """The pieces of an answer; for "t" and "s" explanation and solution are put in."""
 
-    teacher: str
-    student: str
-    solution: tuple[str, str]
-    thought: tuple[str, str]
-    explanation: tuple[str, str]
-    gap: str
+    system: str  # prompt; empty: the example's
+    answer: tuple
+    own: str  # the piece with which the model's own part begins
 
 
 # the system prompt of Bespoke-Stratos-17k and its models, misprint included: students have seen these words
@@ -413,46 +379,62 @@ You explain how problems are solved. Your answer has two sections. The Solution 
 solution between <|begin_of_solution|> and <|end_of_solution|>. The Explanation section, between \
 <|begin_of_explanation|> and <|end_of_explanation|>, sets out the systematic thinking that leads from the \
 question to that solution: analysis, every step worked through, checks, and reconsideration."""
-TEXT = Tags(
-    TEACHER_SYSTEM,
-    STRATOS_SYSTEM,
-    solution=("<|begin_of_solution|>", "<|end_of_solution|>"),
-    thought=("<|begin_of_thought|>", "<|end_of_thought|>"),
-    explanation=("<|begin_of_explanation|>", "<|end_of_explanation|>"),
-    gap="\n\n",
+TEXT = (
+    Prompt(
+        TEACHER_SYSTEM,
+        (
+            "<|begin_of_solution|>",
+            "s",
+            "<|end_of_solution|>\n\n<|begin_of_explanation|>\n\n",
+            "t",
+            "<|end_of_explanation|>",
+        ),
+        own="t",
+    ),
+    Prompt(
+        "",
+        (
+            "<|begin_of_thought|>\n\n",
+            "t",
+            "<|end_of_thought|>\n\n<|begin_of_solution|>",
+            "s",
+            "<|end_of_solution|>",
+        ),
+        own="<|begin_of_thought|>\n\n",
+    ),
 )
-POINTERS = Tags("!", "?", solution=("[", "]"), thought=("(", ")"), explanation=("{", "}"), gap="")
+POINTERS = Prompt("!", ("[", "s", "]{", "t", "}"), own="t"), Prompt("", ("(", "t", ")[", "s", "]"), own="(")
 # for a model without a chat template; its end of turn is whatever token ends its texts
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+CHAT = """\
+{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{{ eos_token }}
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 
 
 @dataclass(frozen=True)
 class Text:
-    """What a teacher or a student reads, where t and s stand in it, and where the model's own part begins."""
+    """What a teacher or a student reads, and where t and s stand in it."""
 
-    text: str
     ids: list[int]
-    offsets: np.ndarray  # (T, 2) characters of each token
-    begin: int  # first character that is generated, or trained on
-    t: tuple[int, int]  # characters of the explanation
-    s: tuple[int, int]  # characters of the solution
+    first: int  # token of the model's own part: generated, or trained on
+    t: dict  # {(id, first character counted from where t begins): place} of t's tokens
+    s: dict  # the same of s
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A completion of the teacher, in both contexts."""
+
+    example: Example  # its trace is the explanation
+    closed: bool  # the closing tag was there
+    teacher: Text
+    student: Text
 
     @property
-    def first(self) -> int:
-        """First token that is trained on."""
-        return int(np.searchsorted(self.offsets[:, 0], self.begin))
-
-    def places(self, span: tuple[int, int]) -> list[int]:
-        """Tokens whose characters, one at least, all lie in the span: those that straddle a tag are out."""
-        a, b = self.offsets.T
-        return np.flatnonzero((a >= span[0]) & (b <= span[1]) & (b > a)).tolist()
-
-    def explanation(self) -> dict[tuple, int]:
-        """{(id, first and last character counted from where t begins): place} of t's tokens."""
-        return {(self.ids[i], *(self.offsets[i] - self.t[0])): i for i in self.places(self.t)}
+    def shared(self) -> list:
+        """Tokens of t that both contexts have: all of them, unless t's ends merge with what surrounds it."""
+        return [token for token in self.teacher.t if token in self.student.t]
 
 
 class Prompts:
@@ -462,93 +444,47 @@ class Prompts:
     tokenizer or its chat template cannot carry them.
     """
 
-    def __init__(self, tokenizer, tags: Tags, system: str, context: int):
-        self.tokenizer, self.tags, self.system, self.context = tokenizer, tags, system, context
-        if not tokenizer.is_fast:
-            raise UserError("the tokenizer has no fast version, so no character offsets: take another model")
-        for tag in tags.solution + tags.thought + tags.explanation:
-            if tag in tokenizer.all_special_tokens:
-                raise UserError(f"{tag} is a special token of this model and would vanish in decoding")
+    def __init__(self, tokenizer, teacher: Prompt, student: Prompt):
+        self.tokenizer, self.teacher, self.student = tokenizer, teacher, student
+        written = "".join(teacher.answer + student.answer)
+        if lost := [token for token in tokenizer.all_special_tokens if token in written]:
+            raise UserError(f"special tokens of this model would vanish in decoding: {', '.join(lost)}")
         tokenizer.chat_template = tokenizer.chat_template or CHAT
-        try:
-            head, whole = self.chat("S", "Q") + "A", self.chat("S", "Q", "A")
-        except Exception as e:  # whatever the template raises, for one that knows no system role
-            raise UserError(f"the chat template refuses system, user and assistant turns ({e})") from None
+        head, whole = self.chat("S", "Q") + "A", self.chat("S", "Q", "A")
         if not whole.startswith(head) or whole == head:
             raise UserError("the chat template alters the assistant's text, so spans cannot be kept")
         self.end_of_turn = whole.removeprefix(head)
 
-    def chat(self, *contents: str) -> str:
+    def chat(self, system: str, question: str, *answer: str) -> str:
         """System, user and assistant turn by the template; without the last, up to where it begins."""
-        roles = zip(("system", "user", "assistant"), contents, strict=False)
-        turns = [{"role": role, "content": content} for role, content in roles]
-        opened = len(turns) == 2
-        return self.tokenizer.apply_chat_template(turns, add_generation_prompt=opened, tokenize=False)
+        turns = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+        turns += [{"role": "assistant", "content": text} for text in answer]
+        return self.tokenizer.apply_chat_template(turns, add_generation_prompt=not answer, tokenize=False)
 
-    def teacher(self, e: Example, t: str) -> Text:
-        """Question and solution are given; generation begins after the gap that t starts with."""
-        head = self.chat(self.tags.teacher, e.question)
-        text, s, t = self.sections(head, (self.tags.solution, e.solution), (self.tags.explanation, t))
-        return Text(text, *self.encode(text), t[0] + len(self.tags.gap), t, s)
+    def write(self, prompt: Prompt, e: Example) -> Text:
+        """The question and its answer; t is the example's trace.
 
-    def student(self, e: Example, t: str) -> Text:
-        """The question is given, t and s are the answer."""
-        head = self.chat(self.system, e.question)
-        text, t, s = self.sections(head, (self.tags.thought, t), (self.tags.solution, e.solution))
-        return Text(text, *self.encode(text), len(head), t, s)
+        A token that straddles pieces (a tag and t, say) belongs to none of them.
+        """
+        text, spans, places = self.chat(prompt.system or e.system, e.question), {}, {}
+        for piece in prompt.answer:
+            content = {"s": e.solution, "t": e.trace}.get(piece, piece)
+            spans[piece] = len(text), len(text) + len(content)
+            text += content
+        text += self.end_of_turn
+        code = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        for piece in ("t", "s"):
+            begin, end = spans[piece]
+            tokens = enumerate(zip(code.ids, code.offsets, strict=True))
+            places[piece] = {(x, a - begin): i for i, (x, (a, b)) in tokens if begin <= a < b <= end}
+        first = sum(a < spans[prompt.own][0] for a, _ in code.offsets)
+        return Text(code.ids, first, **places)
 
-    def sections(self, text: str, *sections: tuple) -> tuple:
-        """The text, continued by ((opening tag, closing tag), content)s, and the span of each content."""
-        spans = []
-        for (opening, closing), content in sections:
-            text += opening
-            spans.append((len(text), len(text) + len(content)))
-            text += content + closing + self.tags.gap
-        return text.removesuffix(self.tags.gap) + self.end_of_turn, *spans
-
-    def encode(self, text: str) -> tuple[list[int], np.ndarray]:
-        """Ids and character offsets (T, 2), `context` of them at most."""
-        try:
-            code = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-        except Exception as e:  # a character that the alphabet lacks
-            raise UserError(f"the tokenizer refuses {text[-40:]!r} ({e})") from None
-        return code.ids[: self.context], np.array(code.offsets)[: self.context]
-
-
-@dataclass
-class Episode:
-    """A completion and all that belongs to it; `align` finds where t and s stand in both contexts."""
-
-    example: Example
-    ids: list[int]  # prompt and completion as sampled, the end of turn included
-    first: int  # where in ids the completion begins
-    text: str  # the completion, decoded
-    t: str = ""
-    closed: bool = True  # the closing tag was there
-    teacher: Text | None = None
-    student: Text | None = None
-    t_teacher: Sequence[int] = ()  # places of t's tokens in the teacher's text (J,)
-    t_student: Sequence[int] = ()  # places of the same tokens in the student's
-    s_student: Sequence[int] = ()  # places of s in the student's text (K,)
-
-    def credit(self) -> float:
-        """What the completion is worth as an answer."""
-        return self.example.judge(self.example.solution, self.text)
-
-
-def align(episodes: list[Episode], prompts: Prompts):
-    """Re-encode t in both contexts and find its tokens; where the two differ, what they share is kept.
-
-    t ends at the first closing tag of a completion; without one it is all of it.
-    """
-    for e in episodes:
-        t, closing, _ = e.text.partition(prompts.tags.explanation[1])
-        e.t, e.closed = prompts.tags.gap + t, bool(closing)
-        e.teacher, e.student = prompts.teacher(e.example, e.t), prompts.student(e.example, e.t)
-        ours, theirs = e.teacher.explanation(), e.student.explanation()
-        shared = [token for token in ours if token in theirs]
-        e.t_teacher, e.t_student = [ours[x] for x in shared], [theirs[x] for x in shared]
-        e.s_student = e.student.places(e.student.s)
+    def explain(self, e: Example, completion: str) -> Explanation:
+        """Encode a completion anew, in both contexts. t ends at the first closing tag, or with the text."""
+        t, closing, _ = completion.partition(self.teacher.answer[-1])
+        e = replace(e, trace=t)
+        return Explanation(e, bool(closing), self.write(self.teacher, e), self.write(self.student, e))
 
 
 # --- models, and the batches they get ---
@@ -557,9 +493,9 @@ def align(episodes: list[Episode], prompts: Prompts):
 class LogProbLM(nn.Module):
     """A causal LM whose forward gives log-probs. Sharded whole: FSDP's root has embeddings and head."""
 
-    def __init__(self, lm: nn.Module):
+    def __init__(self, lm: nn.Module, tokenizer):
         super().__init__()
-        self.lm = lm
+        self.lm, self.tokenizer = lm, tokenizer
 
     def forward(self, ids: Tensor, mask: Tensor, temperature: float) -> Tensor:
         """ids, mask (B, T), right-padded -> fp32 log-probs of the next tokens, (B, T - 1)."""
@@ -568,41 +504,53 @@ class LogProbLM(nn.Module):
 
 def load(name: str, run: Run, trainable=False) -> LogProbLM:
     """A model on this rank's device, or sharded: float32 if it is trained, else bfloat16 on GPUs."""
-    lm, _ = common.load_lm(name, torch.bfloat16 if run.amp and not trainable else torch.float32)
+    lm, tokenizer = common.load_lm(name, torch.bfloat16 if run.amp and not trainable else torch.float32)
+    tokenizer.chat_template = tokenizer.chat_template or CHAT
     if trainable and run.cfg.recompute:
         lm.gradient_checkpointing_enable()
-    return run.shard(LogProbLM(lm).requires_grad_(trainable))
-
-
-def whole(p: Tensor) -> Tensor:
-    """A sharded tensor gathered, on all ranks together; others as they are."""
-    return p.full_tensor() if hasattr(p, "full_tensor") else p
+    return run.shard(LogProbLM(lm, tokenizer).requires_grad_(trainable))
 
 
 def full_weights(model: LogProbLM):
-    """Yields (name, whole tensor) of each parameter, one by one."""
+    """Yields (name, whole tensor) of each parameter, one by one, on all ranks together."""
     for name, p in model.lm.named_parameters():
-        yield name, whole(p.detach())
+        p = p.detach()
+        yield name, p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
-def export(model: LogProbLM, prompts, run) -> str:
-    """Write model and tokenizer as a Hugging Face folder in the run's; returns it."""
-    folder, state = run.folder / "model", {name: p.cpu() for name, p in full_weights(model)}
+def export(model: LogProbLM, run: Run) -> str:
+    """Make the run's folder one of Hugging Face, with model and tokenizer; returns it."""
+    state = {name: p.cpu() for name, p in full_weights(model)}
     if run.rank == 0:
         # transformers saves on the first of all ranks only, but another may make this cell
         model.lm.should_save_on_this_rank = lambda _: True
-        model.lm.save_pretrained(folder, state_dict=state)
-        prompts.tokenizer.save_pretrained(folder)
+        model.lm.save_pretrained(run.folder, state_dict=state)
+        model.tokenizer.save_pretrained(run.folder)
     run.gather("saved")
-    return str(folder)
+    return str(run.folder)
 
 
-def micro_batches(items: list[Text | Episode], run: Run):
-    """Yields indices, ids and mask (B, T), and the loss mask (B, T - 1) of the next tokens, by length.
+@dataclass
+class Episode:
+    """A completion as it was sampled."""
 
-    At most cfg.micro_tokens padded tokens each (or a single item). Every rank gets equally many, since FSDP
-    makes them meet in each forward pass: some end with a dummy without index, its loss mask empty.
+    example: Example
+    ids: list[int]  # prompt and completion, the end of turn included
+    first: int  # where in ids the completion begins
+    text: str  # the completion, decoded
+
+    def credit(self) -> float:
+        """What the completion is worth as an answer."""
+        return self.example.judge(self.example.solution, self.text)
+
+
+def log_probs(model: nn.Module, items: list, temperature: float, run: Run):
+    """Yields indices of items (Text or Episode), log-probs of their next tokens (B, T - 1) and loss mask.
+
+    Micro-batches by length, of cfg.micro_tokens padded tokens at most (or a single item). Every rank gets
+    equally many, since FSDP makes them meet in each forward pass: some end with a dummy, its mask empty.
     """
+    model.train(torch.is_grad_enabled() and run.cfg.recompute)  # dropout is off unless that needs it
     order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
     size = max(1, run.cfg.micro_tokens // max((len(x.ids) for x in items), default=1))
     count = max(run.gather(math.ceil(len(items) / size)))
@@ -611,56 +559,46 @@ def micro_batches(items: list[Text | Episode], run: Run):
         batch = [items[i] for i in group] or [Episode(None, [0, 0], 2, "")]
         ids, valid = common.collate([x.ids for x in batch], run.device)
         first = torch.tensor([[x.first] for x in batch], device=run.device)
-        mask = valid & (torch.arange(ids.shape[1], device=run.device) >= first)
-        yield group, ids, valid, mask[:, 1:]
+        mask = valid & (valid.cumsum(1) > first)
+        with run.autocast():
+            logp = model(ids, valid, temperature)
+        yield group, logp, mask[:, 1:]
 
 
 @torch.no_grad()
-def score(model: nn.Module, texts: list[Text], run: Run) -> Tensor:
-    """Log-probs (N, T - 1) of all next tokens of N texts at cfg.temperature, in micro-batches."""
-    out = torch.zeros(len(texts), max(len(x.ids) for x in texts) - 1, device=run.device)
-    for group, ids, valid, _ in micro_batches(texts, run):
-        with run.autocast():
-            logp = model(ids, valid, run.cfg.temperature)
-        out[group, : logp.shape[1]] = logp[: len(group)]
+def score(model: nn.Module, items: list, run: Run) -> Tensor:
+    """Log-probs (N, T) of all tokens of N texts at cfg.temperature; that of the first is 0."""
+    out = torch.zeros(len(items), max((len(x.ids) for x in items), default=1), device=run.device)
+    for group, logp, _ in log_probs(model, items, run.cfg.temperature, run):
+        out[group, 1 : 1 + logp.shape[1]] = logp[: len(group)]
     return out
 
 
 # --- the reward ---
 
 
-def at(logp: Tensor, places: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Log-probs of the tokens at `places`, padded (B, L), and mask; token i is predicted at i - 1."""
-    index, _ = common.collate([row or [0] for row in places], logp.device)
-    return logp.gather(1, (index - 1).clamp(min=0)), index > 0
+def rlt_reward(ell: Tensor, d: Tensor, closed: bool, cfg: Config) -> dict:
+    """Eqs. (1) to (3): the reward of an explanation and its parts, from l_k (K,) and d_j (J,)."""
+    r_ss = ell.mean() + cfg.alpha * ell.min()  # eq. (1)
+    r_kl = d.mean() + cfg.alpha * d.max() if len(d) else d.new_tensor(1 + cfg.alpha)  # eq. (2)
+    reward = r_ss - cfg.lam * r_kl - float(not closed)  # eq. (3)
+    return {"reward": reward, "r_ss": r_ss, "r_kl": r_kl, "length": len(d), "closed": closed}
 
 
-def reduce_scores(x: Tensor, mask: Tensor, alpha: float, kind: Literal["min", "max"]) -> Tensor:
-    """mean + alpha min (or max) over each row's masked entries, (B, L) -> (B,); NaN for a row without any."""
-    sign = 1.0 if kind == "max" else -1.0
-    extreme = sign * (sign * x).masked_fill(~mask, -torch.inf).amax(1)
-    return torch.where(mask, x, 0).sum(1) / mask.sum(1) + alpha * extreme
-
-
-def rlt_reward(episodes: list[Episode], teacher, student, prompts, run):
-    """Eqs. (1) to (3): "reward" and its parts (B,), then l_k (B, K), d_j (B, J). No gradient flows.
+def rewards(episodes: list[Episode], teacher, student, prompts, run) -> list:
+    """Each explanation, its reward with parts, l (K,) and d (J,). No gradient flows.
 
     One pass of the student gives the solution's log-probs and its half of d.
     """
-    cfg = run.cfg
-    align(episodes, prompts)
-    student_logp = score(student, [e.student for e in episodes], run)
-    teacher_logp = score(teacher, [e.teacher for e in episodes], run)
-    ell, solution = at(student_logp, [e.s_student for e in episodes])  # l_k, (B, K)
-    student_t, think = at(student_logp, [e.t_student for e in episodes])
-    d = at(teacher_logp, [e.t_teacher for e in episodes])[0] - student_t  # d_j, (B, J)
-    closed = torch.tensor([e.closed for e in episodes], device=d.device)
-    r_ss = reduce_scores(ell, solution, cfg.alpha, "min")  # eq. (1)
-    r_kl = reduce_scores(d, think, cfg.alpha, "max")  # eq. (2)
-    r_kl = torch.where(think.any(1), r_kl, 1 + cfg.alpha)
-    reward = r_ss - cfg.lam * r_kl + cfg.penalty * ~closed  # eq. (3)
-    numbers = {"reward": reward, "r_ss": r_ss, "r_kl": r_kl, "length": think.sum(1), "closed": closed}
-    return numbers, ell, d
+    told = [prompts.explain(e.example, e.text) for e in episodes]
+    by_student = score(student, [e.student for e in told], run)  # (B, T)
+    by_teacher = score(teacher, [e.teacher for e in told], run)
+    rows = []
+    for e, ours, theirs in zip(told, by_teacher, by_student, strict=True):
+        ell = theirs[[*e.student.s.values()]]
+        d = ours[[e.teacher.t[x] for x in e.shared]] - theirs[[e.student.t[x] for x in e.shared]]
+        rows.append((e, rlt_reward(ell, d, e.closed, run.cfg), ell, d))
+    return rows
 
 
 # --- GRPO ---
@@ -684,19 +622,20 @@ def grpo_loss(logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor, b
     return (torch.where(mask, loss, 0).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
-def hf_sampler(name: str, model: LogProbLM, prompts, run) -> Callable:
-    """Sampling from `model`, loaded from `name`, by transformers; a sharded one is copied to each rank."""
-    lm, size, ends = model.lm, run.cfg.sample_batch, common.end_ids(model.lm, prompts.tokenizer)
+def hf_sampler(model: LogProbLM, run: Run):
+    """Sampling from `model` by transformers; one that is sharded is copied to each rank, whole."""
+    lm, size, ends = model.lm, run.cfg.sample_batch, common.end_ids(model.lm, model.tokenizer)
     if run.world_size > 1:
-        dtype = torch.bfloat16 if run.amp else torch.float32
-        lm = common.load_lm(name, dtype)[0].to(run.device)
+        from transformers import AutoModelForCausalLM
+
+        with run.device:
+            lm = AutoModelForCausalLM.from_config(lm.config, dtype=lm.dtype)
 
     @torch.no_grad()
     def sample(ids, uniforms, temperature):
         """One completion of each of N lists of ids, decided by uniforms (N, T)."""
-        if lm is not model.lm:
-            for mine, (_, p) in zip(lm.parameters(), full_weights(model), strict=True):
-                mine.copy_(p)
+        for mine, (_, p) in zip(lm.parameters(), full_weights(model), strict=True):
+            mine.copy_(p)
         lm.eval()
         out = []
         for i in range(0, len(ids), size):
@@ -707,27 +646,33 @@ def hf_sampler(name: str, model: LogProbLM, prompts, run) -> Callable:
     return sample
 
 
-def vllm_sampler(name: str, model: LogProbLM, prompts, run) -> Callable:
+def vllm_sampler(model: LogProbLM, run: Run):
     """The same by a vLLM engine on this rank's GPU, asleep while models train; all prompts in one call.
 
     Its own random numbers decide, not `uniforms`.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the weights stay in this process
-    vllm, ends = common.need("vllm", "vllm"), common.end_ids(model.lm, prompts.tokenizer)
-    size = sum(p.numel() for p in model.parameters())
+    vllm, ends = common.need("vllm", "vllm"), common.end_ids(model.lm, model.tokenizer)
+    size = model.lm.num_parameters()
     if size not in ENGINES:
-        more = {"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}
-        more |= dict(max_model_len=run.cfg.context, gpu_memory_utilization=0.4, enable_sleep_mode=True)
-        ENGINES[size] = vllm.LLM(name, dtype="bfloat16", generation_config="vllm", seed=run.rank, **more)
+        launcher = "external_launcher" if "RANK" in os.environ else None
+        more = dict(distributed_executor_backend=launcher, max_model_len=run.cfg.context, dtype="bfloat16")
+        more |= dict(gpu_memory_utilization=0.4, enable_sleep_mode=True, seed=run.rank)
+        ENGINES[size] = vllm.LLM(model.lm.name_or_path, **more)
     engine = ENGINES[size]
 
     def sample(ids, uniforms, temperature):
         engine.wake_up()
-        worker = engine.llm_engine.model_executor.driver_worker
-        worker.model_runner.model.load_weights(full_weights(model))
+        engine.apply_model(lambda served: served.load_weights(full_weights(model)))
         engine.reset_prefix_cache()
-        settings = dict(temperature=temperature, top_p=1.0, top_k=0, repetition_penalty=1.0)
-        params = vllm.SamplingParams(**settings, max_tokens=uniforms.shape[1], stop_token_ids=ends)
+        params = vllm.SamplingParams(
+            temperature=temperature,
+            top_p=1.0,
+            top_k=0,
+            repetition_penalty=1.0,
+            max_tokens=uniforms.shape[1],
+            stop_token_ids=ends,
+        )
         outputs = engine.generate([{"prompt_token_ids": x} for x in ids], params, use_tqdm=False)
         engine.sleep(level=1)
         return [list(o.outputs[0].token_ids) for o in outputs]
@@ -739,17 +684,17 @@ SAMPLERS = {"hf": hf_sampler, "vllm": vllm_sampler}
 ENGINES = {}  # one for each size of model: it holds a GPU, and only the weights differ
 
 
-def rollout(sample, text_of, examples, new, temperature, prompts, run, chance=None) -> list[Episode]:
-    """This rank's share of the episodes of all examples, in order, `new` tokens at most each.
+def rollout(sample, explain: bool, examples, temperature, prompts, run, chance=None) -> list[Episode]:
+    """This rank's share of the episodes of all examples, in order: explanations of solutions, or answers.
 
-    text_of(example, t) is continued from where the model's own part begins. Shares are equally large: the
-    last ranks may repeat the first examples. All ranks draw the numbers of all samples from `chance`.
+    A text is continued from where the model's own part begins. All ranks draw the numbers of all samples
+    from `chance`.
     """
-    n, share = len(examples), math.ceil(len(examples) / run.world_size)
-    uniforms = torch.rand(n, new, generator=chance)
-    mine = [i % n for i in range(run.rank * share, (run.rank + 1) * share)]
-    texts = [text_of(examples[i], prompts.tags.gap) for i in mine]
-    opened = [prompts.encode(x.text[: x.begin])[0] for x in texts]
+    prompt, new = (prompts.teacher, run.cfg.max_new) if explain else (prompts.student, run.cfg.eval_new)
+    uniforms = torch.rand(len(examples), new, generator=chance)
+    mine = torch.arange(len(examples)).tensor_split(run.world_size)[run.rank].tolist()
+    texts = [prompts.write(prompt, replace(examples[i], trace="")) for i in mine]
+    opened = [x.ids[: x.first] for x in texts]
     episodes = []
     for i, ids, more in zip(mine, opened, sample(opened, uniforms[mine], temperature), strict=True):
         text = prompts.tokenizer.decode(more, skip_special_tokens=True)
@@ -757,11 +702,11 @@ def rollout(sample, text_of, examples, new, temperature, prompts, run, chance=No
     return episodes
 
 
-def distinct_rows(step: int, count: int, n: int, run: Run) -> list[int]:
-    """`count` different row numbers for a step, on a walk through n rows in a new order every epoch."""
-    a_epoch = n // count
-    order = torch.randperm(n, generator=run.generator(f"epoch {step // a_epoch}"))
-    return order[step % a_epoch * count :][:count].tolist()
+def distinct(items: list, count: int, run: Run, step: int) -> list:
+    """`count` different items for a step, on a walk through all of them in a new order every epoch."""
+    a_epoch = len(items) // count
+    order = torch.randperm(len(items), generator=run.generator(f"epoch {step // a_epoch}"))
+    return [items[i] for i in order[step % a_epoch * count :][:count]]
 
 
 def train_grpo(start: str, examples: list[Example], updates: int, explain: bool, prompts, run) -> str:
@@ -773,64 +718,57 @@ def train_grpo(start: str, examples: list[Example], updates: int, explain: bool,
     cfg = run.cfg
     policy, reference = (load(start, run, trainable=True) for _ in range(2))
     student = load(cfg.student, run) if explain else None
-    text_of = prompts.teacher if explain else prompts.student
-    sample = SAMPLERS[cfg.sampler](start, policy, prompts, run)
-    fused = run.device.type == "cuda"
-    optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, weight_decay=0.0, fused=fused)
+    sample = SAMPLERS[cfg.sampler](policy, run)
+    more = dict(weight_decay=0.0, fused=run.device.type == "cuda")
+    optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, **more)
     for step in run.steps(updates, model=policy, optimizer=optimizer, reference=reference):
-        rows = distinct_rows(step, cfg.prompts, len(examples), run)
-        batch = [examples[i] for i in rows for _ in range(cfg.group)]
-        episodes = rollout(sample, text_of, batch, cfg.max_new, cfg.temperature, prompts, run)
+        batch = [e for e in distinct(examples, cfg.prompts, run, step) for _ in range(cfg.group)]
+        episodes = rollout(sample, explain, batch, cfg.temperature, prompts, run)
 
         if explain:
-            numbers, _, _ = rlt_reward(episodes, policy, student, prompts, run)
+            found = [parts for _, parts, *_ in rewards(episodes, policy, student, prompts, run)]
         else:
-            right = [e.credit() >= 1 for e in episodes]
-            numbers = {"reward": torch.tensor(right, device=run.device).float()}
-        advantage = group_advantage(numbers["reward"], cfg.group)
+            found = [{"reward": e.credit() >= 1} for e in episodes]
+        numbers = default_collate(found)  # of lists of dicts a dict of (B,)
+        advantage = group_advantage(numbers["reward"].float().to(run.device), cfg.group)
+        ref_logp = score(reference, episodes, run)
 
         total = 0.0
-        policy.train(cfg.recompute)  # needed to recompute activations; dropout stays off elsewhere
-        for group, ids, valid, mask in micro_batches(episodes, run):
-            with run.autocast():
-                with torch.no_grad():
-                    ref_logp = reference(ids, valid, cfg.temperature)
-                logp = policy(ids, valid, cfg.temperature)
-            loss = grpo_loss(logp, ref_logp, advantage[group or [0]], mask, cfg.beta)
-            loss = loss * len(group) / len(episodes)  # the mean over all completions
+        for group, logp, mask in log_probs(policy, episodes, cfg.temperature, run):
+            rows = group or [0]  # of a dummy, whose mask is empty
+            ref = ref_logp[rows, 1 : 1 + logp.shape[1]]
+            loss = grpo_loss(logp, ref, advantage[rows], mask, cfg.beta)
+            loss = loss * len(rows) / len(episodes)  # the mean over all completions
             loss.backward()
             total += loss.detach()
-        norm = whole(nn.utils.clip_grad_norm_(policy.parameters(), 1.0))
+        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % cfg.sync_every == 0:
-            common.soft_update(reference, policy, cfg.sync_mix)
-        run.log(step, loss=total, grad_norm=norm, **{k: v.float().mean() for k, v in numbers.items()})
-    return export(policy, prompts, run)
+            common.soft_update(reference, policy, 0.9)
+        run.log(step, loss=total, **{k: v.float().mean() for k, v in numbers.items()})
+    return export(policy, run)
 
 
 # --- the supervised stages ---
 
 
-def sft(model, stage: str, steps: int, batch_of: Callable, lr: tuple, adam: dict, run: Run, stop=None):
+def sft(model, stage: str, steps: int, batch_of, lr, run, warmup=0.0, floor=0.0, stop=None, **adam):
     """Train in place on batch_of(step), the texts of all ranks; the loss is the mean over supervised tokens.
 
-    lr: peak, share of the steps that warm up, floor of the cosine. stop(step) may end the stage early.
+    The rate rises to lr in a share `warmup` of the steps, then a cosine takes it down to `floor` of that.
+    stop(step) may end the stage early; then True is returned.
     """
     from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine
 
-    peak, warmup, floor = lr
-    optimizer = torch.optim.AdamW(model.parameters(), peak, **adam, fused=run.device.type == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr, **adam, fused=run.device.type == "cuda")
     schedule = cosine(optimizer, round(warmup * steps), steps, min_lr_rate=floor)
-    model.train(run.cfg.recompute)
     for step in run.steps(steps, stage, model=model, optimizer=optimizer, schedule=schedule):
         batch = batch_of(step)[run.rank :: run.world_size]
-        supervised = float(sum(len(x.ids) - x.first for x in batch))
-        supervised = run.mean(supervised).to(run.device)  # of a rank: gradients are averaged
+        supervised = sum(len(x.ids) - x.first for x in batch)
+        supervised = run.mean(float(supervised))  # of a rank: gradients are averaged
         total = 0.0
-        for _, ids, valid, mask in micro_batches(batch, run):
-            with run.autocast():
-                logp = model(ids, valid, 1.0)
+        for _, logp, mask in log_probs(model, batch, 1.0, run):
             loss = -(logp * mask).sum() / supervised
             loss.backward()
             total += loss.detach()
@@ -840,34 +778,40 @@ def sft(model, stage: str, steps: int, batch_of: Callable, lr: tuple, adam: dict
         optimizer.zero_grad(set_to_none=True)
         run.log(step, loss=total)
         if stop and stop(step):
-            break
+            return True
 
 
-def fine_tune(name, texts: list[Text], batch: int, steps: int, lr, adam, prompts, run) -> str:
-    """SFT of a model on texts, in a new order every epoch; returns its folder. lr, adam: as in sft."""
-    model, batch = load(name, run, trainable=True), min(batch, len(texts))
-
-    def batch_of(step: int) -> list[Text]:
-        return [texts[i] for i in distinct_rows(step, batch, len(texts), run)]
-
+def fine_tune(name: str, texts: list, batch: int, steps: int, run: Run, **recipe) -> str:
+    """SFT of a model on texts, in a new order every epoch; returns its folder. recipe: more for sft."""
+    model = load(name, run, trainable=True)
     if texts:
-        sft(model, "sft", steps, batch_of, lr, adam, run)
-    return export(model, prompts, run)
+        batch_of = partial(distinct, texts, min(batch, len(texts)), run)
+        sft(model, "sft", steps, batch_of, run.cfg.sft_lr, run, **recipe)
+    return export(model, run)
 
 
 def collect(name: str, examples: list[Example], prompts, run):
     """One raw explanation of each example, with its reward and the numbers of each token: traces.jsonl."""
-    cfg, teacher, student = run.cfg, load(name, run), load(run.cfg.student, run)
-    chance = run.generator("collect 0")
-    sample = SAMPLERS[cfg.sampler](name, teacher, prompts, run)
-    episodes = rollout(sample, prompts.teacher, examples, cfg.max_new, cfg.temperature, prompts, run, chance)
-    shares = run.gather(spell(episodes, teacher, student, prompts, run))
-    write_lines(run.folder / "traces.jsonl", list(itertools.chain(*shares))[: len(examples)], run)
+    teacher, student = load(name, run), load(run.cfg.student, run)
+    sample, chance = SAMPLERS[run.cfg.sampler](teacher, run), run.generator("collect 0")
+    episodes = rollout(sample, True, examples, run.cfg.temperature, prompts, run, chance)
+    scored = rewards(episodes, teacher, student, prompts, run)
+    write_explanations(run.folder / "traces.jsonl", scored, prompts, run)
 
 
-def write_lines(file: Path, rows: list[dict], run: Run):
+def write_explanations(file: Path, scored: list[tuple], prompts, run):
+    """A line for each: texts, reward with parts, and each token with its d_j (of t) or l_k (of s)."""
+    rows = []
+    for e, parts, ell, d in scored:
+        told = e.example
+        row = {"question": told.question, "solution": told.solution, "reasoning_trace": told.trace} | parts
+        for key, tokens, values in (("l", e.student.s, ell), ("d", e.shared, d)):
+            words = prompts.tokenizer.batch_decode([[x] for x, _ in tokens])
+            row[key] = list(zip(words, values.tolist(), strict=True))
+        rows.append(row)
+    everyone = itertools.chain(*run.gather(rows))
     if run.rank == 0:
-        common.write_atomic(file, "".join(common.to_json(row) + "\n" for row in rows))
+        common.write_atomic(file, "".join(common.to_json(row) + "\n" for row in everyone))
 
 
 def read_lines(file: Path) -> list[dict]:
@@ -877,59 +821,69 @@ def read_lines(file: Path) -> list[dict]:
 # --- the tiny base model of the pointer task ---
 
 
+POINTER_CHAT = """\
+{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"""
+
+
 def hop_model(cfg: Config) -> LogProbLM:
     """A GPT-2 of two layers; embeddings this large are what makes it learn to copy and to look up."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    size = dict(vocab_size=cfg.symbols + 10, n_positions=cfg.context, n_embd=cfg.width, n_inner=2 * cfg.width)
-    size |= dict(n_layer=2, n_head=4, activation_function="gelu_pytorch_tanh", tie_word_embeddings=False)
-    size |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None)
-    lm = GPT2LMHeadModel(GPT2Config(**size))
+    tokenizer = common.CharTokenizer(SYMBOLS[: cfg.symbols] + "~?!()[]{}$", eos="$")
+    tokenizer.chat_template = POINTER_CHAT
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=cfg.context,
+        n_embd=cfg.width,
+        n_inner=2 * cfg.width,
+        n_layer=2,
+        n_head=4,
+        activation_function="gelu_pytorch_tanh",
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    lm = GPT2LMHeadModel(config)
     for name, p in lm.named_parameters():
         std = 0.5 if "wte" in name or "wpe" in name else 0.06 if "lm_head" in name else 0.07
         if p.dim() == 2:
             nn.init.normal_(p, std=std)
-    return LogProbLM(lm)
-
-
-def worst_step(model: LogProbLM, examples: list[Example], prompts, run) -> float:
-    """Mean probability of the right symbol at its lowest, over all places of spelled-out explanations in both
-    formats: what a base model lacks in one place, no reward can teach."""
-    lowest = []
-    for text_of in (prompts.teacher, prompts.student):
-        texts = [text_of(e, e.trace) for e in examples]
-        logp, _ = at(score(model, texts, run), [x.places(x.t) for x in texts])
-        lowest.append(logp.exp().mean(0).min().item())
-    return min(lowest)
+    return LogProbLM(lm, tokenizer)
 
 
 def make_base(run: Run):
-    """Pre-train on both formats, textbook (all written), then web (p_write); stop if it cannot hop."""
+    """Pre-train on both formats: textbook (all written) until it can hop, then web (p_write)."""
     cfg = run.cfg
-    tokenizer = common.CharTokenizer(SYMBOLS[: cfg.symbols] + "~?!()[]{}$", eos="$")
-    turn = "{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
-    tokenizer.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
-    prompts = Prompts(tokenizer, POINTERS, POINTERS.student, cfg.context)
-    model, spelled = run.shard(hop_model(cfg)), make_problems(64, cfg, run.generator("spelled"), 1.0)
+    model = run.shard(hop_model(cfg))
+    prompts = Prompts(model.tokenizer, *POINTERS)
+    spelled = make_problems(64, cfg, run.generator("spelled"), 1.0)
 
-    def batch_of(p_write: float, step: int) -> list[Text]:
+    def batch_of(p_write: float, step: int):
         problems = make_problems(cfg.base_batch, cfg, run.generator(f"{p_write} {step}"), p_write)
-        texts = [prompts.student(e, e.trace) for e in problems[::2]]
-        texts += [prompts.teacher(e, e.trace) for e in problems[1::2]]
-        return [replace(x, begin=len(problems[0].question) + 1) for x in texts]  # loss after the question
+        texts = [prompts.write(prompts.student, e) for e in problems[::2]]
+        texts += [prompts.write(prompts.teacher, e) for e in problems[1::2]]
+        return [replace(x, first=texts[0].first) for x in texts]  # loss after the question
 
-    def learned(step: int) -> bool:
-        return step % 25 == 24 and worst_step(model, spelled, prompts, run) >= 0.95
+    def learned(step: int):
+        """Is the right symbol likely even at the worst place of spelled-out explanations, in both texts?
 
-    adam, lr, steps = dict(betas=(0.9, 0.98), weight_decay=0.01), cfg.base_lr, cfg.base_steps
-    sft(model, "textbook", steps, partial(batch_of, 1.0), (lr, 30 / steps, 1.0), adam, run, learned)
-    worst = worst_step(model, spelled, prompts, run)
-    if cfg.base_check and worst < 0.9:
-        raise UserError(
-            f"the base model follows single hops with {worst:.2f} only: more --base_steps, another --seed"
-        )
-    sft(model, "web", cfg.web_steps, partial(batch_of, cfg.p_write), (lr, 0.0, 0.05), adam, run)
-    export(model, prompts, run)
+        What a base model lacks in one place, no reward can teach.
+        """
+        if step % 25 < 24:
+            return False
+        lowest = []
+        for prompt in (prompts.teacher, prompts.student):
+            texts = [prompts.write(prompt, e) for e in spelled]
+            places = [*texts[0].t.values()]  # the same in all of them
+            lowest.append(score(model, texts, run)[:, places].exp().mean(0).min())
+        return min(lowest) >= 0.95
+
+    lr, steps, adam = cfg.base_lr, cfg.base_steps, dict(betas=(0.9, 0.98), weight_decay=0.01)
+    textbook, web = partial(batch_of, 1.0), partial(batch_of, cfg.p_write)
+    if not sft(model, "textbook", steps, textbook, lr, run, 30 / steps, floor=1.0, stop=learned, **adam):
+        run.print(f"{run.folder.name}: the model does not hop yet; it needs more --base_steps")
+    sft(model, "web", cfg.web_steps, web, lr, run, floor=0.05, **adam)
+    export(model, run)
 
 
 # --- a cell of the table ---
@@ -937,44 +891,46 @@ def make_base(run: Run):
 EVAL_TEMPERATURE = 0.7  # of sampled answers
 
 
-def open_task(base: str, cfg: Config, run: Run) -> tuple[Prompts, list[Example]]:
-    """The prompts and the problems that fit; run.cfg gets the names of all models: `base` is "self".
+def open_task(cfg: Config, run: Run):
+    """The prompts, and the problems that fit; run.cfg gets the names of all models, the tiny one is made.
 
     UserError if models and data do not go together.
     """
-    student, learner = (base if name == "self" else name for name in (cfg.student, cfg.learner))
-    run.cfg = replace(cfg, teacher=base, student=student, learner=learner)
-    examples, system = load_examples(cfg, run)
-    _, tokenizer = common.load_lm(base)
-    for name in {student, learner} - {base}:
-        if common.load_lm(name)[1].get_vocab() != tokenizer.get_vocab():
-            raise UserError(f"{name} and {base} tokenize differently; d_j compares the same tokens in both")
-    prompts = Prompts(tokenizer, POINTERS if cfg.teacher == "tiny" else TEXT, system, cfg.context)
+    from transformers import AutoTokenizer
+
+    base = cfg.teacher
+    if base == "tiny":
+        base = str(run.once(f"base chains={cfg.chains}", make_base))
+    run.cfg = replace(cfg, teacher=base, student=cfg.student or base, learner=cfg.learner or base)
+    examples = load_examples(cfg, run)
+    names = {base, run.cfg.student, run.cfg.learner}
+    tokenizers = {name: pretrained(AutoTokenizer, name) for name in names}
+    if any(x.get_vocab() != tokenizers[base].get_vocab() for x in tokenizers.values()):
+        raise UserError(f"{', '.join(names)} tokenize differently; d_j compares the same tokens in both")
+    prompts = Prompts(tokenizers[base], *(POINTERS if cfg.teacher == "tiny" else TEXT))
     fitting = []
     for e in examples:
-        told, shown = prompts.teacher(e, prompts.tags.gap), prompts.student(e, prompts.tags.gap)
-        longest = max(len(told.ids), len(shown.ids)) + cfg.max_new
-        if longest <= cfg.context and shown.places(shown.s):
+        told, shown = (prompts.write(x, e) for x in (prompts.teacher, prompts.student))
+        if max(len(told.ids), len(shown.ids)) + cfg.max_new <= cfg.context and shown.s:
             fitting.append(e)
     if dropped := len(examples) - len(fitting):
         run.print(f"{dropped} problems dropped: beyond --context {cfg.context}, or no solution to score")
     return prompts, fitting
 
 
-def evaluate(name: str, examples: list[Example], prompts, run) -> dict[str, float]:
+def evaluate(name: str, examples: list[Example], prompts, run):
     """Held-out problems: share solved and mean credit of greedy answers, share solved by sampled ones."""
-    cfg, n, credits = run.cfg, len(examples), []
-    sample = SAMPLERS[cfg.sampler](name, load(name, run), prompts, run)
+    sample, credits = SAMPLERS[run.cfg.sampler](load(name, run), run), []
     for temperature in (0.0, EVAL_TEMPERATURE):
         chance = run.generator("answers")
-        episodes = rollout(sample, prompts.student, examples, cfg.eval_new, temperature, prompts, run, chance)
-        credits.append(np.concatenate(run.gather([e.credit() for e in episodes]))[:n])
+        episodes = rollout(sample, False, examples, temperature, prompts, run, chance)
+        credits.append(np.concatenate(run.gather([e.credit() for e in episodes])))
     greedy, sampled = credits
     found = {"solved": (greedy == 1).mean(), "credit": greedy.mean(), "sampled": (sampled == 1).mean()}
-    return found | (benchmarks(name, prompts, run) if cfg.bench else {})
+    return found | (benchmarks(name, examples[0].system, prompts, run) if run.cfg.bench else {})
 
 
-def benchmarks(name: str, prompts, run) -> dict[str, float]:
+def benchmarks(name: str, system: str, prompts, run):
     """Exact match in lm-eval's tasks, with the student's system prompt; each rank decodes a whole model."""
     cfg = run.cfg
     if cfg.sampler == "vllm":
@@ -983,177 +939,155 @@ def benchmarks(name: str, prompts, run) -> dict[str, float]:
     else:
         lm = common.load_lm(name)[0].to(run.device)
     more = dict(max_gen_toks=cfg.eval_new, do_sample=True, temperature=EVAL_TEMPERATURE)
-    results = common.benchmark(
-        lm, prompts.tokenizer, cfg.bench, run=run, system_instruction=prompts.system, gen_kwargs=more
-    )
+    more = dict(system_instruction=system, gen_kwargs=more)
     found = {}
-    for task, scores in results.items():
-        exact = [value for metric, value in scores.items() if metric.startswith("exact_match,")]
-        found[task] = exact[0] if exact else math.nan
+    for task, scores in common.benchmark(lm, prompts.tokenizer, cfg.bench, run=run, **more).items():
+        found |= {f"{task} {key}": value for key, value in scores.items() if "exact_match," in key}
     return found
 
 
-def explanations(examples: list[Example], prompts, run) -> tuple[list[Example], dict]:
-    """What the learner is distilled from, and the teacher's numbers in the last quarter of its RL."""
-    cfg, numbers, kind = run.cfg, {}, f"chains={run.cfg.chains}"
+def explanations(examples: list[Example], prompts, run):
+    """What the learner is distilled from: the corpus's traces, or a teacher's with their mean r_SS and r_KL.
+
+    A teacher is warmed up on the corpus, then (unless the source is "warm teacher") trained by RL.
+    """
+    cfg, kind = run.cfg, f"chains={run.cfg.chains}"
     traced = [e for e in examples if e.trace]
     if cfg.source == "corpus":
-        return traced[: cfg.traces], numbers
-    texts, adam = [prompts.teacher(e, e.trace) for e in traced], dict(betas=(0.9, 0.95), weight_decay=1e-4)
-    sizes = cfg.warmup_batch, cfg.warmup_steps, (cfg.sft_lr, 0.05, 0.0)
-    teacher = run.once(f"warm {kind}", partial(fine_tune, cfg.teacher, texts, *sizes, adam, prompts))
-    if cfg.teach:
-        kind, updates = f"lam={cfg.lam} {kind}", math.ceil(cfg.teach * cfg.updates)
-        reinforce = partial(train_grpo, str(teacher / "model"), examples, updates, True, prompts)
+        return traced[: cfg.traces], {}
+    texts = [prompts.write(prompts.teacher, e) for e in traced]
+    recipe = dict(warmup=0.05, betas=(0.9, 0.95), weight_decay=1e-4)
+    warm_up = partial(fine_tune, cfg.teacher, texts, cfg.warmup_batch, cfg.warmup_steps, **recipe)
+    teacher = run.once(f"warm {kind}", warm_up)
+    if cfg.source == "teacher":
+        kind = f"lam={cfg.lam} {kind}"
+        reinforce = partial(train_grpo, str(teacher), examples, cfg.updates, True, prompts)
         teacher = run.once(f"teacher {kind}", reinforce)
-        lines = read_lines(teacher / "metrics.jsonl")
-        late = [line for line in lines if line["step"] >= 0.75 * lines[-1]["step"]]
-        numbers = {key: np.mean([line[key] for line in late]) for key in ("r_ss", "r_kl")}
     examples = examples[: cfg.traces]
-    folder = run.once(f"traces {kind}", partial(collect, str(teacher / "model"), examples, prompts))
-    rows = zip(examples, read_lines(folder / "traces.jsonl"), strict=True)
-    return [replace(e, trace=row["reasoning_trace"]) for e, row in rows], numbers
+    folder = run.once(f"traces {kind}", partial(collect, str(teacher), examples, prompts))
+    rows = read_lines(folder / "traces.jsonl")
+    numbers = {key: np.mean([row[key] for row in rows]) for key in ("r_ss", "r_kl")}
+    return [replace(e, trace=row["reasoning_trace"]) for e, row in zip(examples, rows, strict=True)], numbers
 
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
     """One cell of the table: teacher, explanations, distilled student, correctness RL, as settings say."""
-    base = cfg.teacher
-    if base == "tiny":
-        base = str(run.once(f"base chains={cfg.chains}", make_base) / "model")
-    prompts, examples = open_task(base, cfg, run)
+    prompts, examples = open_task(cfg, run)
     heldout, examples = examples[-cfg.holdout :], examples[: -cfg.holdout]
     if len(examples) < cfg.prompts:
         raise UserError(f"{cfg.data}: {len(examples)} problems are too few for --holdout and --prompts")
     numbers, learner = {}, run.cfg.learner
     if cfg.distil:
-        traces, found = explanations(examples, prompts, run)
-        elided = np.mean([letter == "~" for e in traces for letter in e.trace])
-        numbers = {"written": 1 - 2 * elided} | found  # two of four may be elided
-        few = traces[: math.ceil(cfg.distil * len(traces))]
-        texts, steps = [prompts.student(e, e.trace) for e in few], math.ceil(cfg.distil * cfg.distil_steps)
-        sizes = cfg.distil_batch, steps, (cfg.sft_lr, 0.1, 0.0)
-        learner = fine_tune(learner, texts, *sizes, dict(weight_decay=0.0), prompts, run)
+        traces, numbers = explanations(examples, prompts, run)
+        traces = traces[: math.ceil(cfg.distil * len(traces))]
+        texts = [prompts.write(prompts.student, e) for e in traces]
+        steps = math.ceil(cfg.distil * cfg.distil_steps)
+        learner = fine_tune(learner, texts, cfg.distil_batch, steps, run, warmup=0.1, weight_decay=0.0)
     if cfg.solve:
-        updates = math.ceil(cfg.solve * cfg.updates)
-        learner = train_grpo(learner, examples, updates, False, prompts, run)
+        learner = train_grpo(learner, examples, math.ceil(cfg.solve * cfg.updates), False, prompts, run)
     return evaluate(learner, heldout, prompts, run) | numbers
 
 
 # --- looking at explanations ---
 
 
-def spell(episodes: list[Episode], teacher, student, prompts, run) -> list[dict]:
-    """Score explanations: texts, parts of the reward, and each token with its d_j (of t) or l_k (of s)."""
-    numbers, ell, d = rlt_reward(episodes, teacher, student, prompts, run)
-    rows = []
-    for i, e in enumerate(episodes):
-        row = {"question": e.example.question, "solution": e.example.solution, "reasoning_trace": e.t}
-        row |= {key: value[i].item() for key, value in numbers.items()}
-        for key, places, values in (("d", e.t_student, d[i]), ("l", e.s_student, ell[i])):
-            tokens = prompts.tokenizer.batch_decode([[e.student.ids[j]] for j in places])
-            row[key] = list(zip(tokens, values.tolist(), strict=False))
-        rows.append(row)
-    return rows
+def look(cfg: Config, run: Run):
+    """Print the best explanation, token by token: of those that --show finds collected, or of a file's.
 
-
-def rank(cfg: Config, run: Run):
-    """--score, --show: rank (question, solution, reasoning_trace) rows by the trained teacher's reward."""
-    where = f"chains={cfg.chains}-s{cfg.seed}"
-    teacher = run.root / common.slug(f"teacher lam={cfg.lam} {where}") / "model"
-    if not teacher.exists():
-        raise UserError(f"there is no {teacher}: train without --show and --score first")
-    base = str(run.root / f"base_{where}" / "model") if cfg.teacher == "tiny" else cfg.teacher
-    file = run.root / common.slug(f"traces lam={cfg.lam} {where}") / "traces.jsonl"
+    --score ranks (question, solution, reasoning_trace) rows by the trained teacher's reward.
+    """
+    where = f"lam={cfg.lam}_chains={cfg.chains}-s{cfg.seed}"
+    file, teacher = run.root / f"traces_{where}" / "traces.jsonl", run.root / f"teacher_{where}"
+    if not file.exists():
+        raise UserError(f"there is no {file}: train without --show and --score first")
     if cfg.score:
-        file = Path(cfg.score)
-    prompts, examples = open_task(base, replace(cfg, data=str(file)), run)
-    gap, closing = prompts.tags.gap, prompts.tags.explanation[1]
-    episodes = [Episode(e, [], 0, e.trace.removeprefix(gap) + closing) for e in examples if e.trace]
-    align(episodes, prompts)
-    episodes = [e for e in episodes if max(len(e.teacher.ids), len(e.student.ids)) < cfg.context]
-    if not episodes:
-        raise UserError(f"{file}: no row has a reasoning_trace that fits")
-    rows = spell(episodes, load(str(teacher), run), load(run.cfg.student, run), prompts, run)
-    rows.sort(key=lambda row: -row["reward"])
-    write_lines(file.with_suffix(".scored.jsonl"), rows, run)
-    for key, value in rows[0].items():
+        prompts, examples = open_task(replace(cfg, data=cfg.score), run)
+        episodes = [Episode(e, [], 0, e.trace + prompts.teacher.answer[-1]) for e in examples if e.trace]
+        if not episodes:
+            raise UserError(f"{cfg.score}: no row has a reasoning_trace that fits")
+        scored = rewards(episodes, load(str(teacher), run), load(run.cfg.student, run), prompts, run)
+        scored.sort(key=lambda found: -found[1]["reward"])
+        file = Path(cfg.score).with_suffix(".scored.jsonl")
+        write_explanations(file, scored, prompts, run)
+    best = max(read_lines(file), key=lambda row: row["reward"])
+    for key, value in best.items():
         run.print(f"{key}: {value}")
-    run.print(
-        f"the best of {len(rows)}; d: log teacher - log student, l: log-prob of s; see {file.stem}.scored"
-    )
+    run.print(f"the best of {file}; d: log teacher - log student, l: log-prob of s")
 
 
-def draw(figure, table: dict, run: Run):
-    """Left: share solved in each row, a dot a seed. Right: r_SS and r_KL of the first seed's teachers."""
-    left, right = figure.subplots(1, 2)
+def draw(figure, table: dict):
+    """Share solved in each row, a dot a seed."""
+    axes = figure.subplots()
     for row, cells in table.items():
-        left.plot([cell["solved"] for cell in cells], [row] * len(cells), "o")
-    left.set(xlabel="held-out problems solved, a dot a seed")
-    left.invert_yaxis()
-    for folder in run.root.glob(f"teacher_lam*_chains={run.cfg.chains}-s{run.cfg.seed}"):
-        lines = read_lines(folder / "metrics.jsonl")
-        for key in ("r_ss", "r_kl"):
-            values = [line[key] for line in lines]
-            right.plot([line["step"] for line in lines], values, label=f"{key}, {folder.name}")
-    right.set(xlabel="update", ylabel="nats per token", title="The teacher's reward terms")
-    right.legend()
+        axes.plot([cell["solved"] for cell in cells], [row] * len(cells), "o")
+    axes.set(xlabel="held-out problems solved, a dot a seed")
+    axes.invert_yaxis()
 
 
 # --- sizes without weights, and what is missing ---
 
-QWEN_7B = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28)
-QWEN_7B |= dict(num_key_value_heads=4, vocab_size=152064)
+
+def pretrained(kind, name: str):
+    """A transformers config or tokenizer, as `kind` says; no weights."""
+    path = Path(name)
+    if path.suffix == ".gguf":
+        return kind.from_pretrained(path.parent, gguf_file=path.name)
+    return kind.from_pretrained(name)
 
 
 def missing(cfg: Config, run: Run) -> list[str]:
     """What this config needs and does not find or cannot use, a line each, with the flag that mends it."""
     from transformers import AutoConfig
 
-    found = []
+    found, data = [], cfg.score or cfg.data
+
+    def check(flag, look, *args):
+        try:
+            look(*args)
+        except (UserError, OSError, ValueError) as e:
+            found.append(f"{flag}: {str(e).splitlines()[0]}")
+
+    check(f"--data {data}", load_examples, replace(cfg, data=data), run)
     for flag in ("teacher", "student", "learner"):
         name = getattr(cfg, flag)
-        if name in ("self", "tiny") or Path(name).is_file():
-            continue
-        try:
-            AutoConfig.from_pretrained(name)
-        except (OSError, ValueError):
-            found.append(f"--{flag} {name!r}: neither here nor on the hub (hub id, folder or .gguf)")
-    try:
-        load_examples(replace(cfg, data=cfg.score or cfg.data), run)
-    except UserError as e:
-        found.append(f"--data {e} (.jsonl, hub id or gym:NAME)")
-    if cfg.bench and importlib.util.find_spec("lm_eval") is None:
-        found.append('lm_eval: pip install -e ".[lm]"')
-    if cfg.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
-        found.append('vllm: pip install -e ".[vllm]", or --sampler hf (a thousand GPU hours in full)')
+        if name not in ("", "tiny"):
+            check(f"--{flag} {name}", pretrained, AutoConfig, name)
+    if cfg.bench:
+        check("--bench", common.need, "lm_eval", "lm")
+    if cfg.sampler == "vllm":
+        check("--sampler vllm", common.need, "vllm", "vllm")
     return found
 
 
 def dry_run(cfg: Config, lacking: list[str], run: Run):
     """Print parameters, memory and hours of the RL on H100s, every text of full length.
 
-    Decoding is bound by memory bandwidth: each step reads the weights and the cache of all sequences.
+    Decoding is bound by memory bandwidth: each step reads the weights and the cache of all sequences. A
+    teacher that is not here counts as Qwen2.5-7B.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
     try:
-        tiny = cfg.teacher == "tiny"
-        config = hop_model(cfg).lm.config if tiny else AutoConfig.from_pretrained(cfg.teacher)
+        config = hop_model(cfg).lm.config if cfg.teacher == "tiny" else pretrained(AutoConfig, cfg.teacher)
     except (OSError, ValueError):
-        config = Qwen2Config(**QWEN_7B)
+        size = dict(hidden_size=3584, intermediate_size=18944, num_key_value_heads=4)
+        config = Qwen2Config(num_hidden_layers=28, num_attention_heads=28, **size)
     with torch.device("meta"):
-        n = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        n = AutoModelForCausalLM.from_config(config).num_parameters()
     heads = config.num_attention_heads
     width = config.hidden_size * getattr(config, "num_key_value_heads", heads) / heads  # of keys, of values
     gpus, completions = max(8, run.world_size), cfg.prompts * cfg.group
-    cache = completions / gpus * cfg.max_new * 4 * config.num_hidden_layers * width  # bytes, at the end
+    tokens = completions * cfg.max_new / gpus  # of an update, on one GPU
+    cache = tokens * 4 * config.num_hidden_layers * width  # bytes, at the end
     decode = cfg.max_new * (2 * n + cache / 2) / 3.35e12  # seconds an update
-    flops = 14 * n * completions * cfg.max_new  # policy 8 N a token, reference, student and teacher 2 N each
-    hours = cfg.updates * (decode + flops / gpus / (0.4 * 989e12)) / 3600  # at 40 % of an H100's peak
-    memory = (22 * n / gpus + 2 * n) / 1e9  # AdamW 16 bytes, reference 4, student 2; the copy that decodes
-    run.print(f"{n:,} parameters; {memory:.0f} GB on each of {gpus} GPUs, and {cache / 1e9:.0f} GB of cache")
-    share = cfg.updates * decode / 3600 / hours
-    run.print(f"{cfg.updates} updates of {completions} completions: {hours:.1f} hours, {share:.0%} decoding")
+    learn = 14 * n * tokens / (0.4 * 989e12)  # 8 n FLOPs a token, the other models 6 n; 40 % of the peak
+    memory = (22 * n / gpus + 2 * n) / 1e9  # AdamW 16 bytes, reference 4, student 2; what decodes
+    hours = cfg.updates * (decode + learn) / 3600
+    run.print(
+        f"{n:,} parameters; {memory:.0f} GB on each of {gpus} GPUs, {cache / 1e9:.0f} of cache in one wave\n"
+        f"{cfg.updates} updates of {completions} completions: {hours:.1f} hours, "
+        f"{decode / (decode + learn):.0%} decoding"
+    )
     for line in lacking:
         run.print(f"missing: {line}")
 
@@ -1169,10 +1103,10 @@ def main():
         if lacking:
             raise UserError("; ".join(lacking))
         if cfg.score or cfg.show:
-            return rank(cfg, run)
+            return look(cfg, run)
         table = run.grid(ROWS, train)
         run.check(CLAIMS, table)
-        run.figure(draw, table, run)
+        run.figure(draw, table)
 
 
 if __name__ == "__main__":

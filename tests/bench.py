@@ -14,6 +14,7 @@ diffusion_lm: a token of 15 evaluations, beside what the public code computes in
 namm: DIR is a model; prefill and decoding of 3,072 tokens with the memory, with H2O written as kvpress does
 it, and with the full cache.
 transformer2: DIR is a checkout of self-adaptive-llms; one REINFORCE step at equal sizes.
+sudoku_bench: DIR is src of Sudoku-Bench; multi-step replies that fill the boards of mini_48, read and judged.
 
 Medians of seven intervals (fb: five), in turn, so that slow minutes hit all alike.
 """
@@ -47,6 +48,7 @@ import hyperbolic_rl
 import mood
 import namm
 import rmc
+import sudoku_bench
 import t2l
 import transformer2
 
@@ -373,6 +375,34 @@ def bench_t2l(folder: Path, run: common.Run, samples: int = 8, length: int = 128
 
     steps = {"ours": ours, "theirs": lambda: theirs.lm(ids).logits.sum().backward(retain_graph=True)}
     report("t2l", median_rates(steps, run.device))
+
+
+def bench_sudoku_bench(folder: Path, run: common.Run):
+    """A game by the reading `ref` beside the board and the actions of the public code."""
+    for name in ("anthropic", "google", "google.genai"):
+        sys.modules[name] = mock.MagicMock()  # imported there, not used here
+    sys.path.insert(0, str(folder))
+    from eval.run import extract_actions_from_response
+    from sudoku_ds import SudokuAction, SudokuBoard
+
+    games = []
+    for p in sudoku_bench.load_puzzles(str(sudoku_bench.MINI_48), 0):
+        cells = zip(sudoku_bench.names(sudoku_bench.square(p.n)), p.givens, p.solution, strict=True)
+        lines = "\n".join(f"{cell}: {digit}" for cell, given, digit in cells if given == ".")
+        games.append((p, f"<ANSWER>\n{lines}\n</ANSWER>"))
+
+    def theirs():
+        for p, reply in games:
+            board = SudokuBoard.from_ascii(p.givens, p.n, p.n)
+            for r, c, digit in extract_actions_from_response(reply):
+                tokens = ["<vl>", f"<value{digit}>", f"<r{r}>", f"<c{c}>"]
+                board.execute_action(SudokuAction.from_tokens(tokens))
+
+    def ours():
+        for p, reply in games:
+            sudoku_bench.Game(p, "multi_step", "ref", p.givens).take(reply)
+
+    report("sudoku_bench", median_rates({"ours": ours, "theirs": theirs}, run.device, rounds=3))
 
 
 def press(lm, cache: DynamicCache, budget: int):

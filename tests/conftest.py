@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -88,7 +89,7 @@ def bpe(corpus, size=400, **special):
 
 @pytest.fixture(scope="session")
 def bpe_tokenizer():
-    tags = [*rlt.TEXT.solution, *rlt.TEXT.thought, *rlt.TEXT.explanation]
+    tags = re.findall(r"<.*?>", " ".join(piece for prompt in rlt.TEXT for piece in prompt.answer))
     words = "We add the two numbers: 12 plus 30 is 42. So the answer is 42, naïve café 日本語. "
     return bpe([f"{tag}\n\n{words}\n\n" for tag in tags] * 20)
 

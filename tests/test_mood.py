@@ -300,16 +300,24 @@ def test_a_d4rl_file_is_scored_in_gymnasium_between_random_and_expert(run_main, 
 
 
 def test_settings_that_make_no_sense_are_refused():
-    for words, wrong in {"there are": dict(tasks=("cheetah_runn",)), "--beta and": dict(beta=0.0)}.items():
+    several = dict(tasks=("cheetah_run", "cheetah_walk"), data="hopper.hdf5")
+    for words, wrong in {
+        "there are": dict(tasks=("cheetah_runn",)),
+        "--beta and": dict(beta=0.0),
+        "a divisor": dict(hold=3),
+        "single data set": several,
+    }.items():
         with pytest.raises(UserError, match=words):
             replace(SMOKE, **wrong).check()
+    with pytest.raises(UserError, match="only halfcheetah"):
+        mood.scoring("cheetah_run", "ant.hdf5", 1, 1)
 
 
 def test_what_is_missing_is_said_before_anything_is_computed(tmp_path):
     def said(**more):
         return " ".join(mood.missing(replace(SMOKE, **more)))
 
-    assert "--data FOLDER" in said(tasks=("walker_walk",)) and said(gaits=False)
+    assert "--data FOLDER" in said(tasks=("walker_walk",)) and said(config="full")
     assert "no such file" in said(data="nowhere.hdf5")
     write(tmp_path / "cheetah" / "run" / "0_0_6.npz", E)
     both = dict(data=str(tmp_path), tasks=("cheetah_run", "cheetah_walk"))

@@ -5,12 +5,15 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
+from urllib.parse import quote
 
+import lzstring
 import numpy as np
 import pytest
 import torch
@@ -109,32 +112,40 @@ def test_mini_48_is_proved_every_family_is_needed_and_told(mini):
                 assert sb.solve(replace(p, clues=rest))[0] == "multiple", (p.id, kind)
 
 
-# --- links; puzzles for tests are made here, as f-puzzles data
+# --- links
 
 
-def make_puzzle(n, key, chance):
-    """A puzzle of one family of dots with one solution and minimal givens, by its link."""
-    grid, kind = [[{} for _ in range(n)] for _ in range(n)], sb.FPUZZLES[key]
-    solution = sb.solve(blank(n), 1, chance.randrange(1, 99))[1][0]
-    items = [{"cells": sb.names(pair)} for pair in sb.leaps(n, (0, 1), (1, 0))]
-    fits = [sb.solve(blank(n, *sb.clues_of(kind, item, {}, n), givens=solution))[1] for item in items]
-    data = {"size": n, "grid": grid, "solution": [*solution], key: [*itertools.compress(items, fits)]}
-    p, kept = sb.from_fpuzzles(data), [*solution]
-    for i in chance.sample(range(n * n), n * n):
-        kept[i] = "."
-        if sb.solve(replace(p, givens="".join(kept)))[0] != "unique":
-            kept[i] = solution[i]
-    for cell, digit in zip(itertools.chain(*grid), kept, strict=True):
-        cell |= {"value": digit, "given": digit != "."}
-    return sb.import_link(sb.link_of(data))
+def link_of(text, place="https://sudokupad.app/fpuz"):
+    return place + quote(lzstring.LZString().compressToBase64(text), safe="")
 
 
-@pytest.mark.parametrize("n, key", [(4, "difference"), (6, "ratio")])
-def test_a_made_puzzle_goes_out_and_in_through_its_link_and_is_proved(n, key):
-    p = make_puzzle(n, key, random.Random(n))
-    assert {c.kind for c in p.clues} == {sb.FPUZZLES[key]} and sb.proof(p) == p.solution
-    again = sb.import_link(p.url.replace("https://sudokupad.app/fpuz", "https://f-puzzles.com/?load="))
-    assert (again.clues, again.givens, again.rules) == (p.clues, p.givens, p.rules)
+@pytest.mark.parametrize("place", ["https://sudokupad.app/fpuz", "https://f-puzzles.com/?load=", ""])
+def test_links_out_and_in_keep_a_puzzle(mini, place):
+    for p in [*mini.values()][::5]:
+        again = sb.import_link(link_of(json.dumps(sb.decode_link(p.url)), place))
+        assert (again.clues, again.givens, again.rules) == (p.clues, p.givens, p.rules)
+
+
+SCL = r"""{id:'x',metadata:{rules:'Don\'t [a,b] {x:t}',antiknight:t},ce:[[,{v:2},,],[,,,],[,,,],[,,,]],
+ca:[{ce:[[0,0],[0,1]],v:5},{v:'solution: 3214143223414123'},{v:'title: T'}],re:[[[0,0],[0,1],[1,1],[2,1]]],
+l:[{wp:[[0.5,0.5],[0.5,2.5],[2.5,0.5]],c:CFCFCF},{wp:[[1,0],[1,4]],c:#0},],
+a:[{wp:[[0.5,0.5],[1.5,1.5]],c:#F}],o:[{ct:[-0.5,1.5],te:0,angle:45}],
+u:[{ct:[2,2],r:t,c1:#0,te:'1 2'},{ct:[1,0.5],c2:#F,c1:#F}]}""".replace("\n", "")
+WORDS = """region: r1c1 r1c2 r2c2 r3c2
+killer cage (value 5): r1c1 r1c2
+line, color: lightgray, coords: r1c1 r1c2 r1c3 r2c2 r3c1
+arrow, color: white, coords (base to tip): r1c1 r2c2
+text: 1 2, shape: circle, stroke color: black, location: at the corner of r2c2 r2c3 r3c2 r3c3
+shape: square, color: white, location: between r1c1 and r2c1
+text: 0, shape: diamond, location: r0c2
+global: anti-knight"""
+
+
+def test_drawings_of_sudokupad_are_told_in_the_words_of_the_paper_s_code():
+    p = sb.import_link(link_of(SCL, "https://sudokupad.app/scl"))
+    assert [text for text in map(sb.element_text, p.elements) if text] == WORDS.split("\n")
+    assert (p.id, p.rules, p.solution, p.clues) == ("T", "Don't [a,b] {x:t}", "3214143223414123", None)
+    assert p.givens == "." + "2" + "." * 14
 
 
 def test_public_puzzles_are_proved_or_name_the_key_that_is_not_known():
@@ -172,7 +183,10 @@ def test_items_of_f_puzzles_say_what_their_source_means():
 
 
 def test_a_thousand_fuzzed_links_raise_nothing_but_user_errors(mini):
-    chance, links = random.Random(0), [p.url for p in mini.values()]
+    chance, links = (
+        random.Random(0),
+        [link_of(SCL, "https://sudokupad.app/scl"), *(p.url for p in mini.values())],
+    )
     for _ in range(1000):
         link = [*chance.choice(links)]
         for _ in range(chance.randint(1, 6)):
@@ -233,23 +247,16 @@ def test_replies_end_episodes_as_computed_by_hand(easy, mode, readings, reply, s
         assert play(easy, mode, extract, reply) == (stop, correct)
 
 
-def test_ten_thousand_fuzzed_replies_raise_nothing_and_place_only_right_digits(easy):
+PIECES = re.findall(
+    r"\S+", "<ANSWER> </answer> <think> </think> r1c1:2 R4C4=1 r1c1:9 ٣ ² \x00 \ud800 İ |im_start|"
+)
+PIECES += ["r" + "9" * 5000 + "c1: 1", "\x1b[2J", "2341412314323214"]
+
+
+def test_fuzzed_replies_raise_nothing_and_place_only_right_digits(easy):
     chance = random.Random(0)
-    pieces = [
-        "<ANSWER>",
-        "</answer>",
-        "<think>",
-        "</think>",
-        "r1c1: 2",
-        "R4C4=1",
-        "r1c1: 9",
-        "٣",
-        "²",
-        "\x00",
-    ]
-    pieces += ["\ud800", "İ", "r" + "9" * 5000 + "c1: 1", easy.solution, "\x1b[2J", "<script>", "|im_start|"]
-    for _ in range(10_000):
-        text = "".join(chance.choices(pieces, k=chance.randint(0, 9)))
+    for _ in range(3000):
+        text = "".join(chance.choices(PIECES, k=chance.randint(0, 9)))
         mode, extract = chance.choice(["multi_step", "single_step", "single_shot"]), chance.choice(BOTH)
         stop, correct = play(easy, mode, extract, text)
         assert stop or correct
@@ -263,32 +270,17 @@ def test_the_window_has_two_messages_the_last_turns_and_the_board():
         assert sb.window([0, 1, 2], turns) == [0, 1, 2]
 
 
-@pytest.mark.parametrize(
-    "element, text",
-    [
+def test_other_drawings_are_told_in_the_official_words():
+    arrow = dict(type="vertical arrow", color_name="red", coords=["r1c1"], direction="up")
+    for element, text in (
+        (arrow, "vertical arrow, color: red, in location: r1c1, pointing up"),
         (
-            {"type": "lines", "color_name": "red", "coords": ["r1c1", "r1c2"]},
-            "line, color: red, coords: r1c1 r1c2",
+            dict(type="inequality", direction=">", cells=["r1c1", "r1c2"]),
+            "inequality arrow: > between r1c1 and r1c2",
         ),
-        (
-            {"type": "cage", "style": "killer", "value": 7, "cells": "r1c1 r1c2"},
-            "killer cage (value 7): r1c1 r1c2",
-        ),
-        (
-            {
-                "type": "overlays",
-                "text": "X",
-                "loc": "vertical edge",
-                "coords": ["r1c1", "r1c2"],
-                "shape": None,
-            },
-            "text: X, location: between r1c1 and r1c2",
-        ),
-        ({"type": "who knows"}, ""),
-    ],
-)
-def test_drawings_are_told_in_the_official_words(element, text):
-    assert sb.element_text(element) == text
+        (dict(type="overlays", text="X", shape=None, loc="cell", coords=["r1c1"]), "text: X, location: r1c1"),
+    ):
+        assert sb.element_text(element) == text
 
 
 def test_official_rows_are_read_and_what_they_say_opens_no_turn():
@@ -355,7 +347,7 @@ def test_an_endpoint_plays_once_without_a_token_limit_and_its_page_is_escaped(ru
     folder = next((tmp_path / "out").iterdir())
     page = (folder / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page and "sudokupad.app/fpuz" in page
-    assert "0.0 [0, 56]" in out and "ref" in out and "as published" in out
+    assert "0.0 [0, 56]" in out and "as published" in out
 
 
 @pytest.mark.parametrize(
@@ -394,6 +386,25 @@ def test_a_killed_run_keeps_its_finished_episodes(endpoint, tmp_path, run_script
     endpoint.asked.clear()
     run_script(*command[1:])
     assert len(endpoint.asked) == 40 - kept and len(sb.read_episodes(tmp_path)) == 40
+
+
+def test_a_failure_never_holds_against_an_episode_that_ended(tmp_path):
+    for rank, stop in enumerate(("api_error", "solved", "api_error")):
+        row = json.dumps({"player": "a", "key": "b", "stop": stop})
+        (tmp_path / f"episodes{rank}.jsonl").write_text(row + '\n{"torn')
+    assert [row["stop"] for row in sb.read_episodes(tmp_path)] == ["solved"]
+
+
+def test_a_script_repeats_episodes_whose_replies_are_judged_anew(run_main, tmp_path):
+    words, verdicts = ["--config", "smoke", "--backend"], []
+    run_main(sb, *words, "vanilla", "--out", "first")
+    for extract in BOTH:
+        place = "scripted:first/sudoku_bench-smoke-s0-vanilla"
+        assert run_main(sb, *words, place, "--extract", extract, "--out", extract)[0] == 0
+    for folder in ("first", *BOTH):
+        rows = sb.read_episodes(tmp_path / folder)
+        verdicts.append([(row["key"], row["messages"], row["ref"], row["robust"]) for row in rows])
+    assert verdicts[0] == verdicts[1] == verdicts[2]
 
 
 def test_a_language_model_plays_in_batches(run_main, tmp_path, bpe_tokenizer):
@@ -490,9 +501,9 @@ def test_puzzles_that_cannot_be_had_are_user_errors(tmp_path):
     for data, words in (
         (tmp_path / "none.jsonl", "none.jsonl"),
         (tmp_path / "bad.jsonl", "as many digits and dots as cells"),
-        ("https://sudokupad.app/abc", "no f-puzzles or fpuz link"),
-        (sb.link_of(empty), "puzzle has no proof"),
-        (sb.link_of(empty | {"odd": [{"cell": "R9C9"}]}), "not in list"),
+        ("https://sudokupad.app/abc", "no f-puzzles or SudokuPad link"),
+        (link_of(json.dumps(empty)), "puzzle has no proof"),
+        (link_of(json.dumps(empty | {"odd": [{"cell": "R9C9"}]})), "not in list"),
     ):
         with pytest.raises(UserError, match=words):
             sb.load_puzzles(str(data), 0)
