@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,15 @@ def text_files(tmp_path, bpe_tokenizer):
     }
     size |= {"holdout": 2, "eval_new": 12, "distil_steps": 2, "warmup_steps": 2, "traces": 5}
     return [word for key, value in size.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture
+def words_task(tmp_path, monkeypatch):
+    """`common.benchmark` gets one task, words: answers to "777?" are 777, to "7?" 7, four times each."""
+    rows = [{"question": f"{answer}?", "answer": answer} for answer in ("777", "7") * 4]
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = dict(task="words", dataset_path="json", dataset_kwargs={"data_files": f"{tmp_path}/words.jsonl"})
+    task |= dict(test_split="train", doc_to_text="{{question}}", doc_to_target="{{answer}}")
+    task |= dict(output_type="generate_until", metric_list=[{"metric": "exact_match"}])
+    (tmp_path / "words.yaml").write_text(json.dumps(task))
+    monkeypatch.setattr(common, "benchmark", partial(common.benchmark, folder=str(tmp_path)))

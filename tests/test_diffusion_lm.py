@@ -1,9 +1,9 @@
 """diffusion_lm.py: the path beside the frozen LM, corruption, solvers, guidance, decoding, command line."""
 
 import json
-import shlex
 from dataclasses import replace
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -19,16 +19,11 @@ CFG = replace(dlm.CONFIGS["smoke"], size=8, sigma=3.0, hidden=16)
 VOCAB = 40
 
 
-def tiny(**more):
-    """A Llama of two layers, with grouped queries."""
+def make(vocabulary=VOCAB, **settings):
+    """A Llama of two layers with grouped queries, a path whose parameters are all random, and settings."""
     torch.manual_seed(3)
-    size = dict(heads=4, num_key_value_heads=2, intermediate_size=48, initializer_range=0.2)
-    return common.tiny_lm(VOCAB, 32, 2, **size | more).requires_grad_(False)
-
-
-def make(lm=None, **settings):
-    """An LM, a path whose parameters are all random, and their settings."""
-    lm, cfg = lm or tiny(), replace(CFG, **settings)
+    size = dict(num_key_value_heads=2, intermediate_size=48, initializer_range=0.2)
+    lm, cfg = common.tiny_lm(vocabulary, 32, 2, **size).requires_grad_(False), replace(CFG, **settings)
     path = dlm.DiffusionPath(lm, cfg)
     torch.manual_seed(4)
     for p in path.parameters():
@@ -47,10 +42,6 @@ def logits(lm, path, batch, x, t):
     return dlm.lm_head(lm, path.merge(x, path.condition(t, batch.label), dlm.look(lm, batch)))
 
 
-def own_logits(lm, batch):
-    return dlm.lm_head(lm, dlm.look(lm, batch).hidden)
-
-
 X, TIME = torch.randn(3, 4, 8), torch.rand(3, 4)
 
 
@@ -58,34 +49,25 @@ X, TIME = torch.randn(3, 4, 8), torch.rand(3, 4)
 
 
 @pytest.mark.parametrize("rank, kind", [(0, 0), (0, 3), (2, 1)])
-def test_at_time_zero_the_logits_are_the_lm_s_to_the_bit_whatever_path_noise_and_class(rank, kind):
-    lm, path, _ = make(rank=rank, conditional=True)
+def test_logits_are_the_lm_s_to_the_bit_at_time_zero_whatever_the_path_and_always_for_a_new_path(rank, kind):
+    lm, path, cfg = make(rank=rank, conditional=True)
     batch = batch_of(kind=kind)
-    own = own_logits(lm, batch)
+    own = dlm.lm_head(lm, dlm.look(lm, batch).hidden)
+    torch.testing.assert_close(own, lm(batch.ids).logits.take_along_dim(batch.places[..., None], 1))
     assert torch.equal(logits(lm, path, batch, 1e4 * X, 0 * TIME), own)
     assert not torch.allclose(logits(lm, path, batch, X, TIME), own)
-    torch.testing.assert_close(own, lm(batch.ids).logits.take_along_dim(batch.places[..., None], 1))
+    new, h = dlm.DiffusionPath(lm, cfg), torch.randn(5, 32)
+    assert torch.equal(logits(lm, new, batch, X, TIME), own)
+    assert torch.equal(new.blocks[1].up_proj(h), lm.base_model.layers[1].mlp.up_proj(h))
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_a_new_path_adds_nothing_at_any_time_and_new_lora_nothing_to_its_layer(rank):
-    lm, batch = tiny(), batch_of()
-    path = dlm.DiffusionPath(lm, replace(CFG, rank=rank))
-    assert torch.equal(logits(lm, path, batch, X, TIME), own_logits(lm, batch))
-    h, layer = torch.randn(5, 32), lm.base_model.layers[1].mlp.up_proj
-    assert torch.equal(path.blocks[1].up_proj(h), layer(h))
-
-
-def test_every_parameter_learns_but_w_s_last_bias_and_the_lm_stays():
-    lm, path, cfg = make(conditional=True, rank=2)
-    before = dlm.checksum(lm)
+def test_every_parameter_learns_but_w_s_last_bias():
+    _, path, cfg = make(conditional=True, rank=2)
     batch = dlm.with_noise(batch_of(), replace(cfg, draws=3))
     assert batch.t.unique().numel() == batch.t.numel()
-    optimizer = torch.optim.Adam(path.parameters())
     path(batch).mean().backward()
-    optimizer.step()
     silent = [name for name, p in path.named_parameters() if p.grad.abs().max() < 1e-7]
-    assert silent == ["weight.2.bias"] and dlm.checksum(lm) == before
+    assert silent == ["weight.2.bias"]
 
 
 def test_vocabulary_lies_on_a_sphere_so_its_scale_is_free():
@@ -101,23 +83,25 @@ def test_diffusion_tokens_see_the_context_up_to_their_place_and_not_each_other()
     lm, path, _ = make()
     batch = replace(batch_of(), places=torch.tensor([[2, 5, 7, 1]] * 3))
     before, first = logits(lm, path, batch, X, TIME), torch.tensor([1.0, 0, 0, 0])
-    after = logits(lm, path, batch, X + first[:, None], TIME * (1 - first / 2))
-    assert torch.equal(after[:, 1:], before[:, 1:]) and not torch.equal(after[:, 0], before[:, 0])
+
+    def changed(x, t):
+        return ((logits(lm, path, batch, x, t) - before).abs().amax((0, 2)) > 1e-4).tolist()
+
+    assert changed(X + first[:, None], TIME) == changed(X, TIME * (1 - first / 2)) == [1, 0, 0, 0]
     batch.ids[:, 3] = (batch.ids[:, 3] + 1) % VOCAB
-    change = (logits(lm, path, batch, X, TIME) - before).abs().amax((0, 2))
-    assert change[[0, 3]].max() < 1e-5 and change[1:3].min() > 1e-3
+    assert changed(X, TIME) == [0, 1, 1, 0]
 
 
 def test_modulation_is_additive_and_time_is_not_scaled():
-    norm = tiny().base_model.layers[0].input_layernorm
+    lm, path, _ = make(hidden=4)
+    norm = lm.base_model.layers[0].input_layernorm
     nn.init.normal_(norm.weight)
     h, m, s = torch.randn(3, 2, 5, 32)
     wanted = norm(h) / norm.weight * (norm.weight + m) + s
     torch.testing.assert_close(dlm.modulated_norm(norm, h, m, s), wanted, rtol=1e-3, atol=1e-4)
-    path = make(hidden=4)[1]
     path.time = nn.Identity()
-    half = path.tau(torch.tensor(0.5), None)
-    assert path.tau(torch.tensor(0.0), None).tolist() == [1, 1, 0, 0] and half[0] == torch.tensor(0.5).cos()
+    start, half = path.tau(torch.tensor([0.0, 0.5]), None)
+    assert start.tolist() == [1, 1, 0, 0] and half[0] == torch.tensor(0.5).cos()
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
@@ -275,17 +259,28 @@ def test_lists_have_one_word_twice_or_one_of_each_topic_and_counts_are_right(bot
 # --- real models and the script
 
 
-TEXT = shlex.split("--config text --model lm --data p.jsonl --steps 3 --max_new 6 --hidden 16 --context 99")
+TEXT = "--config text --model lm --data p.jsonl --steps 3 --max_new 6 --hidden 16 --context 99"
 
 
-def test_labels_are_the_answer_and_its_end_and_every_answer_is_an_example(text_files, tmp_path):
+def test_labels_are_the_answer_and_its_end_and_every_answer_is_an_example(bpe_tokenizer, tmp_path):
     turns = [dict(role="user", content="We add."), dict(role="assistant", content="It is 42.")]
     (tmp_path / "c.jsonl").write_text(json.dumps({"messages": 2 * turns, "category": "math"}))
-    _, tokenizer = common.load_lm(str(tmp_path / "lm"))
     examples = dlm.load_conversations(replace(CFG, data=str(tmp_path / "c.jsonl")))
-    batch = dlm.conversations(examples, tokenizer, 200)
-    texts = [tokenizer.decode(row[mask]) for row, mask in zip(batch.targets, batch.mask, strict=True)]
+    batch = dlm.conversations(examples, bpe_tokenizer, 200)
+    texts = [bpe_tokenizer.decode(row[mask]) for row, mask in zip(batch.targets, batch.mask, strict=True)]
     assert texts == ["It is 42.<|im_end|>"] * 2 and not batch.label.any()
+
+
+def test_lm_eval_shows_five_examples_as_turns_and_grades_what_our_decoder_writes(
+    bpe_tokenizer, words_task, monkeypatch
+):
+    seven, spy = bpe_tokenizer.encode("7"), mock.MagicMock(wraps=dlm.generate)
+    monkeypatch.setattr(dlm, "generate", spy)
+    monkeypatch.setattr(dlm, "draw_token", lambda z, temperature: torch.full(z.shape[:-1], *seven))
+    lm, path, cfg = make(len(bpe_tokenizer), bench=("words",), max_new=3)
+    found = dlm.benchmarks(dlm.Decoder(lm, path, cfg), bpe_tokenizer, cfg, common.Run(cfg))
+    asked = map(bpe_tokenizer.decode, spy.call_args.args[1])
+    assert found == {"words": 0.5} and {text.count("user\n7") for text in asked} == {6}
 
 
 def losses(folder):
@@ -294,7 +289,7 @@ def losses(folder):
 
 
 def test_two_ranks_train_as_one_does_and_leave_the_lm_alone(text_files, run_script, tmp_path):
-    words = [ROOT / "diffusion_lm.py", *TEXT, "--rows", "full finetuning", "T = 4"]
+    words = [ROOT / "diffusion_lm.py", *TEXT.split(), "--rows", "full finetuning", "T = 4"]
     run_script(*words, "--out", "one")
     done = run_script(*words, "--out", "two", ranks=2)
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-4)
@@ -341,13 +336,12 @@ def test_the_dry_run_has_the_paper_s_parameter_counts_and_says_what_is_missing(m
         ("--data x.jsonl", "goes with --model tiny"),
         ("--config text --model none --data p.jsonl", "neither here nor on the hub"),
         ("--config text --model lm --data bad.jsonl", "lack messages"),
-        ("--config text --model gpt --data p.jsonl", "made for llama and qwen2"),
+        ("--config text --model . --data p.jsonl", "made for llama and qwen2"),
         ("--config text --model lm --data p.jsonl --bench mbpp_instruct", "HF_ALLOW_CODE_EVAL=1"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_computed(words, line, text_files, run_main, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"question": "Q"}\n' * 3)
-    (tmp_path / "gpt").mkdir()
-    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     code, _, err = run_main(dlm, *words.split())
     assert code == 2 and line in err and "Traceback" not in err and not (tmp_path / "out").exists()
