@@ -96,7 +96,7 @@ class Config(common.Config):
     test: int = 48  # ledgers of its test
     length: int = 256  # their tokens
     sweep: tuple[int, ...] = ()  # other caps of the test; 0: none; the last is "half" in the table
-    steps: int = 300  # optimizer steps that train a built-in model
+    steps: int = 400  # optimizer steps that train a built-in model
     # a model of your own
     model: str = ""  # hub id, folder or .gguf
     data: str = ""  # local copy of the lm-eval tasks' data set
@@ -308,7 +308,6 @@ SCORES = {
     "recency": lambda layer: layer.store["pos"].float(),
     "random": lambda layer: torch.rand_like(layer.store["pos"], dtype=torch.float32),
 }
-STATISTICS = {"mass": 1, "tail": HOP, "omega": BINS}  # of the attention to a token: numbers, at first 0
 
 
 # --- the memory: a transformers cache that scores and forgets ---
@@ -324,8 +323,9 @@ class LayerMemory(DynamicLayer):
     def __init__(self, policy: Policy, cap: float):
         super().__init__()
         self.policy, self.cap = policy, round(cap) or sys.maxsize
-        self.seen, self.widths = 0, dict(STATISTICS)
-        self.store, self.held = {}, []  # mean tokens a head held after each eviction
+        self.seen, self.store = 0, {}
+        self.widths = {"mass": 1, "tail": HOP, "omega": BINS}  # of statistics of the attention to a token
+        self.held = []  # mean tokens a head held after each eviction
 
     def update(self, k: Tensor, v: Tensor, *args, **kwargs):
         """Mark the new keys, by which `namm_attention` finds this layer."""
@@ -595,8 +595,8 @@ def train_lm(world: World, run: Run):
     """
     cfg, batch = run.cfg, 16 // len(world.drills)
     model = new_lm(world).to(run.device)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=cfg.steps + 1, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), 6e-3, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=cfg.steps + 1, pct_start=0.1)
     for step in run.steps(cfg.steps, model=model, optimizer=optimizer, schedule=schedule):
         parts = [drill(batch, cfg.length // 4, world) for drill in world.drills]
         ids, target = (torch.cat(x).to(run.device) for x in zip(*parts, strict=True))
@@ -607,6 +607,7 @@ def train_lm(world: World, run: Run):
         ).logits
         loss = F.cross_entropy(logits.mT, target, ignore_index=-1)
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -779,8 +780,8 @@ def evolve(cfg: Config, run: Run):
     """
     run.cfg, ends, es = cfg, list(itertools.accumulate(cfg.stages)), None
     tasks = [open_task(name, "evolve", run) for name in cfg.tasks[: len(ends)]]
-    past = torch.full((ends[-1], cfg.population), math.nan).double()
-    state, moments = {"past": past, "best": -math.inf, "best_at": 0}, learn_moments(tasks[0], run)
+    moments, state = learn_moments(tasks[0], run), {"best": -math.inf, "best_at": 0}
+    state["past"] = torch.full((ends[-1], cfg.population), math.nan).double()  # fitness
     for g in run.steps(ends[-1], state=state):
         now = tasks[: bisect.bisect(ends, g) + 1]
         if g in ends:  # a new stage

@@ -29,7 +29,7 @@ def policy(kind="namm", cap=24, members=1, scale=0.3):
     """A policy; as namm one with random parameters, which keeps some tokens and drops others."""
     theta = scale * torch.randn(members, 4172, generator=rng())
     moments = torch.rand(2, namm.BINS, generator=rng(1)).double()
-    return namm.Policy(kind, 32, cap, "bam", theta if kind == "namm" else namm.NOBODY, moments)
+    return namm.Policy(kind, 32, cap, "bam", theta, moments)
 
 
 @functools.cache
