@@ -95,8 +95,7 @@ class Config(common.Config):
     sequences: int = 4  # ledgers in a prompt of a built-in task
     test: int = 48  # ledgers of its test
     length: int = 256  # their tokens
-    sweep: tuple[int, ...] = ()  # other caps of the test; 0: none; the last is "half" in the table
-    steps: int = 400  # optimizer steps that train a built-in model
+    steps: int = 300  # optimizer steps that train a built-in model
     # a model of your own
     model: str = ""  # hub id, folder or .gguf
     data: str = ""  # local copy of the lm-eval tasks' data set
@@ -126,13 +125,7 @@ ROWS = {
     "random": dict(policy="random"),
 }
 DEMO = Config(
-    seed=10,
-    seeds=5,
-    ranks=2,
-    cap=48,
-    validation=4,
-    tests=("dense", "sparse", "other LM", "corridor"),
-    sweep=(0, 24),
+    seed=20, seeds=5, ranks=2, cap=48, validation=4, tests=("dense", "sparse", "other LM", "corridor")
 )
 TEXT = Config(
     share="run",
@@ -144,11 +137,9 @@ TEXT = Config(
     save_every=1,
 )
 CONFIGS = {
-    "smoke": replace(DEMO, seeds=1, ranks=1, population=4, stages=(2, 1), test=8, length=96, steps=5),
+    "smoke": replace(DEMO, seed=0, seeds=1, ranks=1, population=4, stages=(2, 1), test=8, length=96, steps=5),
     "demo": DEMO,
-    "gpu": replace(
-        DEMO, ranks=1, update=512, cap=512, sweep=(0, 256), population=32, stages=(40, 60), length=4096
-    ),
+    "gpu": replace(DEMO, ranks=1, update=512, cap=512, population=32, stages=(40, 60), length=4096),
     "text": TEXT,
     "full": replace(
         TEXT,
@@ -170,10 +161,18 @@ CLAIMS = [
     Claim("zero-shot on another language model: more than H2O", "other LM", "NAMM", "H2O"),
     Claim("zero-shot on a decision transformer: more than H2O", "corridor", "NAMM", "H2O"),
     Claim(
-        "at half that size, mean of the tests: backward attention beats each token alone",
-        "half",
+        "without the cap it scores what the full cache does, margin .05",
+        "free",
+        "NAMM",
+        "full cache",
+        margin=-0.05,
+    ),
+    Claim(
+        "... and holds fewer tokens than where each is scored alone",
+        "free size",
         "NAMM",
         "MLP scorer",
+        "lower",
     ),
 ]
 
@@ -570,7 +569,7 @@ class World:
 
 DENSE, SPARSE = partial(ledgers, 0.12, 0.15), partial(ledgers, 0.03, 0.08)
 LM, OTHER = World("LM", 64, 2, 8, 8), World("other LM", 48, 3, 10, 5)
-DT = World("decision transformer", 48, 2, 6, 2, 3 * (corridors,))
+DT = World("decision transformer", 48, 2, 6, 2, 5 * (corridors,))
 TASKS = {
     "dense": (LM, DENSE),
     "sparse": (LM, SPARSE),
@@ -600,8 +599,8 @@ def train_lm(world: World, run: Run):
     """
     cfg = run.cfg
     model = new_lm(world).to(run.device)
-    optimizer = torch.optim.AdamW(model.parameters(), 6e-3, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=cfg.steps + 1, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=cfg.steps + 1, pct_start=0.1)
     for step in run.steps(cfg.steps, model=model, optimizer=optimizer, schedule=schedule):
         parts = [drill(8, cfg.length // 4, world) for drill in world.drills]
         ids, target = (torch.cat(x).to(run.device) for x in zip(*parts, strict=True))
@@ -612,7 +611,6 @@ def train_lm(world: World, run: Run):
         ).logits
         loss = F.cross_entropy(logits.mT, target, ignore_index=-1)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -839,9 +837,9 @@ def load_memory(file: str | Path, cfg: Config) -> tuple[Tensor, Tensor]:
 
 
 def test(cfg: Config, budgets: dict, run: Run) -> dict:
-    """{test: [(mean size of each layer, score), ... at other caps]}, which is also tests.json.
+    """{test: [(mean size of each layer, score), ...]}, which is also tests.json.
 
-    A rival of NAMM gets `budgets`, the sizes that NAMM had in each layer.
+    A network is tested with the cap and without; a rule gets `budgets`, NAMM's size in each layer.
     """
     policy, found = Policy(cfg.policy, cfg.update), {}
     if cfg.policy == "namm":
@@ -849,26 +847,30 @@ def test(cfg: Config, budgets: dict, run: Run) -> dict:
         policy = Policy("namm", cfg.update, cfg.cap, cfg.scorer, *load_memory(file, cfg))
     for name in cfg.tests or cfg.tasks:
         task, found[name] = open_task(name, "test", run), []
-        for cap in (budgets.get(name, cfg.cap), *cfg.sweep):
-            if cap or cfg.policy == "namm":
-                scores, sizes = collect(task, range(task.prompts), [replace(policy, cap=cap)], run)
-                found[name].append((sizes, scores.mean().item()))
+        caps = sorted({cfg.cap, 0}, reverse=True) if cfg.policy == "namm" else [budgets[name]]
+        for cap in caps:
+            scores, sizes = collect(task, range(task.prompts), [replace(policy, cap=cap)], run)
+            found[name].append((sizes, scores.mean().item()))
     if run.rank == 0:
         common.write_atomic(run.folder / "tests.json", json.dumps(found))
     return found
 
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
-    """One cell of the table: evolve a memory if nobody has yet, then test it or its rival."""
+    """One cell of the table: evolve a memory if nobody has yet, then test it or its rival.
+
+    "held" and "free" are of the first test; "free" where a network's scores alone decide what it holds.
+    """
     namm = replace(cfg, policy="namm", scorer="bam")
     found = json.loads((run.once("NAMM's tests", partial(test, namm, {})) / "tests.json").read_text())
     if cfg != namm:
         found = test(cfg, {name: points[0][0] for name, points in found.items()}, run)
     for file in run.root.glob(f"evolve_{cfg.scorer}-s{cfg.seed}/result.json"):
         run.speed = json.loads(file.read_text())["speed"]  # generations a second
-    held, _ = next(iter(found.values()))[0]
     scores = {name: points[0][1] for name, points in found.items()}
-    return scores | {"half": np.mean([x[-1][1] for x in found.values()]), "held": np.mean(held)}
+    points = next(iter(found.values()))
+    held, free = np.mean(points[0][0]), np.mean(points[-1][0])
+    return scores | {"held": held, "free": points[-1][1], "free size": free}
 
 
 # --- figure, main ---

@@ -325,11 +325,11 @@ def test_a_language_model_from_a_folder_evolves_a_memory_on_two_ranks_as_on_one(
 def test_smoke_runs_and_a_killed_evolution_ends_alike_from_a_small_file(run_script, tmp_path):
     words = ["--config", "smoke", "--rows", "NAMM", "full cache", "--save_every", "1"]
     run_script(ROOT / "namm.py", *words)
-    folder = tmp_path / "out" / "namm-smoke-s10"
-    evolved = folder / "evolve_bam-s10"
+    folder = tmp_path / "out" / "namm-smoke-s0"
+    evolved = folder / "evolve_bam-s0"
     first, memory = json.loads((folder / "results.json").read_text()), (evolved / "namm.pt").read_bytes()
     (evolved / "step00000003" / ".metadata").unlink()
-    for made in ("evolve_bam-s10", "NAMM_s_tests-s10", "NAMM-s10"):
+    for made in ("evolve_bam-s0", "NAMM_s_tests-s0", "NAMM-s0"):
         (folder / made / "result.json").unlink()
     run_script(ROOT / "namm.py", *words, "--resume")
     assert json.loads((folder / "results.json").read_text())["table"] == first["table"]
