@@ -12,10 +12,10 @@ t2l: DIR is src of text-to-lora; a frozen model forward and backward with an ada
 128 tokens.
 diffusion_lm: a token of 15 evaluations, beside what the public code computes in each, written from formulas.
 namm: DIR is a model; prefill and decoding of 3,072 tokens with the full cache, NAMM, our H2O and kvpress's
-ObservedAttentionPress, which is like H2O (pip install kvpress --no-deps; cachetools, fire). Medians of three.
+ObservedAttentionPress, which is like H2O (pip install kvpress --no-deps; cachetools, fire). One pass.
 transformer2: DIR is a checkout of self-adaptive-llms; one REINFORCE step at equal sizes.
 
-Medians of seven intervals (fb: five), in turn, so that slow minutes hit all alike.
+Medians of seven intervals (fb: five, namm: one), in turn, so that slow minutes hit all alike.
 """
 
 import contextlib
@@ -397,28 +397,25 @@ def bench_namm(model: Path, run: common.Run, length=3072, new=32, cap=512):
     ours = {"NAMM": memory, "H2O": namm.Policy("h2o", 512, cap)}
     for name in ("full cache", "NAMM", "H2O", "kvpress"):
         lm.set_attn_implementation("namm" if name in ours else "eager" if name == "kvpress" else "sdpa")
-        reads, writes = [], []
-        for _ in range(3):
-            cache = namm.Memory(ours[name], lm) if name in ours else DynamicCache()
-            hooks = press(lm, cache, cap / length) if name == "kvpress" else []
-            for parts, seconds in (
-                (ids.split(512 if name in ours else length, 1), reads),
-                (ids[:, :new].split(1, 1), writes),
-            ):
-                begin, at = time.perf_counter(), 0 if seconds is reads else length
-                for part in parts:
-                    place = torch.arange(at, at + part.shape[1], device=run.device)[None]
-                    lm(part, cache=cache, position_ids=place, logits_to_keep=1)
-                    at += part.shape[1]
-                if run.device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - begin)
-            for hook in hooks:
-                hook.remove()
+        cache = namm.Memory(ours[name], lm) if name in ours else DynamicCache()
+        hooks, seconds = press(lm, cache, cap / length) if name == "kvpress" else [], []
+        parts = ids.split(512 if name in ours else length, 1)
+        for tokens in (parts, ids[:, :new].split(1, 1)):
+            begin, at = time.perf_counter(), 0 if tokens is parts else length
+            for part in tokens:
+                place = torch.arange(at, at + part.shape[1], device=run.device)[None]
+                lm(part, cache=cache, position_ids=place, logits_to_keep=1)
+                at += part.shape[1]
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        for hook in hooks:
+            hook.remove()
         held = [layer.store if name in ours else vars(layer) for layer in cache.layers]
         size = sum(x.nbytes for h in held for k, x in h.items() if k in ("k", "v", "keys", "values")) / 1e6
-        speed = length / statistics.median(reads), new / statistics.median(writes)
-        print("{}: reads {:.0f}, writes {:.1f} a second, {:.1f} MB".format(name, *speed, size))
+        print(
+            f"{name}: reads {length / seconds[0]:.0f}, writes {new / seconds[1]:.1f} a second, {size:.1f} MB"
+        )
 
 
 def report(name: str, rates: dict[str, float]):
