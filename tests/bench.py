@@ -11,12 +11,12 @@ PPO update, beside a layer that makes each z of eq. (3) as the public code does.
 t2l: DIR is src of text-to-lora; a frozen model forward and backward with an adapter for each of 8 samples of
 128 tokens.
 diffusion_lm: a token of 15 evaluations, beside what the public code computes in each, written from formulas.
-namm: DIR is a model; prefill and decoding of 3,072 tokens with the memory, with H2O written as kvpress does
-it, and with the full cache.
+namm: DIR is a model; prefill and decoding of 3,072 tokens with the full cache, NAMM, our H2O and kvpress's
+ObservedAttentionPress, which is like H2O (pip install kvpress --no-deps; cachetools, fire). One pass.
 transformer2: DIR is a checkout of self-adaptive-llms; one REINFORCE step at equal sizes.
 sudoku_bench: DIR is src of Sudoku-Bench; multi-step replies that fill the boards of mini_48, read and judged.
 
-Medians of seven intervals (fb: five), in turn, so that slow minutes hit all alike.
+Medians of seven intervals (fb: five, namm: one), in turn, so that slow minutes hit all alike.
 """
 
 import contextlib
@@ -383,6 +383,7 @@ def bench_t2l(folder: Path, run: common.Run, samples: int = 8, length: int = 128
     report("t2l", median_rates(steps, run.device))
 
 
+<<<<<<< HEAD
 def bench_sudoku_bench(folder: Path, run: common.Run):
     """A game by the reading `ref` beside the board and the actions of the public code."""
     for name in ("anthropic", "google", "google.genai"):
@@ -413,16 +414,17 @@ def bench_sudoku_bench(folder: Path, run: common.Run):
 
 def press(lm, cache: DynamicCache, budget: int):
     """A forward hook a layer that keeps the tokens of most attention, after a prompt read in one pass."""
+=======
+def press(lm, cache: DynamicCache, keep: float) -> list:
+    """Hooks by which kvpress keeps that share of the tokens, those of most attention, after a prompt."""
+    from kvpress import ObservedAttentionPress
+
+    observed = ObservedAttentionPress(1 - keep)
+>>>>>>> namm
 
     def hook(module, args, kwargs, output):
-        rows, layer = output[1], cache.layers[module.layer_idx]  # (N, heads, q, k)
-        if rows.shape[2] > 1:
-            heads = layer.keys.shape[1]
-            score = rows.sum(2).unflatten(1, (heads, -1)).mean(2)
-            keep = (
-                score.topk(budget, -1).indices.sort(-1).values[..., None].expand_as(layer.keys[:, :, :budget])
-            )
-            layer.keys, layer.values = layer.keys.gather(2, keep), layer.values.gather(2, keep)
+        more = {"past_key_values": cache, "cache_position": kwargs["position_ids"][0]}  # older transformers'
+        return observed.forward_hook(module, args, kwargs | more, output)
 
     return [x.self_attn.register_forward_hook(hook, with_kwargs=True) for x in lm.model.layers]
 
@@ -434,10 +436,10 @@ def bench_namm(model: Path, run: common.Run, length=3072, new=32, cap=512):
     ids = torch.randint(lm.config.vocab_size, (1, length), device=run.device)
     memory = namm.Policy("namm", 512, cap, "bam", torch.zeros(1, 4172), torch.ones(2, namm.BINS))
     ours = {"NAMM": memory, "H2O": namm.Policy("h2o", 512, cap)}
-    for name in ("full cache", "NAMM", "H2O", "H2O as a press"):
-        lm.set_attn_implementation("namm" if name in ours else "eager" if "press" in name else "sdpa")
+    for name in ("full cache", "NAMM", "H2O", "kvpress"):
+        lm.set_attn_implementation("namm" if name in ours else "eager" if name == "kvpress" else "sdpa")
         cache = namm.Memory(ours[name], lm) if name in ours else DynamicCache()
-        hooks, seconds = press(lm, cache, cap) if "press" in name else [], []
+        hooks, seconds = press(lm, cache, cap / length) if name == "kvpress" else [], []
         parts = ids.split(512 if name in ours else length, 1)
         for tokens in (parts, ids[:, :new].split(1, 1)):
             begin, at = time.perf_counter(), 0 if tokens is parts else length
