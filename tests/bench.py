@@ -383,7 +383,6 @@ def bench_t2l(folder: Path, run: common.Run, samples: int = 8, length: int = 128
     report("t2l", median_rates(steps, run.device))
 
 
-<<<<<<< HEAD
 def bench_sudoku_bench(folder: Path, run: common.Run):
     """A game by the reading `ref` beside the board and the actions of the public code."""
     for name in ("anthropic", "google", "google.genai"):
@@ -412,15 +411,11 @@ def bench_sudoku_bench(folder: Path, run: common.Run):
     report("sudoku_bench", median_rates({"ours": ours, "theirs": theirs}, run.device, rounds=3))
 
 
-def press(lm, cache: DynamicCache, budget: int):
-    """A forward hook a layer that keeps the tokens of most attention, after a prompt read in one pass."""
-=======
 def press(lm, cache: DynamicCache, keep: float) -> list:
     """Hooks by which kvpress keeps that share of the tokens, those of most attention, after a prompt."""
     from kvpress import ObservedAttentionPress
 
     observed = ObservedAttentionPress(1 - keep)
->>>>>>> namm
 
     def hook(module, args, kwargs, output):
         more = {"past_key_values": cache, "cache_position": kwargs["position_ids"][0]}  # older transformers'
