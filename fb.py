@@ -20,7 +20,7 @@ C codes an update, each shared by G transitions; E members of F.
   eq. (6)  P(Q) = mean_e Q_e - c mean_{e != e'} |Q_e - Q_e'|,  Q_e = F_e(s, a, z)^T z
   eq. (7)  TD3: loss = -mean P(Q(s, mu(s, z) + noise))
   eq. (8)  A = mean_e Q_e(s, a, z) - P(Q(s, a', z)),  a' ~ pi_z(s)
-  eq. (9)  p = softmax(A / beta) over the transitions of z,  w ~ p / (1 - p)     improved importance sampling
+  eq. (9)  p = softmax(A / (beta sqrt d)) over the transitions of z,  w ~ p / (1 - p)     improved weights
   eq. (10) AW: loss = -sum w log N(a; mu(s, z), std)
   eq. (11) evaluation sampling: the best of M actions by P(Q)
 
@@ -64,12 +64,16 @@ from torch import Tensor, nn
 import common
 from common import Claim, EnsembleLinear, Run, UserError
 
-SPEEDS = {"walk": 2.0, "walk_backward": -2.0, "run_backward": -10.0}  # m/s, of MOOD's own cheetah tasks
 DOMAINS = {  # of dm_control, and their tasks
-    "walker": ["stand", "walk", "run"],
-    "cheetah": ["run", *SPEEDS],
-    "quadruped": ["walk", "run"],
-    "humanoid": ["stand", "walk", "run"],
+    "walker": "stand walk run spin",
+    "cheetah": "run walk walk_backward run_backward",
+    "quadruped": "walk run stand jump",
+    "humanoid": "stand walk run",
+}
+D4RL = {  # returns of a random and of an expert policy
+    "HalfCheetah": (-280.18, 12135.0),
+    "Hopper": (-20.27, 3234.3),
+    "Walker2d": (1.63, 4592.3),
 }
 
 
@@ -100,7 +104,7 @@ class Config(common.Config):
     std: float = 0.2  # of the policy; fixed: actions are uniform in [-std, std]
     noise_clip: float = 0.3  # of the policy's noise, but for eqs. (8) and (11)
     actor: Literal["td3", "aw"] = "td3"  # eq. (7) or (10)
-    beta: float = 1.0  # temperature of eq. (9)
+    beta: float = 0.25  # temperature of eq. (9) for rewards of mean square 1; that of eq. (5) is about d
     per_code: bool = True  # eq. (9) over the transitions of a z; False: over all of the update
     improved: bool = True  # eq. (9)'s 1 - p
     updates: int = 2500  # gradient updates
@@ -220,27 +224,38 @@ class PointMass:
         return np.float32(self.state[:, 1:] / UNITS), 0.0 * over, over & False, over, {}
 
 
-class DmTask(common.DmControl):
-    """A task of dm_control, or one of MOOD's for cheetah: speed over the task's speed, from 0 to 1."""
+def ramp(x, top, margin, at_margin=0.0):
+    """1 from `top` on, below it linear down to `at_margin` at top - margin."""
+    return rewards.tolerance(x, (top, math.inf), margin, "linear", at_margin)
 
-    def __init__(self, domain, task):
-        speed = SPEEDS.get(task) if domain == "cheetah" else None
-        super().__init__(domain, "run" if speed else task)
-        if speed:
-            self.env.task.get_reward = lambda physics: np.clip(physics.speed() / speed, 0, 1)
+
+OWN = {  # rewards of MOOD's and ExORL's tasks that dm_control does not have
+    "cheetah_walk": lambda physics: ramp(physics.speed(), 2, 2),
+    "cheetah_walk_backward": lambda physics: ramp(-physics.speed(), 2, 2),
+    "cheetah_run_backward": lambda physics: ramp(-physics.speed(), 10, 10),
+    "walker_spin": lambda physics: ramp(physics.named.data.subtree_angmom["torso"][1], 10, 10),
+    "quadruped_stand": lambda physics: ramp(physics.torso_upright(), 1, 2),
+    "quadruped_jump": lambda physics: (
+        OWN["quadruped_stand"](physics) * ramp(physics.named.data.subtree_com["torso"][2], 1, 1, 0.5)
+    ),
+}
 
 
 def task_names(cfg: Config) -> list[str]:
     """All tasks of the environment."""
     if cfg.env == "point_mass":
         return [f"goal {i}" for i in range(cfg.goals)]
-    return DOMAINS.get(cfg.env, ["reward"])
+    return DOMAINS.get(cfg.env, "reward").split()
 
 
 def make_env(cfg: Config, task: str):
-    """A task of dm_control, or a gymnasium environment with flat observations and actions in [-1, 1]."""
+    """A task of dm_control or OWN, or a gymnasium environment; flat observations, actions in [-1, 1]."""
     if cfg.env in DOMAINS:
-        return DmTask(cfg.env, task)
+        own = OWN.get(f"{cfg.env}_{task}")
+        env = common.DmControl(cfg.env, "run" if own else task)
+        if own:
+            env.env.task.get_reward = own
+        return env
     env = gymnasium.wrappers.FlattenObservation(gymnasium.make(cfg.env))
     return gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
 
@@ -300,7 +315,7 @@ def label(raw: dict[str, Tensor], rows: Tensor, cfg: Config) -> Tensor:
         return raw["reward"][rows].T
     if "physics" not in raw:
         raise UserError(f"{cfg.data}: no physics to compute rewards from; --task goal: and demo: need none")
-    envs = [DmTask(cfg.env, name) for name in task_names(cfg)]
+    envs = [make_env(cfg, name) for name in task_names(cfg)]
     physics, found = envs[0].env.physics, []
     for state, action in zip(raw["physics"][rows].numpy(), raw["action"][rows].numpy(), strict=True):
         physics.set_state(state)
@@ -316,25 +331,22 @@ def collect(run: Run):
     For the point mass 500 steps, on which springs of random stiffness pull to goals that change now and then.
     There row t of an action belongs to t - 1 -> t, row 0 to nothing.
     """
-    cfg, draw, physics, noise = run.cfg, np.random.standard_normal, [], 0.0
-    envs = make_envs(cfg, task_names(cfg)[:1], cfg.collect)
-    envs.seconds, goals = 50.1, np.zeros((cfg.collect, 2))  # of the point mass
+    cfg, draw, physics = run.cfg, np.random.standard_normal, []
+    envs, point = make_envs(cfg, task_names(cfg)[:1], cfg.collect), cfg.env == "point_mass"
+    envs.seconds = 50.1  # of the point mass
+    aim = np.zeros((cfg.collect, 2) if point else envs.action_space.shape)
     stiffness = np.random.uniform(2, 20, (cfg.collect, 1))
 
-    def springs(obs):
+    def policy(obs):
         change = np.random.random(stiffness.shape) < 0.02
-        goals[:] = np.where(change, np.random.uniform(-0.28, 0.28, goals.shape), goals)
+        aim[:] = np.where(change, np.random.uniform(-1, 1, aim.shape), aim)
+        if not point:
+            physics.append([env.env.physics.get_state() for env in envs.envs])
+            return (aim + 0.2 * draw(aim.shape)).clip(-1, 1)
         place, velocity = np.split(obs * UNITS, 2, 1)
-        force = (stiffness * (goals - place) - 2 * velocity).clip(-1, 1) + 0.3 * draw(goals.shape)
+        force = (stiffness * (0.28 * aim - place) - 2 * velocity).clip(-1, 1) + 0.3 * draw(aim.shape)
         return (force @ envs.thrusters + 0.05 * draw((len(obs), 8))).clip(-1, 1)
 
-    def wander(obs):
-        nonlocal noise
-        physics.append([env.env.physics.get_state() for env in envs.envs])
-        noise = 0.95 * noise + 0.3 * draw(envs.action_space.shape)
-        return noise.clip(-1, 1)
-
-    policy = springs if cfg.env == "point_mass" else wander
     _, obs, action = roll(envs, policy, cfg.seed + 10**6)
     rows = dict(observation=obs, action=np.roll(action, 1, 0))
     rows |= dict(reward=np.zeros(obs.shape[:2]), discount=np.ones(obs.shape[:2]))
@@ -347,23 +359,25 @@ def collect(run: Run):
 # --- networks, with a leading axis of members ---
 
 
+def bent(members, width, outputs):
+    """The layers after a first linear one."""
+    norm = nn.LayerNorm(width, elementwise_affine=False)
+    return norm, nn.Tanh(), EnsembleLinear(members, width, outputs), nn.ReLU()
+
+
 class TwoStreams(nn.Module):
-    """Two inputs embedded apart, then read together: (members, B, left), (members, B, right) -> outputs."""
+    """Two inputs embedded apart, then read together: (members, B, left), (members, M B, right) -> outputs."""
 
     def __init__(self, members, left, right, outputs, width):
         super().__init__()
-        linear, norm = (
-            functools.partial(EnsembleLinear, members),
-            nn.LayerNorm(width, elementwise_affine=False),
-        )
-        self.left, self.right = (
-            nn.Sequential(linear(n, width), norm, nn.Tanh(), linear(width, width // 2), nn.ReLU())
-            for n in (left, right)
-        )
-        self.head = nn.Sequential(linear(width, width), nn.ReLU(), linear(width, outputs))
+        linear, half = functools.partial(EnsembleLinear, members), width // 2
+        self.left = nn.Sequential(linear(left, width), *bent(members, width, half))
+        self.right = nn.Sequential(linear(right, width), *bent(members, width, half))
+        self.head = nn.Sequential(linear(2 * half, width), nn.ReLU(), linear(width, outputs))
 
     def forward(self, left, right):
-        return self.head(torch.cat([self.left(left), self.right(right)], -1))
+        left, right = self.left(left), self.right(right)
+        return self.head(torch.cat([left.repeat(1, right.shape[1] // left.shape[1], 1), right], -1))
 
 
 def sphere(z: Tensor) -> Tensor:
@@ -380,17 +394,14 @@ class Backward(nn.Module):
     def __init__(self, inputs, cfg):
         super().__init__()
         groups, width, part = cfg.groups, cfg.width_b, cfg.dim // cfg.groups
-        linear, norm = (
-            functools.partial(EnsembleLinear, groups),
-            nn.LayerNorm(width, elementwise_affine=False),
-        )
-        self.groups, self.dim, self.first = groups, cfg.dim, linear(inputs, width)
+        self.groups, self.dim = groups, cfg.dim
+        self.first = EnsembleLinear(groups, inputs, width, math.sqrt(width / inputs))
         nn.init.normal_(self.first.bias)  # else the norm leaves a state's direction alone
         if groups > 1:
             self.code = nn.Parameter(torch.randn(groups, cfg.dim, width) / math.sqrt(cfg.dim))
             before = torch.ones(groups, groups).tril(-1).repeat_interleave(part, 1)
             self.register_buffer("before", before[:, None])  # (K, 1, d): 1 for the blocks before k
-        self.rest = nn.Sequential(norm, nn.Tanh(), linear(width, width), nn.ReLU(), linear(width, part))
+        self.rest = nn.Sequential(*bent(groups, width, width), EnsembleLinear(groups, width, part))
 
     def forward(self, s: Tensor, z: Tensor) -> Tensor:
         """s (C, J, o), or (1, J, o) for states that all codes meet, and z (C, d) -> (C, J, d).
@@ -421,26 +432,28 @@ class Agent(nn.Module):
         self.slow_forward = copy.deepcopy(self.forward_map).requires_grad_(False)
         self.slow_backward = copy.deepcopy(self.backward_map).requires_grad_(False)
 
-    def rows(self, s: Tensor, more: Tensor) -> Tensor:
-        """(C, G, o) and (C, G or 1, ...) side by side, for the networks they go to: (own, C G / own, ...)."""
-        rows = torch.cat([s, more.expand(-1, s.shape[1], -1)], -1)
-        return rows.reshape(self.own, -1, rows.shape[-1])
+    def rows(self, x: Tensor) -> Tensor:
+        """M times (C, G, n) -> (own, M C G / own, n): each row to the network of its code."""
+        return x.unflatten(1, (self.own, -1)).transpose(0, 1).flatten(1, 3)
+
+    def asked(self, s: Tensor, z: Tensor) -> Tensor:
+        """States and codes side by side: (own, C G / own, o + d)."""
+        return self.rows(torch.cat([s, z[:, None].expand(-1, s.shape[1], -1)], -1)[None])
 
     def mean(self, s: Tensor, z: Tensor) -> Tensor:
         """Mean action: (C, G, o), (C, d) -> (C, G, m)."""
-        right = s.reshape(self.own, -1, s.shape[-1])
-        return self.actor(self.rows(s, z[:, None]), right).view(*s.shape[:2], -1).tanh()
+        return self.actor(self.asked(s, z), self.rows(s[None])).view(*s.shape[:2], -1).tanh()
 
     def features(self, net: nn.Module, s: Tensor, a: Tensor, z: Tensor) -> Tensor:
-        """F(s, a, z) by `net`, forward_map or its slow copy: (E, C, G, d)."""
-        inputs = (x.repeat(self.members, 1, 1) for x in (self.rows(s, z[:, None]), self.rows(s, a)))
-        return net(*inputs).view(self.members, *s.shape[:2], -1)
+        """F(s, a, z) by `net`, forward_map or its slow copy, a (M, C, G, m): (E, M, C, G, d)."""
+        done = self.rows(torch.cat([s.expand(len(a), *s.shape), a], -1))
+        f = net(*(x.expand(self.members, *x.shape).flatten(0, 1) for x in (self.asked(s, z), done)))
+        f = f.view(self.members, self.own, len(a), -1, s.shape[1], f.shape[-1])
+        return f.transpose(1, 2).flatten(2, 3)
 
     def q(self, s: Tensor, a: Tensor, z: Tensor) -> Tensor:
         """Q = F^T z of M actions for each state, a (M, C, G, m): (E, M, C, G)."""
-        rows = s.repeat(1, len(a), 1), a.transpose(0, 1).flatten(1, 2)
-        q = (self.features(self.forward_map, *rows, z) * z[:, None]).sum(-1)
-        return q.unflatten(-1, (len(a), -1)).transpose(1, 2)
+        return (self.features(self.forward_map, s, a, z) * z[:, None]).sum(-1)
 
 
 # --- the equations ---
@@ -455,7 +468,7 @@ class Batch(NamedTuple):
     live: Tensor  # (C, G)
     met: Tensor  # (C, J, seen), or (1, J, seen) for all codes
     goal: Tensor  # (C, 1, seen)
-    own: Tensor  # (C, G, J) which of `met` is the transition's own next state
+    own: Tensor  # (C or 1, G, J) which of `met` is the transition's own next state
 
 
 def measure(f: Tensor, b: Tensor) -> Tensor:
@@ -464,22 +477,21 @@ def measure(f: Tensor, b: Tensor) -> Tensor:
 
 
 def fb_loss(m: Tensor, target: Tensor, discount: Tensor, own: Tensor) -> Tensor:
-    """Eq. (1): m (E, C, G, J), target (C, G, J), gamma_i (C, G), own next states (C, G, J) -> ().
+    """Eq. (1): m (E, C, G, J), target (C, G, J), gamma_i (C, G), own next states (C or 1, G, J) -> ().
 
     Other next states j are independent samples of rho; the own one carries the term that is linear in m.
     """
     error = (m - discount[..., None] * target).masked_fill(own, 0.0)
-    pairs = own.numel() * (1 - 1 / own.shape[-1])
-    diagonal = (m * own).sum() / own[..., 0].numel()
+    pairs = target.numel() * (1 - 1 / own.shape[-1])
+    diagonal = (m * own).sum() / discount.numel()
     return 0.5 * error.square().sum() / pairs - diagonal
 
 
 def ortho_loss(b: Tensor) -> Tensor:
     """Eq. (2), the mean over codes: (C, J, d) -> ()."""
-    count = b.shape[1]
-    gram = b @ b.mT
-    off = gram.masked_fill(torch.eye(count, device=b.device).bool(), 0.0)
-    return 0.5 * off.square().sum() / (len(b) * count * (count - 1)) - b.square().sum(-1).mean()
+    count, norms = b.shape[1], b.square().sum(-1)
+    off = (b @ b.mT).square().sum() - norms.square().sum()
+    return 0.5 * off / (len(b) * count * (count - 1)) - norms.mean()
 
 
 def encode(backward: Backward, states: Tensor, reward: Tensor) -> Tensor:
@@ -524,17 +536,10 @@ def noisy(mean: Tensor, std: float, clip: float = math.inf) -> Tensor:
     return a + (a.clamp(-1, 1) - a).detach()
 
 
-@torch.no_grad()
-def advantage(agent: Agent, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
-    """Eq. (8), data's and policy's actions in one pass: (C, G)."""
-    drawn = noisy(agent.mean(batch.s, z), cfg.std)
-    q = agent.q(batch.s, torch.stack([batch.a, drawn]), z)
-    return q[:, 0].mean(0) - pessimistic(q[:, 1], cfg.pessimism)
-
-
 def advantage_weights(advantage: Tensor, cfg: Config) -> Tensor:
     """Eq. (9): (C, G) -> (C, G), of sum 1."""
-    logits = advantage.reshape(len(advantage) if cfg.per_code else 1, -1) / cfg.beta
+    logits = advantage.reshape(len(advantage) if cfg.per_code else 1, -1)
+    logits = logits / (cfg.beta * math.sqrt(cfg.dim))
     log_p = logits.log_softmax(-1)
     if cfg.improved:
         log_p = (log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))).log_softmax(-1)
@@ -542,10 +547,12 @@ def advantage_weights(advantage: Tensor, cfg: Config) -> Tensor:
 
 
 def by_advantage(agent: Agent, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
-    """Eq. (10) but for a constant; no gradient of Q, which may be wrong off the data."""
-    weight = advantage_weights(advantage(agent, batch, z, cfg), cfg)
-    squares = (batch.a - agent.mean(batch.s, z)).square().mean(-1)
-    return (weight * squares).sum() / (2 * cfg.std**2)
+    """Eqs. (8) and (10), but for a constant; no gradient of Q, which may be wrong off the data."""
+    mean = agent.mean(batch.s, z)
+    with torch.no_grad():
+        q, drawn = agent.q(batch.s, torch.stack([batch.a, noisy(mean, cfg.std)]), z).unbind(1)
+        weight = advantage_weights(q.mean(0) - pessimistic(drawn, cfg.pessimism), cfg)
+    return (weight * (batch.a - mean).square().mean(-1)).sum() / (2 * cfg.std**2)
 
 
 def by_critic(agent: Agent, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
@@ -565,30 +572,28 @@ def gather(data: Data, index: Tensor, cfg: Config) -> Batch:
 
     For each code one transition that ends at a goal, G to learn from, and others to meet the ends of.
     """
-    place = torch.arange(index.numel(), device=index.device).view_as(index)
-    mine = place[:, 1 : 1 + cfg.batch // cfg.codes]
-    met = place[:, 1:] if cfg.others else mine.reshape(1, -1)
-    rows = index.flatten()
-    columns = (column[rows[mine]] for column in data[:4])
-    return Batch(
-        *columns, data.goal[rows[met]], data.goal[rows[place[:, :1]]], mine[..., None] == met[:, None]
-    )
+    mine = index[:, 1 : 1 + cfg.batch // cfg.codes]
+    met = index[:, 1:] if cfg.others else mine.reshape(1, -1)
+    columns = (column[mine] for column in data[:4])
+    own = torch.eye(cfg.batch // len(met), met.shape[1], device=index.device).bool()
+    own = own.view(-1, mine.shape[1], met.shape[1])
+    return Batch(*columns, data.goal[met], data.goal[index[:, :1]], own)
 
 
 def representation_loss(agent: Agent, batch: Batch, next_a: Tensor, z: Tensor, cfg: Config) -> Tensor:
     """Eqs. (1) and (2) on a batch."""
     with torch.no_grad():
-        slow = agent.features(agent.slow_forward, batch.next_s, next_a, z).mean(0, keepdim=True)
+        slow = agent.features(agent.slow_forward, batch.next_s, next_a[None], z)[:, 0].mean(0, keepdim=True)
         target = measure(slow, agent.slow_backward(batch.met, z))[0]
     b = agent.backward_map(batch.met, z)
-    m = measure(agent.features(agent.forward_map, batch.s, batch.a, z), b)
+    m = measure(agent.features(agent.forward_map, batch.s, batch.a[None], z)[:, 0], b)
     return fb_loss(m, target, cfg.discount * batch.live, batch.own) + cfg.ortho * ortho_loss(b)
 
 
 def critic_loss(agent: Agent, batch: Batch, next_a: Tensor, z: Tensor, reward: Tensor, cfg: Config) -> Tensor:
     """TD3's, for agents of a single task: squared errors to r + gamma P(Q'(s', a')), reward (C, G)."""
     with torch.no_grad():
-        future = agent.features(agent.slow_forward, batch.next_s, next_a, z)[..., 0]
+        future = agent.features(agent.slow_forward, batch.next_s, next_a[None], z)[:, 0, ..., 0]
         y = reward + cfg.discount * batch.live * pessimistic(future, cfg.pessimism)
     return 0.5 * (agent.q(batch.s, batch.a[None], z)[:, 0] - y).square().mean(-1).sum()
 
@@ -599,7 +604,6 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
     for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
         p.grad = gradient
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     return loss.detach()
 
 
@@ -613,6 +617,7 @@ def learn(agent: Agent, data: Data, cfg: Config, run: Run):
     alone = torch.ones(cfg.codes, 1, device=device)
     if single:
         earned = label(data.raw, torch.arange(len(data.s)), cfg)[: cfg.codes].to(device)
+        earned = math.sqrt(len(data.s)) * nn.functional.normalize(earned)  # of mean square 1, as beta has it
 
     def update(index):
         batch = gather(data, index, cfg)
@@ -665,10 +670,13 @@ def make_agent(data, cfg):
 def prompt(agent: Agent, data: Data, cfg: Config) -> Tensor:
     """Codes of all tasks, from their rewards at some states of the data: (tasks, d)."""
     rows = torch.randperm(len(data.s))[: cfg.prompt]
-    reward = label(data.raw, rows, cfg)
-    if not reward.any(1).all():
-        raise UserError(f"a task has no reward at any of {len(rows)} states; --prompt takes more of them")
-    return sphere(encode(agent.backward_map, data.goal[rows][None], reward.to(data.goal)))
+    reward = label(data.raw, rows, cfg).to(data.goal)
+    z = encode(agent.backward_map, data.goal[rows][None], reward)
+    if (z.norm(dim=1) <= math.sqrt(cfg.dim / len(rows)) * reward.abs().mean(1)).any():  # |B| = sqrt d
+        raise UserError(
+            f"a task has no code beyond chance at {len(rows)} states; --prompt takes more of them"
+        )
+    return sphere(z)
 
 
 @torch.no_grad()
@@ -694,7 +702,11 @@ def evaluate(policy, names: list[str], cfg: Config, run: Run) -> dict[str, float
     """
     returns, obs, _ = roll(make_envs(cfg, names, cfg.episodes), policy, cfg.seed)
     if cfg.env != "point_mass":
-        return dict(zip(names, returns.reshape(len(names), -1).mean(1), strict=True))
+        found = dict(zip(names, returns.reshape(len(names), -1).mean(1), strict=True))
+        if (robot := cfg.env.split("-")[0]) in D4RL:
+            low, high = D4RL[robot]
+            found["score"] = 100 * (found["reward"] - low) / (high - low)
+        return found
     places = obs[..., :2].reshape(len(obs), len(names), -1, 2) * UNITS[:2]
     np.save(run.folder / "places.npy", places[:, :4])
     distance = np.linalg.norm(places - point_goals(cfg)[: len(names), None], axis=-1)
@@ -776,7 +788,7 @@ def train_grid(cfg: Config, run: Run) -> dict[str, float]:
     following, m = grid_world(7, cfg.discount)
     if cfg.method == "fixed":
         return {"error": linear_bound(m, cfg.dim)}
-    states = torch.eye(len(m))[None]
+    states = 7 * torch.eye(len(m))[None]  # of unit variance, roughly
     backward = Backward(len(m), cfg)
     optimizer = torch.optim.Adam(backward.parameters(), cfg.lr_b)
 
