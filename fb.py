@@ -27,7 +27,7 @@ C codes an update, each shared by G transitions; E members of F.
 How to run
   python fb.py                                      the claim in miniature, with controls: two CPU cores
   python fb.py --task goal:1,-0.5                   then act by a prompt; nothing is trained
-  python fb.py --config walker                      coloured noise on dm_control's walker; stand, walk, run
+  python fb.py --config walker                      random torques on dm_control's walker: stand, walk, ...
   torchrun --nproc_per_node=8 fb.py --config full --data exorl/walker/rnd
   python fb.py --config full --env Hopper-v4 --data hopper_medium-v2.hdf5    or minari:ID, with its rewards
 
@@ -82,7 +82,7 @@ class Config(common.Config):
     # task and data
     env: str = "point_mass"  # ours; a domain of dm_control; a gymnasium id, for --data with rewards; grid
     data: str = ""  # ExORL's or mood.py's folder of the domain, D4RL's .hdf5, minari:ID; empty: noise
-    collect: int = 0  # episodes of coloured noise
+    collect: int = 0  # episodes of noise
     task: str = ""  # prompt for what was trained before: walker_run, goal:x,y,... or demo:EPISODE.npz
     seen: int = 0  # first coordinates of an observation, which B sees; 0: all
     goals: int = 32  # of the point mass, drawn for each seed
@@ -105,7 +105,6 @@ class Config(common.Config):
     noise_clip: float = 0.3  # of the policy's noise, but for eqs. (8) and (11)
     actor: Literal["td3", "aw"] = "td3"  # eq. (7) or (10)
     beta: float = 0.25  # temperature of eq. (9) for rewards of mean square 1; that of eq. (5) is about d
-    per_code: bool = True  # eq. (9) over the transitions of a z; False: over all of the update
     improved: bool = True  # eq. (9)'s 1 - p
     updates: int = 2500  # gradient updates
     block: int = 50  # updates a step: their transitions are drawn together
@@ -148,15 +147,15 @@ ROWS = {
     "grid: FB-ARE": GRID | ARE,
     "grid: FB-ARE, K = 4": GRID | dict(groups=4),
 }
-DEMO = Config(seeds=3, ranks=2, rows=tuple(ROWS), collect=100, seen=2, others=24)
+DEMO = Config(seeds=3, ranks=2, collect=100, seen=2, others=24)
 WALKER = replace(
     DEMO, rows=("FB-AW", "FB-AWARE", "FB", "random actions"), seeds=1, env="walker", collect=40, seen=0,
     dim=32, width=128, discount=0.98, goal_ratio=0.5, tau=0.01, updates=3000, batch=256, lr=1e-3, lr_b=1e-3,
 )  # fmt: skip
 CONFIGS = {
     "smoke": replace(
-        DEMO, rows=tuple(ROWS), seeds=1, ranks=1, collect=6, width=16, width_b=8, updates=20, block=10,
-        prompt=1000, episodes=1, best_of=2, goals=4, log_every=1, save_every=1,
+        DEMO, seeds=1, ranks=1, collect=6, width=16, width_b=8, updates=20, block=10,
+        prompt=1000, episodes=1, best_of=2, goals=4, save_every=1,
     ),
     "demo": DEMO,
     "walker": WALKER,
@@ -299,7 +298,7 @@ def load_data(cfg: Config, run: Run) -> Data:
     source = cfg.data or str(run.once(f"data {cfg.env}", collect))
     raw = common.load_episodes(source)
     if raw["action"].abs().max() > 1.001:
-        raise UserError(f"{source}: actions reach {raw['action'].abs().max():.4g}, beyond [-1, 1]")
+        raise UserError(f"{source}: actions beyond [-1, 1]")
     next_s, live = raw["next_observation"], 1 - raw["terminated"][:, 0]
     columns = raw["observation"], raw["action"], next_s, live, next_s[:, : cfg.seen or None]
     return Data(*(x.to(run.device) for x in columns), raw)
@@ -321,14 +320,14 @@ def label(raw: dict[str, Tensor], rows: Tensor, cfg: Config) -> Tensor:
         physics.set_state(state)
         physics.set_control(envs[0].low + (action + 1) / 2 * envs[0].span)  # humanoids pay for it
         physics.forward()
-        found.append([float(np.squeeze(env.env.task.get_reward(physics))) for env in envs])
+        found.append([float(env.env.task.get_reward(physics)) for env in envs])
     return torch.tensor(found).T
 
 
 def collect(run: Run):
-    """Episodes in ExORL's layout, 1000 steps of coloured noise for dm_control.
+    """Episodes in ExORL's layout: torques that change now and then, 1000 steps for dm_control.
 
-    For the point mass 500 steps, on which springs of random stiffness pull to goals that change now and then.
+    For the point mass 500 steps, on which springs of random stiffness pull to goals that change.
     There row t of an action belongs to t - 1 -> t, row 0 to nothing.
     """
     cfg, draw, physics = run.cfg, np.random.standard_normal, []
@@ -338,22 +337,22 @@ def collect(run: Run):
     stiffness = np.random.uniform(2, 20, (cfg.collect, 1))
 
     def policy(obs):
-        change = np.random.random(stiffness.shape) < 0.02
+        change = np.random.random(stiffness.shape) < (0.02 if point else 0.1)
         aim[:] = np.where(change, np.random.uniform(-1, 1, aim.shape), aim)
         if not point:
             physics.append([env.env.physics.get_state() for env in envs.envs])
-            return (aim + 0.2 * draw(aim.shape)).clip(-1, 1)
+            return (1.5 * aim + 0.2 * draw(aim.shape)).clip(-1, 1)
         place, velocity = np.split(obs * UNITS, 2, 1)
         force = (stiffness * (0.28 * aim - place) - 2 * velocity).clip(-1, 1) + 0.3 * draw(aim.shape)
         return (force @ envs.thrusters + 0.05 * draw((len(obs), 8))).clip(-1, 1)
 
     _, obs, action = roll(envs, policy, cfg.seed + 10**6)
-    rows = dict(observation=obs, action=np.roll(action, 1, 0))
-    rows |= dict(reward=np.zeros(obs.shape[:2]), discount=np.ones(obs.shape[:2]))
+    none = np.zeros(obs.shape[:2])
+    rows = dict(observation=obs, action=np.roll(action, 1, 0), reward=none, discount=none + 1)
     if physics:
         rows["physics"] = np.array(physics)
     for i in range(cfg.collect):
-        np.savez(run.folder / f"{i:06d}_{len(obs) - 1}.npz", **{key: x[:, i] for key, x in rows.items()})
+        np.savez(run.folder / f"{i:06d}.npz", **{key: x[:, i] for key, x in rows.items()})
 
 
 # --- networks, with a leading axis of members ---
@@ -366,7 +365,7 @@ def bent(members, width, outputs):
 
 
 class TwoStreams(nn.Module):
-    """Two inputs embedded apart, then read together: (members, B, left), (members, M B, right) -> outputs."""
+    """Two inputs embedded apart, then read together: (members, B, left), (members, B, right) -> outputs."""
 
     def __init__(self, members, left, right, outputs, width):
         super().__init__()
@@ -376,8 +375,7 @@ class TwoStreams(nn.Module):
         self.head = nn.Sequential(linear(2 * half, width), nn.ReLU(), linear(width, outputs))
 
     def forward(self, left, right):
-        left, right = self.left(left), self.right(right)
-        return self.head(torch.cat([left.repeat(1, right.shape[1] // left.shape[1], 1), right], -1))
+        return self.head(torch.cat([self.left(left), self.right(right)], -1))
 
 
 def sphere(z: Tensor) -> Tensor:
@@ -432,28 +430,26 @@ class Agent(nn.Module):
         self.slow_forward = copy.deepcopy(self.forward_map).requires_grad_(False)
         self.slow_backward = copy.deepcopy(self.backward_map).requires_grad_(False)
 
-    def rows(self, x: Tensor) -> Tensor:
-        """M times (C, G, n) -> (own, M C G / own, n): each row to the network of its code."""
-        return x.unflatten(1, (self.own, -1)).transpose(0, 1).flatten(1, 3)
-
-    def asked(self, s: Tensor, z: Tensor) -> Tensor:
-        """States and codes side by side: (own, C G / own, o + d)."""
-        return self.rows(torch.cat([s, z[:, None].expand(-1, s.shape[1], -1)], -1)[None])
+    def rows(self, s: Tensor, more: Tensor) -> Tensor:
+        """(C, G, o) and (C, G or 1, ...) side by side, for the networks they go to: (own, C G / own, ...)."""
+        rows = torch.cat([s, more.expand(-1, s.shape[1], -1)], -1)
+        return rows.reshape(self.own, -1, rows.shape[-1])
 
     def mean(self, s: Tensor, z: Tensor) -> Tensor:
         """Mean action: (C, G, o), (C, d) -> (C, G, m)."""
-        return self.actor(self.asked(s, z), self.rows(s[None])).view(*s.shape[:2], -1).tanh()
+        right = s.reshape(self.own, -1, s.shape[-1])
+        return self.actor(self.rows(s, z[:, None]), right).view(*s.shape[:2], -1).tanh()
 
     def features(self, net: nn.Module, s: Tensor, a: Tensor, z: Tensor) -> Tensor:
-        """F(s, a, z) by `net`, forward_map or its slow copy, a (M, C, G, m): (E, M, C, G, d)."""
-        done = self.rows(torch.cat([s.expand(len(a), *s.shape), a], -1))
-        f = net(*(x.expand(self.members, *x.shape).flatten(0, 1) for x in (self.asked(s, z), done)))
-        f = f.view(self.members, self.own, len(a), -1, s.shape[1], f.shape[-1])
-        return f.transpose(1, 2).flatten(2, 3)
+        """F(s, a, z) by `net`, forward_map or its slow copy: (E, C, G, d)."""
+        inputs = (x.repeat(self.members, 1, 1) for x in (self.rows(s, z[:, None]), self.rows(s, a)))
+        return net(*inputs).view(self.members, *s.shape[:2], -1)
 
     def q(self, s: Tensor, a: Tensor, z: Tensor) -> Tensor:
         """Q = F^T z of M actions for each state, a (M, C, G, m): (E, M, C, G)."""
-        return (self.features(self.forward_map, s, a, z) * z[:, None]).sum(-1)
+        rows = s.repeat(1, len(a), 1), a.transpose(0, 1).flatten(1, 2)
+        q = (self.features(self.forward_map, *rows, z) * z[:, None]).sum(-1)
+        return q.unflatten(-1, (len(a), -1)).transpose(1, 2)
 
 
 # --- the equations ---
@@ -538,12 +534,10 @@ def noisy(mean: Tensor, std: float, clip: float = math.inf) -> Tensor:
 
 def advantage_weights(advantage: Tensor, cfg: Config) -> Tensor:
     """Eq. (9): (C, G) -> (C, G), of sum 1."""
-    logits = advantage.reshape(len(advantage) if cfg.per_code else 1, -1)
-    logits = logits / (cfg.beta * math.sqrt(cfg.dim))
-    log_p = logits.log_softmax(-1)
+    log_p = (advantage / (cfg.beta * math.sqrt(cfg.dim))).log_softmax(-1)
     if cfg.improved:
         log_p = (log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))).log_softmax(-1)
-    return log_p.exp().view_as(advantage) / len(logits)
+    return log_p.exp() / len(advantage)
 
 
 def by_advantage(agent: Agent, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
@@ -583,17 +577,17 @@ def gather(data: Data, index: Tensor, cfg: Config) -> Batch:
 def representation_loss(agent: Agent, batch: Batch, next_a: Tensor, z: Tensor, cfg: Config) -> Tensor:
     """Eqs. (1) and (2) on a batch."""
     with torch.no_grad():
-        slow = agent.features(agent.slow_forward, batch.next_s, next_a[None], z)[:, 0].mean(0, keepdim=True)
+        slow = agent.features(agent.slow_forward, batch.next_s, next_a, z).mean(0, keepdim=True)
         target = measure(slow, agent.slow_backward(batch.met, z))[0]
     b = agent.backward_map(batch.met, z)
-    m = measure(agent.features(agent.forward_map, batch.s, batch.a[None], z)[:, 0], b)
+    m = measure(agent.features(agent.forward_map, batch.s, batch.a, z), b)
     return fb_loss(m, target, cfg.discount * batch.live, batch.own) + cfg.ortho * ortho_loss(b)
 
 
 def critic_loss(agent: Agent, batch: Batch, next_a: Tensor, z: Tensor, reward: Tensor, cfg: Config) -> Tensor:
     """TD3's, for agents of a single task: squared errors to r + gamma P(Q'(s', a')), reward (C, G)."""
     with torch.no_grad():
-        future = agent.features(agent.slow_forward, batch.next_s, next_a[None], z)[:, 0, ..., 0]
+        future = agent.features(agent.slow_forward, batch.next_s, next_a, z)[..., 0]
         y = reward + cfg.discount * batch.live * pessimistic(future, cfg.pessimism)
     return 0.5 * (agent.q(batch.s, batch.a[None], z)[:, 0] - y).square().mean(-1).sum()
 
@@ -601,8 +595,8 @@ def critic_loss(agent: Agent, batch: Batch, next_a: Tensor, z: Tensor, reward: T
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
     """One step on the optimizer's parameters; nothing else gets a gradient, F none from the actor's loss."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
-        p.grad = gradient
+    optimizer.zero_grad()
+    loss.backward(inputs=parameters)
     optimizer.step()
     return loss.detach()
 
@@ -628,7 +622,7 @@ def learn(agent: Agent, data: Data, cfg: Config, run: Run):
             loss = critic_loss(agent, batch, next_a, z, earned.gather(1, index[:, 1:]), cfg)
         else:
             loss = representation_loss(agent, batch, next_a, z, cfg)
-        losses = {"loss": descend(maps, loss)}
+        losses = dict(loss=descend(maps, loss))
         losses["actor_loss"] = descend(actor, ACTOR_LOSS[cfg.actor](agent, batch, z, cfg))
         common.soft_update(agent.slow_forward, agent.forward_map, cfg.tau)
         common.soft_update(agent.slow_backward, agent.backward_map, cfg.tau)
@@ -640,7 +634,6 @@ def learn(agent: Agent, data: Data, cfg: Config, run: Run):
         for index in torch.randint(len(data.s), (cfg.block, cfg.codes, count), device=device):
             losses = update(index)
         run.log(step, **losses)
-    run.speed["updates_per_s"] = cfg.block * run.speed["steps_per_s"]
 
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
@@ -650,8 +643,8 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     data, names = load_data(cfg, run), task_names(cfg)
     cfg = replace(cfg, codes=min(cfg.codes, len(names))) if cfg.method == "single" else cfg
     if cfg.method == "fixed":
-        shape = data.a.shape[1:]
-        return evaluate(lambda obs: np.random.uniform(-cfg.std, cfg.std, (len(obs), *shape)), names, cfg, run)
+        size = data.a.shape[1]
+        return evaluate(lambda obs: np.random.uniform(-cfg.std, cfg.std, (len(obs), size)), names, cfg, run)
     agent = make_agent(data, cfg)
     learn(agent, data, cfg, run)
     torch.save(agent.state_dict(), run.folder / "agent.pt")
@@ -673,9 +666,7 @@ def prompt(agent: Agent, data: Data, cfg: Config) -> Tensor:
     reward = label(data.raw, rows, cfg).to(data.goal)
     z = encode(agent.backward_map, data.goal[rows][None], reward)
     if (z.norm(dim=1) <= math.sqrt(cfg.dim / len(rows)) * reward.abs().mean(1)).any():  # |B| = sqrt d
-        raise UserError(
-            f"a task has no code beyond chance at {len(rows)} states; --prompt takes more of them"
-        )
+        raise UserError("a task has no code beyond chance; --prompt takes more states")
     return sphere(z)
 
 
@@ -716,7 +707,7 @@ def evaluate(policy, names: list[str], cfg: Config, run: Run) -> dict[str, float
 
 def answer(cfg: Config, run: Run):
     """--task: act by a prompt with the finished agent of the first of --rows; nothing is trained."""
-    row = cfg.rows[0]
+    row = [*cfg.rows, *ROWS][0]
     cfg = replace(cfg, **ROWS.get(row, {}))
     file = run.root / common.slug(f"{row}-s{cfg.seed}") / "agent.pt"
     if not file.is_file() or cfg.method != "fb":
@@ -850,7 +841,7 @@ def main():
             return answer(cfg, run)
         table = run.grid(ROWS, train)
         run.check(CLAIMS, table)
-        if set(table) >= set(DEMO.rows):
+        if set(table) >= set(ROWS):
             run.figure(draw, run, size=(9, 9))
 
 
