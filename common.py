@@ -304,7 +304,7 @@ class Run:
 
     def _open(self):
         """Make the run folder, or go on in it; UserError where that would mix or overwrite runs."""
-        own = {k: v for k, v in asdict(self.cfg).items() if k not in vars(Config)}
+        own = {k: v for k, v in asdict(self.cfg).items() if k == "save_every" or k not in vars(Config)}
         file, now = self.root / "config.json", json.loads(to_json(own))
         if {"result.json", ".metadata"} & {path.name for path in self.root.rglob("*")}:  # cells, checkpoints
             if not self.cfg.resume:
@@ -345,9 +345,9 @@ class Run:
         return self.root / slug(f"{name}-s{self.cfg.seed}")
 
     def check(self, claims: Sequence[Claim], table: dict):
-        """Judge the claims whose rows are in the table, print them and keep them for results.json."""
-        judged = [judge(claim, table) for claim in claims if claim.ours in table and claim.theirs in table]
-        self.results["claims"] = judged
+        """Judge the claims whose rows and metric are there, print them and keep them for results.json."""
+        pairs = [c for c in claims if c.ours in table and c.theirs in table and c.metric in table[c.ours][0]]
+        judged = self.results["claims"] = [judge(claim, table) for claim in pairs]
         keys = ("text", "mean_ours", "mean_theirs", "diff", "ci95", "holds")
         self.print("\n" + tabulate([[row[k] for k in keys] for row in judged], keys, floatfmt=".3g"))
 

@@ -16,7 +16,7 @@ Curvature -1: points x, p in the ball |x| < 1, v in R^n; output i has an offset 
   eq. (5)  S-RYM: x = exp_0(E(o) / sqrt n),  each convolution and linear layer of E has spectral norm 1
   eq. (6)  Riemannian Adam: r = (1 - |p|^2)^2 / 4 grad,  p <- exp_p(-lr m / (sqrt v + eps)),  m averages r
            and is transported along, v averages |r|_p^2: one number a point
-  eq. (7)  Hyper++: v = sigmoid(<u,h> + c) atanh(.95) h / sqrt n,  h = tanh(RMSNorm(E(o))),
+  eq. (7)  Hyper++: v = sigmoid(<u,h> + c) atanh(.95) h,  h = tanh(RMSNorm(E(o))) / sqrt n,
            on the hyperboloid (x_0, x_r) = (cosh|v|, sinh|v| v / |v|);  with offsets r_i and normals z_i
            f_i = |z_i| asinh((cosh r_i <x_r,z_i> - x_0 sinh r_i |z_i|) / |z_i|)
   eq. (8)  HL-Gauss: a return is a Gaussian over bins, the critic's loss the cross entropy with it
@@ -37,7 +37,7 @@ Departures
   about sqrt n); in the demo with |w_i| about 1, as in Hyper++, since small ones first drive x to the border.
 - A minibatch has the same number of steps of each environment, so that ranks can share it.
 - Every --save_every steps all episodes start anew, so that resuming is exact. A time limit is an end.
-- PPO's acting runs no power iteration: rollouts and updates see the same network.
+- PPO's acting runs no power iteration: one normalised weight serves a rollout, and all tests.
 - Rainbow (no public code): noise lies on normalised weights, not on biases; a lost life ends a training
   episode; the replay holds the whole run, 2.8 GB of stacked frames.
 - The demo's pictures are scaled up (gain): an encoder of spectral norm 1 cannot raise the norm of small ones.
@@ -371,11 +371,11 @@ class ToHyperboloid(nn.Module):
 
     def __init__(self, n: int):
         super().__init__()
-        self.norm, self.scale = nn.RMSNorm(n), nn.Linear(n, 1)
+        self.norm, self.scale = nn.RMSNorm(n, elementwise_affine=False), nn.Linear(n, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x).tanh()
-        v = (self.scale(h).sigmoid() * math.atanh(0.95) * h / h.shape[-1] ** 0.5).double()
+        h = self.norm(x).tanh() / x.shape[-1] ** 0.5
+        v = (self.scale(h).sigmoid() * math.atanh(0.95) * h).double()
         norm = v.norm(dim=-1, keepdim=True).clamp(min=1e-15)
         return torch.cat([norm.cosh(), norm.sinh() * v / norm], -1)
 
@@ -716,6 +716,14 @@ def standardise(advantage: Tensor, run: Run) -> Tensor:
     return centred / (run.mean(centred.square().mean()).sqrt() + 1e-7)
 
 
+def clock(device: torch.device) -> float:
+    """Seconds of the CPU that this process had, or of the wall once a GPU has done its work."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def gumbel(*shape: int) -> Tensor:
     """argmax(logits + gumbel) is a sample of their softmax."""
     return -torch.empty(shape).exponential_().log()
@@ -747,7 +755,7 @@ def train_ppo(cfg: Config, run: Run) -> dict:
         data = Batch(seen.obs, seen.action, logp, value[:-1], advantage, advantage + value[:-1])
 
         # learn
-        begin, logs = time.process_time(), []
+        begin, logs = clock(device), []
         for _ in range(cfg.epochs):
             order = torch.rand(cfg.rollout, cfg.envs).argsort(0)[:, mine].to(device)
             for rows in order.chunk(cfg.minibatches):
@@ -761,7 +769,7 @@ def train_ppo(cfg: Config, run: Run) -> dict:
                 norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.max_grad)
                 optimizer.step()
                 logs.append(torch.stack([loss, entropy, norm]).detach())
-        learning = time.process_time() - begin
+        learning = clock(device) - begin
         logs = dict(zip(("loss", "entropy", "gradient"), torch.stack(logs).mean(0), strict=True))
         logs["reward"] = seen.reward.mean()
         logs["learn_us"] = 1e6 * learning / (cfg.rollout * cfg.envs)
@@ -885,7 +893,7 @@ def train_rainbow(cfg: Config, run: Run) -> dict:
             logs["loss"] = loss.mean()
         if step % cfg.target_every == 0:
             target.load_state_dict(net.state_dict())
-        if (step + 1) % cfg.eval_every == 0 or step == cfg.steps - 1:
+        if step % cfg.eval_every == 0 or step == cfg.steps - 1:
             net.eval()
             logs |= measure_returns(act, cfg)
             net.train()

@@ -112,7 +112,8 @@ def test_pessimism_is_the_pair_loop_and_the_minimum_of_two():
 def test_temperature_rises_where_the_entropy_is_below_its_target():
     for logp, sign in ((2.0, -1), (0.0, 1), (1.0, 0)):
         log_alpha = torch.zeros((), requires_grad=True)
-        rmc.temperature_loss(log_alpha, torch.full((4,), logp), torch.tensor(-1.0)).backward()
+        logps = torch.full((4, 1), logp)
+        rmc.temperature_loss(log_alpha, logps, -1.0, torch.ones(4)).backward()
         assert log_alpha.grad.sign() == sign
 
 
