@@ -153,14 +153,14 @@ WALKER = replace(
 )  # fmt: skip
 CONFIGS = {
     "smoke": replace(
-        DEMO, seeds=1, ranks=1, collect=6, width=16, width_b=8, updates=20, block=10,
-        prompt=1000, episodes=1, best_of=2, goals=4, save_every=1,
+        DEMO, seeds=1, ranks=1, collect=6, width=16, updates=20, block=10,
+        episodes=1, best_of=2, goals=4, save_every=1,
     ),
     "demo": replace(DEMO, seed=10),
     "walker": WALKER,
     "gpu": replace(DEMO, others=0, dim=48, width=512, width_b=256, updates=100_000, block=500),
     "full": replace(
-        WALKER, ranks=1, rows=(*tuple(ROWS)[:4], "TD3-AW", "random actions"), seeds=5,
+        WALKER, ranks=1, rows=("FB-AW", "FB-AWARE", "FB", "FB-ARE", "TD3-AW", "random actions"), seeds=5,
         collect=0, dim=100, codes=16, others=0, width=1024, width_b=256, updates=3_000_000, block=500,
         batch=1024, lr=1e-4, beta=0.1, prompt=50_000, save_every=200,
     ),
@@ -426,8 +426,9 @@ class Agent(nn.Module):
         self.forward_map = TwoStreams(cfg.members * self.own, *sizes)
         self.backward_map = Backward(cfg.seen or obs, cfg)
         self.actor = TwoStreams(self.own, obs + cfg.dim, obs, actions, cfg.width)
-        self.slow_forward = copy.deepcopy(self.forward_map).requires_grad_(False)
-        self.slow_backward = copy.deepcopy(self.backward_map).requires_grad_(False)
+        self.maps = nn.ModuleList([self.forward_map, self.backward_map])  # for one optimizer
+        self.slow = copy.deepcopy(self.maps).requires_grad_(False)
+        self.slow_forward, self.slow_backward = self.slow
 
     def rows(self, s: Tensor, more: Tensor) -> Tensor:
         """(C, G, o) and (C, G or 1, ...) side by side, for the networks they go to: (own, C G / own, ...)."""
@@ -437,7 +438,7 @@ class Agent(nn.Module):
     def mean(self, s: Tensor, z: Tensor) -> Tensor:
         """Mean action: (C, G, o), (C, d) -> (C, G, m)."""
         right = s.reshape(self.own, -1, s.shape[-1])
-        return self.actor(self.rows(s, z[:, None]), right).view(*s.shape[:2], -1).tanh()
+        return self.actor(self.rows(s, z[:, None]), right).tanh().view(*s.shape[:2], -1)
 
     def features(self, net: nn.Module, s: Tensor, a: Tensor, z: Tensor) -> Tensor:
         """F(s, a, z) by `net`, forward_map or its slow copy: (E, C, G, d)."""
@@ -567,10 +568,9 @@ def gather(data: Data, index: Tensor, cfg: Config) -> Batch:
     """
     mine = index[:, 1 : 1 + cfg.batch // cfg.codes]
     met = index[:, 1:] if cfg.others else mine.reshape(1, -1)
-    columns = (column[mine] for column in data[:4])
     own = torch.eye(cfg.batch // len(met), met.shape[1], device=index.device).bool()
     own = own.view(-1, mine.shape[1], met.shape[1])
-    return Batch(*columns, data.goal[met], data.goal[index[:, :1]], own)
+    return Batch(*(x[mine] for x in data[:4]), data.goal[met], data.goal[index[:, :1]], own)
 
 
 def representation_loss(agent: Agent, batch: Batch, next_a: Tensor, z: Tensor, cfg: Config) -> Tensor:
@@ -593,7 +593,7 @@ def critic_loss(agent: Agent, batch: Batch, next_a: Tensor, z: Tensor, reward: T
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
     """One step on the optimizer's parameters; nothing else gets a gradient, F none from the actor's loss."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward(inputs=parameters)
     optimizer.step()
@@ -604,7 +604,7 @@ def learn(agent: Agent, data: Data, cfg: Config, run: Run):
     """The training loop: without rewards, but for agents of a single task."""
     device, single, count = run.device, cfg.method == "single", 1 + cfg.batch // cfg.codes + cfg.others
     more = dict(lr=cfg.lr, fused=True, capturable=device.type == "cuda")
-    maps = torch.optim.Adam([*agent.forward_map.parameters(), *agent.backward_map.parameters()], **more)
+    maps = torch.optim.Adam(agent.maps.parameters(), **more)
     actor = torch.optim.Adam(agent.actor.parameters(), **more)
     if single:  # rewards of mean square 1, for which beta is meant
         earned = nn.functional.normalize(label(data.raw, torch.arange(len(data.s)), cfg)[: cfg.codes])
@@ -621,8 +621,7 @@ def learn(agent: Agent, data: Data, cfg: Config, run: Run):
             loss = representation_loss(agent, batch, next_a, z, cfg)
         losses = dict(loss=descend(maps, loss))
         losses["actor_loss"] = descend(actor, ACTOR_LOSS[cfg.actor](agent, batch, z, cfg))
-        common.soft_update(agent.slow_forward, agent.forward_map, cfg.tau)
-        common.soft_update(agent.slow_backward, agent.backward_map, cfg.tau)
+        common.soft_update(agent.slow, agent.maps, cfg.tau)
         return losses
 
     update = common.graphed(update)  # on a GPU one CUDA graph
@@ -700,7 +699,7 @@ def evaluate(policy, names: list[str], cfg: Config, run: Run) -> dict[str, float
     np.save(run.folder / "places.npy", places[:, :4])
     distance = np.linalg.norm(places - point_goals(cfg)[: len(names), None], axis=-1)
     reward = near(distance[len(obs) // 2 :]).mean((0, 2))
-    return {"goals": reward.mean(), "distance": distance[-1].mean(), "four": reward[:4].mean()}
+    return dict(goals=reward.mean(), distance=distance[-1].mean(), four=reward[:4].mean())
 
 
 def answer(cfg: Config, run: Run):
@@ -726,7 +725,7 @@ def answer(cfg: Config, run: Run):
         raise UserError(f"--task: {e}; there are {names}, goal: and {n} numbers, demo:FILE.npz") from None
     envs = make_envs(cfg, [task], cfg.episodes)
     returns, obs, _ = roll(envs, functools.partial(act, agent, z, cfg), cfg.seed)
-    run.print(f"{cfg.task}: return {returns.mean():.2f} in {task}, ends at {obs[-1, :, :n].mean(0).round(2)}")
+    run.print(f"{cfg.task}: return {returns.mean():.2f}, ends at {obs[-1, :, :n].mean(0).round(2)}")
 
 
 # --- part A: exact measures on a grid ---
@@ -812,7 +811,7 @@ def draw(figure, run):
     titles = ["exact measure", "FB", "FB-ARE", "code of a goal, first block", "code of a goal, both blocks"]
     for image, title, axis in zip(images, titles, axes, strict=False):
         axis.imshow(image.reshape(7, 7))
-        axis.set(title=title, xticks=[], yticks=[])
+        axis.set_title(title)
     for row, axis in zip(tuple(ROWS)[:4], axes, strict=False):
         for k, goal in enumerate(point_goals(run.cfg)[:4]):
             axis.plot(*load(row, "places.npy")[:, k].T.swapaxes(1, 2), f"C{k}", linewidth=0.8)
@@ -823,7 +822,7 @@ def draw(figure, run):
 def dry_run(cfg, run):
     """Parameters and hours of a cell with walker's observations, and what is missing."""
     size = sum(p.numel() for p in Agent(cfg, 24, 6).parameters() if p.requires_grad)
-    hours = cfg.updates * 12 * size * cfg.batch / 1e14 / 3600
+    hours = cfg.updates * 12 * size * cfg.batch / 3.6e17
     run.print(f"{size:,} parameters, {hours:.1f} hours a cell at 100 TFLOP/s. {cfg.missing()}")
 
 
