@@ -392,7 +392,7 @@ class Backward(nn.Module):
         super().__init__()
         groups, width, part = cfg.groups, cfg.width_b, cfg.dim // cfg.groups
         self.groups, self.dim = groups, cfg.dim
-        self.first = EnsembleLinear(groups, inputs, width, math.sqrt(width / inputs))
+        self.first = EnsembleLinear(groups, inputs, width)
         nn.init.normal_(self.first.bias)  # else the norm leaves a state's direction alone
         if groups > 1:
             self.code = nn.Parameter(torch.randn(groups, cfg.dim, width) / math.sqrt(cfg.dim))

