@@ -37,6 +37,8 @@ What is known and what is ours
   of eq. (9) and its groups are ours.
 - From that code: targets by the mean of F, pessimism in the actor only, a fixed deviation, log-density
   averaged over dimensions and without a correction for the clamp.
+- beta counts in sqrt d: rewards of codes on the sphere (eq. 5) have a mean square of about d; those of a
+  single task, where d = 1, are scaled to mean square 1. That code's beta of 1 is 1 / sqrt d here.
 - Layer norms have no gains: those would be shared by the members. B's first biases are random, since after a
   layer norm a state of few dimensions would else count by its direction alone.
 - Part A of the demo gives the policies (shortest paths) and solves for F, so it tests features alone.
