@@ -108,7 +108,7 @@ class Config(common.Config):
     actor: Literal["td3", "aw"] = "td3"  # eq. (7) or (10)
     beta: float = 0.25  # temperature of eq. (9) for rewards of mean square 1; that of eq. (5) is about d
     improved: bool = True  # eq. (9)'s 1 - p
-    updates: int = 1300  # gradient updates
+    updates: int = 1200  # gradient updates
     block: int = 50  # updates a step: their transitions are drawn together
     batch: int = 128  # transitions an update
     lr: float = 2e-3  # Adam
