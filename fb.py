@@ -20,14 +20,14 @@ C codes an update, each shared by G transitions; E members of F.
   eq. (6)  P(Q) = mean_e Q_e - c mean_{e != e'} |Q_e - Q_e'|,  Q_e = F_e(s, a, z)^T z
   eq. (7)  TD3: loss = -mean P(Q(s, mu(s, z) + noise))
   eq. (8)  A = mean_e Q_e(s, a, z) - P(Q(s, a', z)),  a' ~ pi_z(s)
-  eq. (9)  p = softmax(A / beta) over the transitions of z,  w ~ p / (1 - p)     improved importance sampling
+  eq. (9)  p = softmax(A / (beta sqrt d)) over the transitions of z,  w ~ p / (1 - p)     improved weights
   eq. (10) AW: loss = -sum w log N(a; mu(s, z), std)
   eq. (11) evaluation sampling: the best of M actions by P(Q)
 
 How to run
   python fb.py                                      the claim in miniature, with controls: two CPU cores
   python fb.py --task goal:1,-0.5                   then act by a prompt; nothing is trained
-  python fb.py --config walker                      coloured noise on dm_control's walker; stand, walk, run
+  python fb.py --config walker                      random torques on dm_control's walker: stand, walk, ...
   torchrun --nproc_per_node=8 fb.py --config full --data exorl/walker/rnd
   python fb.py --config full --env Hopper-v4 --data hopper_medium-v2.hdf5    or minari:ID, with its rewards
 
@@ -37,6 +37,8 @@ What is known and what is ours
   of eq. (9) and its groups are ours.
 - From that code: targets by the mean of F, pessimism in the actor only, a fixed deviation, log-density
   averaged over dimensions and without a correction for the clamp.
+- beta counts in sqrt d: rewards of codes on the sphere (eq. 5) have a mean square of about d; those of a
+  single task, where d = 1, are scaled to mean square 1. That code's beta of 1 is 1 / sqrt d here.
 - Layer norms have no gains: those would be shared by the members. B's first biases are random, since after a
   layer norm a state of few dimensions would else count by its direction alone.
 - Part A of the demo gives the policies (shortest paths) and solves for F, so it tests features alone.
@@ -64,12 +66,16 @@ from torch import Tensor, nn
 import common
 from common import Claim, EnsembleLinear, Run, UserError
 
-SPEEDS = {"walk": 2.0, "walk_backward": -2.0, "run_backward": -10.0}  # m/s, of MOOD's own cheetah tasks
 DOMAINS = {  # of dm_control, and their tasks
-    "walker": ["stand", "walk", "run"],
-    "cheetah": ["run", *SPEEDS],
-    "quadruped": ["walk", "run"],
-    "humanoid": ["stand", "walk", "run"],
+    "walker": "stand walk run spin",
+    "cheetah": "run walk walk_backward run_backward",
+    "quadruped": "walk run stand jump",
+    "humanoid": "stand walk run",
+}
+D4RL = {  # returns of a random and of an expert policy
+    "HalfCheetah": (-280.18, 12135.0),
+    "Hopper": (-20.27, 3234.3),
+    "Walker2d": (1.63, 4592.3),
 }
 
 
@@ -78,7 +84,7 @@ class Config(common.Config):
     # task and data
     env: str = "point_mass"  # ours; a domain of dm_control; a gymnasium id, for --data with rewards; grid
     data: str = ""  # ExORL's or mood.py's folder of the domain, D4RL's .hdf5, minari:ID; empty: noise
-    collect: int = 0  # episodes of coloured noise
+    collect: int = 0  # episodes of noise
     task: str = ""  # prompt for what was trained before: walker_run, goal:x,y,... or demo:EPISODE.npz
     seen: int = 0  # first coordinates of an observation, which B sees; 0: all
     goals: int = 32  # of the point mass, drawn for each seed
@@ -100,14 +106,12 @@ class Config(common.Config):
     std: float = 0.2  # of the policy; fixed: actions are uniform in [-std, std]
     noise_clip: float = 0.3  # of the policy's noise, but for eqs. (8) and (11)
     actor: Literal["td3", "aw"] = "td3"  # eq. (7) or (10)
-    beta: float = 1.0  # temperature of eq. (9)
-    per_code: bool = True  # eq. (9) over the transitions of a z; False: over all of the update
+    beta: float = 0.25  # temperature of eq. (9) for rewards of mean square 1; that of eq. (5) is about d
     improved: bool = True  # eq. (9)'s 1 - p
-    updates: int = 2500  # gradient updates
+    updates: int = 1200  # gradient updates
     block: int = 50  # updates a step: their transitions are drawn together
     batch: int = 128  # transitions an update
-    lr: float = 2e-3  # Adam, F and actor
-    lr_b: float = 1e-3  # Adam, B
+    lr: float = 2e-3  # Adam
     # prompts and evaluation
     prompt: int = 5000  # labelled next states that a reward is coded from
     episodes: int = 10  # of a task
@@ -126,7 +130,7 @@ class Config(common.Config):
         return f"--data {self.data}: not there; ExORL's or mood.py's folder of {self.env}, .hdf5, minari:ID"
 
 
-GRID = dict(env="grid", dim=8, discount=0.9, lr_b=3e-3)
+GRID = dict(env="grid", dim=8, discount=0.9, lr=3e-3)
 AW, ARE = dict(actor="aw"), dict(groups=2)
 SINGLE = dict(method="single", dim=1, codes=4, others=0)
 # a row of the table is the settings that it changes: the difference of two rows is an idea of the paper
@@ -144,23 +148,23 @@ ROWS = {
     "grid: FB-ARE": GRID | ARE,
     "grid: FB-ARE, K = 4": GRID | dict(groups=4),
 }
-DEMO = Config(seeds=3, ranks=2, rows=tuple(ROWS), collect=100, seen=2, others=24)
+DEMO = Config(seeds=5, ranks=2, collect=100, seen=2, others=24)
 WALKER = replace(
     DEMO, rows=("FB-AW", "FB-AWARE", "FB", "random actions"), seeds=1, env="walker", collect=40, seen=0,
-    dim=32, width=128, discount=0.98, goal_ratio=0.5, tau=0.01, updates=3000, batch=256, lr=1e-3, lr_b=1e-3,
+    dim=32, width=128, discount=0.98, goal_ratio=0.5, tau=0.01, updates=3000, batch=256, lr=1e-3,
 )  # fmt: skip
 CONFIGS = {
     "smoke": replace(
-        DEMO, rows=tuple(ROWS), seeds=1, ranks=1, collect=6, width=16, width_b=8, updates=20, block=10,
-        prompt=1000, episodes=1, best_of=2, goals=4, log_every=1, save_every=1,
+        DEMO, seeds=1, ranks=1, collect=6, width=16, updates=20, block=10,
+        episodes=1, best_of=2, goals=4, save_every=1,
     ),
-    "demo": DEMO,
+    "demo": replace(DEMO, seed=10),
     "walker": WALKER,
     "gpu": replace(DEMO, others=0, dim=48, width=512, width_b=256, updates=100_000, block=500),
     "full": replace(
-        WALKER, ranks=1, rows=(*tuple(ROWS)[:4], "TD3-AW", "random actions"), seeds=5,
+        WALKER, ranks=1, rows=("FB-AW", "FB-AWARE", "FB", "FB-ARE", "TD3-AW", "random actions"), seeds=5,
         collect=0, dim=100, codes=16, others=0, width=1024, width_b=256, updates=3_000_000, block=500,
-        batch=1024, lr=1e-4, lr_b=1e-4, prompt=50_000, save_every=200,
+        batch=1024, lr=1e-4, beta=0.1, prompt=50_000, save_every=200,
     ),
 }  # fmt: skip
 CLAIMS = [
@@ -169,7 +173,7 @@ CLAIMS = [
     Claim("... and so more goals are reached", "reached", "grid: FB-ARE", "grid: FB"),
     Claim("advantage weighting earns more where FB stays flat", "goals", "FB-AW", "FB"),
     Claim("... and ends nearer to the goals (m)", "distance", "FB-AW", "FB", "lower"),
-    Claim("... and for agents of a single task", "four", "TD3-AW", "TD3"),
+    Claim("... and for agents of a single task (m)", "distance", "TD3-AW", "TD3", "lower"),
     Claim("blocks add to advantage weighting", "goals", "FB-AWARE", "FB-AW"),
 ]
 
@@ -220,27 +224,38 @@ class PointMass:
         return np.float32(self.state[:, 1:] / UNITS), 0.0 * over, over & False, over, {}
 
 
-class DmTask(common.DmControl):
-    """A task of dm_control, or one of MOOD's for cheetah: speed over the task's speed, from 0 to 1."""
+def ramp(x, top, margin, at_margin=0.0):
+    """1 from `top` on, below it linear down to `at_margin` at top - margin."""
+    return rewards.tolerance(x, (top, math.inf), margin, "linear", at_margin)
 
-    def __init__(self, domain, task):
-        speed = SPEEDS.get(task) if domain == "cheetah" else None
-        super().__init__(domain, "run" if speed else task)
-        if speed:
-            self.env.task.get_reward = lambda physics: np.clip(physics.speed() / speed, 0, 1)
+
+OWN = {  # rewards of MOOD's and ExORL's tasks that dm_control does not have
+    "cheetah_walk": lambda physics: ramp(physics.speed(), 2, 2),
+    "cheetah_walk_backward": lambda physics: ramp(-physics.speed(), 2, 2),
+    "cheetah_run_backward": lambda physics: ramp(-physics.speed(), 10, 10),
+    "walker_spin": lambda physics: ramp(physics.named.data.subtree_angmom["torso"][1], 10, 10),
+    "quadruped_stand": lambda physics: ramp(physics.torso_upright(), 1, 2),
+    "quadruped_jump": lambda physics: (
+        OWN["quadruped_stand"](physics) * ramp(physics.named.data.subtree_com["torso"][2], 1, 1, 0.5)
+    ),
+}
 
 
 def task_names(cfg: Config) -> list[str]:
     """All tasks of the environment."""
     if cfg.env == "point_mass":
         return [f"goal {i}" for i in range(cfg.goals)]
-    return DOMAINS.get(cfg.env, ["reward"])
+    return DOMAINS.get(cfg.env, "reward").split()
 
 
 def make_env(cfg: Config, task: str):
-    """A task of dm_control, or a gymnasium environment with flat observations and actions in [-1, 1]."""
+    """A task of dm_control or OWN, or a gymnasium environment; flat observations, actions in [-1, 1]."""
     if cfg.env in DOMAINS:
-        return DmTask(cfg.env, task)
+        own = OWN.get(f"{cfg.env}_{task}")
+        env = common.DmControl(cfg.env, "run" if own else task)
+        if own:
+            env.env.task.get_reward = own
+        return env
     env = gymnasium.wrappers.FlattenObservation(gymnasium.make(cfg.env))
     return gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
 
@@ -284,7 +299,7 @@ def load_data(cfg: Config, run: Run) -> Data:
     source = cfg.data or str(run.once(f"data {cfg.env}", collect))
     raw = common.load_episodes(source)
     if raw["action"].abs().max() > 1.001:
-        raise UserError(f"{source}: actions reach {raw['action'].abs().max():.4g}, beyond [-1, 1]")
+        raise UserError(f"{source}: actions beyond [-1, 1]")
     next_s, live = raw["next_observation"], 1 - raw["terminated"][:, 0]
     columns = raw["observation"], raw["action"], next_s, live, next_s[:, : cfg.seen or None]
     return Data(*(x.to(run.device) for x in columns), raw)
@@ -300,51 +315,54 @@ def label(raw: dict[str, Tensor], rows: Tensor, cfg: Config) -> Tensor:
         return raw["reward"][rows].T
     if "physics" not in raw:
         raise UserError(f"{cfg.data}: no physics to compute rewards from; --task goal: and demo: need none")
-    envs = [DmTask(cfg.env, name) for name in task_names(cfg)]
+    envs = [make_env(cfg, name) for name in task_names(cfg)]
     physics, found = envs[0].env.physics, []
     for state, action in zip(raw["physics"][rows].numpy(), raw["action"][rows].numpy(), strict=True):
         physics.set_state(state)
         physics.set_control(envs[0].low + (action + 1) / 2 * envs[0].span)  # humanoids pay for it
         physics.forward()
-        found.append([float(np.squeeze(env.env.task.get_reward(physics))) for env in envs])
+        found.append([float(env.env.task.get_reward(physics)) for env in envs])
     return torch.tensor(found).T
 
 
 def collect(run: Run):
-    """Episodes in ExORL's layout, 1000 steps of coloured noise for dm_control.
+    """Episodes in ExORL's layout: torques that change now and then, 1000 steps for dm_control.
 
-    For the point mass 500 steps, on which springs of random stiffness pull to goals that change now and then.
+    For the point mass 500 steps, on which springs of random stiffness pull to goals that change.
     There row t of an action belongs to t - 1 -> t, row 0 to nothing.
     """
-    cfg, draw, physics, noise = run.cfg, np.random.standard_normal, [], 0.0
-    envs = make_envs(cfg, task_names(cfg)[:1], cfg.collect)
-    envs.seconds, goals = 50.1, np.zeros((cfg.collect, 2))  # of the point mass
+    cfg, draw, physics = run.cfg, np.random.standard_normal, []
+    envs, point = make_envs(cfg, task_names(cfg)[:1], cfg.collect), cfg.env == "point_mass"
+    envs.seconds = 50.1  # of the point mass
+    aim = np.zeros((cfg.collect, 2) if point else envs.action_space.shape)
     stiffness = np.random.uniform(2, 20, (cfg.collect, 1))
 
-    def springs(obs):
-        change = np.random.random(stiffness.shape) < 0.02
-        goals[:] = np.where(change, np.random.uniform(-0.28, 0.28, goals.shape), goals)
+    def policy(obs):
+        change = np.random.random(stiffness.shape) < (0.02 if point else 0.1)
+        aim[:] = np.where(change, np.random.uniform(-1, 1, aim.shape), aim)
+        if not point:
+            physics.append([env.env.physics.get_state() for env in envs.envs])
+            return (1.5 * aim + 0.2 * draw(aim.shape)).clip(-1, 1)
         place, velocity = np.split(obs * UNITS, 2, 1)
-        force = (stiffness * (goals - place) - 2 * velocity).clip(-1, 1) + 0.3 * draw(goals.shape)
+        force = (stiffness * (0.28 * aim - place) - 2 * velocity).clip(-1, 1) + 0.3 * draw(aim.shape)
         return (force @ envs.thrusters + 0.05 * draw((len(obs), 8))).clip(-1, 1)
 
-    def wander(obs):
-        nonlocal noise
-        physics.append([env.env.physics.get_state() for env in envs.envs])
-        noise = 0.95 * noise + 0.3 * draw(envs.action_space.shape)
-        return noise.clip(-1, 1)
-
-    policy = springs if cfg.env == "point_mass" else wander
     _, obs, action = roll(envs, policy, cfg.seed + 10**6)
-    rows = dict(observation=obs, action=np.roll(action, 1, 0))
-    rows |= dict(reward=np.zeros(obs.shape[:2]), discount=np.ones(obs.shape[:2]))
+    none = np.zeros(obs.shape[:2])
+    rows = dict(observation=obs, action=np.roll(action, 1, 0), reward=none, discount=none + 1)
     if physics:
         rows["physics"] = np.array(physics)
     for i in range(cfg.collect):
-        np.savez(run.folder / f"{i:06d}_{len(obs) - 1}.npz", **{key: x[:, i] for key, x in rows.items()})
+        np.savez(run.folder / f"{i:06d}.npz", **{key: x[:, i] for key, x in rows.items()})
 
 
 # --- networks, with a leading axis of members ---
+
+
+def bent(members, width, outputs):
+    """The layers after a first linear one."""
+    norm = nn.LayerNorm(width, elementwise_affine=False)
+    return norm, nn.Tanh(), EnsembleLinear(members, width, outputs), nn.ReLU()
 
 
 class TwoStreams(nn.Module):
@@ -352,15 +370,10 @@ class TwoStreams(nn.Module):
 
     def __init__(self, members, left, right, outputs, width):
         super().__init__()
-        linear, norm = (
-            functools.partial(EnsembleLinear, members),
-            nn.LayerNorm(width, elementwise_affine=False),
-        )
-        self.left, self.right = (
-            nn.Sequential(linear(n, width), norm, nn.Tanh(), linear(width, width // 2), nn.ReLU())
-            for n in (left, right)
-        )
-        self.head = nn.Sequential(linear(width, width), nn.ReLU(), linear(width, outputs))
+        linear, half = functools.partial(EnsembleLinear, members), width // 2
+        self.left = nn.Sequential(linear(left, width), *bent(members, width, half))
+        self.right = nn.Sequential(linear(right, width), *bent(members, width, half))
+        self.head = nn.Sequential(linear(2 * half, width), nn.ReLU(), linear(width, outputs))
 
     def forward(self, left, right):
         return self.head(torch.cat([self.left(left), self.right(right)], -1))
@@ -380,17 +393,14 @@ class Backward(nn.Module):
     def __init__(self, inputs, cfg):
         super().__init__()
         groups, width, part = cfg.groups, cfg.width_b, cfg.dim // cfg.groups
-        linear, norm = (
-            functools.partial(EnsembleLinear, groups),
-            nn.LayerNorm(width, elementwise_affine=False),
-        )
-        self.groups, self.dim, self.first = groups, cfg.dim, linear(inputs, width)
+        self.groups, self.dim = groups, cfg.dim
+        self.first = EnsembleLinear(groups, inputs, width)
         nn.init.normal_(self.first.bias)  # else the norm leaves a state's direction alone
         if groups > 1:
             self.code = nn.Parameter(torch.randn(groups, cfg.dim, width) / math.sqrt(cfg.dim))
             before = torch.ones(groups, groups).tril(-1).repeat_interleave(part, 1)
             self.register_buffer("before", before[:, None])  # (K, 1, d): 1 for the blocks before k
-        self.rest = nn.Sequential(norm, nn.Tanh(), linear(width, width), nn.ReLU(), linear(width, part))
+        self.rest = nn.Sequential(*bent(groups, width, width), EnsembleLinear(groups, width, part))
 
     def forward(self, s: Tensor, z: Tensor) -> Tensor:
         """s (C, J, o), or (1, J, o) for states that all codes meet, and z (C, d) -> (C, J, d).
@@ -418,8 +428,9 @@ class Agent(nn.Module):
         self.forward_map = TwoStreams(cfg.members * self.own, *sizes)
         self.backward_map = Backward(cfg.seen or obs, cfg)
         self.actor = TwoStreams(self.own, obs + cfg.dim, obs, actions, cfg.width)
-        self.slow_forward = copy.deepcopy(self.forward_map).requires_grad_(False)
-        self.slow_backward = copy.deepcopy(self.backward_map).requires_grad_(False)
+        self.maps = nn.ModuleList([self.forward_map, self.backward_map])  # for one optimizer
+        self.slow = copy.deepcopy(self.maps).requires_grad_(False)
+        self.slow_forward, self.slow_backward = self.slow
 
     def rows(self, s: Tensor, more: Tensor) -> Tensor:
         """(C, G, o) and (C, G or 1, ...) side by side, for the networks they go to: (own, C G / own, ...)."""
@@ -429,7 +440,7 @@ class Agent(nn.Module):
     def mean(self, s: Tensor, z: Tensor) -> Tensor:
         """Mean action: (C, G, o), (C, d) -> (C, G, m)."""
         right = s.reshape(self.own, -1, s.shape[-1])
-        return self.actor(self.rows(s, z[:, None]), right).view(*s.shape[:2], -1).tanh()
+        return self.actor(self.rows(s, z[:, None]), right).tanh().view(*s.shape[:2], -1)
 
     def features(self, net: nn.Module, s: Tensor, a: Tensor, z: Tensor) -> Tensor:
         """F(s, a, z) by `net`, forward_map or its slow copy: (E, C, G, d)."""
@@ -455,7 +466,7 @@ class Batch(NamedTuple):
     live: Tensor  # (C, G)
     met: Tensor  # (C, J, seen), or (1, J, seen) for all codes
     goal: Tensor  # (C, 1, seen)
-    own: Tensor  # (C, G, J) which of `met` is the transition's own next state
+    own: Tensor  # (C or 1, G, J) which of `met` is the transition's own next state
 
 
 def measure(f: Tensor, b: Tensor) -> Tensor:
@@ -464,22 +475,21 @@ def measure(f: Tensor, b: Tensor) -> Tensor:
 
 
 def fb_loss(m: Tensor, target: Tensor, discount: Tensor, own: Tensor) -> Tensor:
-    """Eq. (1): m (E, C, G, J), target (C, G, J), gamma_i (C, G), own next states (C, G, J) -> ().
+    """Eq. (1): m (E, C, G, J), target (C, G, J), gamma_i (C, G), own next states (C or 1, G, J) -> ().
 
     Other next states j are independent samples of rho; the own one carries the term that is linear in m.
     """
     error = (m - discount[..., None] * target).masked_fill(own, 0.0)
-    pairs = own.numel() * (1 - 1 / own.shape[-1])
-    diagonal = (m * own).sum() / own[..., 0].numel()
+    pairs = target.numel() * (1 - 1 / own.shape[-1])
+    diagonal = (m * own).sum() / discount.numel()
     return 0.5 * error.square().sum() / pairs - diagonal
 
 
 def ortho_loss(b: Tensor) -> Tensor:
     """Eq. (2), the mean over codes: (C, J, d) -> ()."""
-    count = b.shape[1]
-    gram = b @ b.mT
-    off = gram.masked_fill(torch.eye(count, device=b.device).bool(), 0.0)
-    return 0.5 * off.square().sum() / (len(b) * count * (count - 1)) - b.square().sum(-1).mean()
+    count, norms = b.shape[1], b.square().sum(-1)
+    off = (b @ b.mT).square().sum() - norms.square().sum()
+    return 0.5 * off / (len(b) * count * (count - 1)) - norms.mean()
 
 
 def encode(backward: Backward, states: Tensor, reward: Tensor) -> Tensor:
@@ -524,28 +534,21 @@ def noisy(mean: Tensor, std: float, clip: float = math.inf) -> Tensor:
     return a + (a.clamp(-1, 1) - a).detach()
 
 
-@torch.no_grad()
-def advantage(agent: Agent, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
-    """Eq. (8), data's and policy's actions in one pass: (C, G)."""
-    drawn = noisy(agent.mean(batch.s, z), cfg.std)
-    q = agent.q(batch.s, torch.stack([batch.a, drawn]), z)
-    return q[:, 0].mean(0) - pessimistic(q[:, 1], cfg.pessimism)
-
-
 def advantage_weights(advantage: Tensor, cfg: Config) -> Tensor:
     """Eq. (9): (C, G) -> (C, G), of sum 1."""
-    logits = advantage.reshape(len(advantage) if cfg.per_code else 1, -1) / cfg.beta
-    log_p = logits.log_softmax(-1)
+    log_p = (advantage / (cfg.beta * math.sqrt(cfg.dim))).log_softmax(-1)
     if cfg.improved:
         log_p = (log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))).log_softmax(-1)
-    return log_p.exp().view_as(advantage) / len(logits)
+    return log_p.exp() / len(advantage)
 
 
 def by_advantage(agent: Agent, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
-    """Eq. (10) but for a constant; no gradient of Q, which may be wrong off the data."""
-    weight = advantage_weights(advantage(agent, batch, z, cfg), cfg)
-    squares = (batch.a - agent.mean(batch.s, z)).square().mean(-1)
-    return (weight * squares).sum() / (2 * cfg.std**2)
+    """Eqs. (8) and (10), but for a constant; no gradient of Q, which may be wrong off the data."""
+    mean = agent.mean(batch.s, z)
+    with torch.no_grad():
+        q, drawn = agent.q(batch.s, torch.stack([batch.a, noisy(mean, cfg.std)]), z).unbind(1)
+        weight = advantage_weights(q.mean(0) - pessimistic(drawn, cfg.pessimism), cfg)
+    return (weight * (batch.a - mean).square().mean(-1)).sum() / (2 * cfg.std**2)
 
 
 def by_critic(agent: Agent, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
@@ -565,14 +568,11 @@ def gather(data: Data, index: Tensor, cfg: Config) -> Batch:
 
     For each code one transition that ends at a goal, G to learn from, and others to meet the ends of.
     """
-    place = torch.arange(index.numel(), device=index.device).view_as(index)
-    mine = place[:, 1 : 1 + cfg.batch // cfg.codes]
-    met = place[:, 1:] if cfg.others else mine.reshape(1, -1)
-    rows = index.flatten()
-    columns = (column[rows[mine]] for column in data[:4])
-    return Batch(
-        *columns, data.goal[rows[met]], data.goal[rows[place[:, :1]]], mine[..., None] == met[:, None]
-    )
+    mine = index[:, 1 : 1 + cfg.batch // cfg.codes]
+    met = index[:, 1:] if cfg.others else mine.reshape(1, -1)
+    own = torch.eye(cfg.batch // len(met), met.shape[1], device=index.device).bool()
+    own = own.view(-1, mine.shape[1], met.shape[1])
+    return Batch(*(x[mine] for x in data[:4]), data.goal[met], data.goal[index[:, :1]], own)
 
 
 def representation_loss(agent: Agent, batch: Batch, next_a: Tensor, z: Tensor, cfg: Config) -> Tensor:
@@ -595,11 +595,10 @@ def critic_loss(agent: Agent, batch: Batch, next_a: Tensor, z: Tensor, reward: T
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
     """One step on the optimizer's parameters; nothing else gets a gradient, F none from the actor's loss."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
-        p.grad = gradient
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
+    loss.backward(inputs=parameters)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     return loss.detach()
 
 
@@ -607,26 +606,24 @@ def learn(agent: Agent, data: Data, cfg: Config, run: Run):
     """The training loop: without rewards, but for agents of a single task."""
     device, single, count = run.device, cfg.method == "single", 1 + cfg.batch // cfg.codes + cfg.others
     more = dict(lr=cfg.lr, fused=True, capturable=device.type == "cuda")
-    slower = dict(params=agent.backward_map.parameters(), lr=cfg.lr_b)
-    maps = torch.optim.Adam([dict(params=agent.forward_map.parameters()), slower], **more)
+    maps = torch.optim.Adam(agent.maps.parameters(), **more)
     actor = torch.optim.Adam(agent.actor.parameters(), **more)
-    alone = torch.ones(cfg.codes, 1, device=device)
-    if single:
-        earned = label(data.raw, torch.arange(len(data.s)), cfg)[: cfg.codes].to(device)
+    if single:  # rewards of mean square 1, for which beta is meant
+        earned = nn.functional.normalize(label(data.raw, torch.arange(len(data.s)), cfg)[: cfg.codes])
+        earned = earned.to(device) * math.sqrt(len(data.s))
 
     def update(index):
         batch = gather(data, index, cfg)
-        z = alone if single else sample_z(agent.backward_map, batch.goal, cfg)
+        z = torch.ones_like(batch.live[:, :1]) if single else sample_z(agent.backward_map, batch.goal, cfg)
         with torch.no_grad():
             next_a = noisy(agent.mean(batch.next_s, z), cfg.std, cfg.noise_clip)
         if single:
             loss = critic_loss(agent, batch, next_a, z, earned.gather(1, index[:, 1:]), cfg)
         else:
             loss = representation_loss(agent, batch, next_a, z, cfg)
-        losses = {"loss": descend(maps, loss)}
+        losses = dict(loss=descend(maps, loss))
         losses["actor_loss"] = descend(actor, ACTOR_LOSS[cfg.actor](agent, batch, z, cfg))
-        common.soft_update(agent.slow_forward, agent.forward_map, cfg.tau)
-        common.soft_update(agent.slow_backward, agent.backward_map, cfg.tau)
+        common.soft_update(agent.slow, agent.maps, cfg.tau)
         return losses
 
     update = common.graphed(update)  # on a GPU one CUDA graph
@@ -635,7 +632,6 @@ def learn(agent: Agent, data: Data, cfg: Config, run: Run):
         for index in torch.randint(len(data.s), (cfg.block, cfg.codes, count), device=device):
             losses = update(index)
         run.log(step, **losses)
-    run.speed["updates_per_s"] = cfg.block * run.speed["steps_per_s"]
 
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
@@ -643,10 +639,11 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     if cfg.env == "grid":
         return train_grid(cfg, run)
     data, names = load_data(cfg, run), task_names(cfg)
-    cfg = replace(cfg, codes=min(cfg.codes, len(names))) if cfg.method == "single" else cfg
+    if cfg.method == "single":
+        cfg = replace(cfg, codes=min(cfg.codes, len(names)))
     if cfg.method == "fixed":
-        shape = data.a.shape[1:]
-        return evaluate(lambda obs: np.random.uniform(-cfg.std, cfg.std, (len(obs), *shape)), names, cfg, run)
+        size = data.a.shape[1]
+        return evaluate(lambda obs: np.random.uniform(-cfg.std, cfg.std, (len(obs), size)), names, cfg, run)
     agent = make_agent(data, cfg)
     learn(agent, data, cfg, run)
     torch.save(agent.state_dict(), run.folder / "agent.pt")
@@ -665,10 +662,11 @@ def make_agent(data, cfg):
 def prompt(agent: Agent, data: Data, cfg: Config) -> Tensor:
     """Codes of all tasks, from their rewards at some states of the data: (tasks, d)."""
     rows = torch.randperm(len(data.s))[: cfg.prompt]
-    reward = label(data.raw, rows, cfg)
-    if not reward.any(1).all():
-        raise UserError(f"a task has no reward at any of {len(rows)} states; --prompt takes more of them")
-    return sphere(encode(agent.backward_map, data.goal[rows][None], reward.to(data.goal)))
+    reward = label(data.raw, rows, cfg).to(data.goal)
+    z = encode(agent.backward_map, data.goal[rows][None], reward)
+    if (z.norm(dim=1) <= math.sqrt(cfg.dim / len(rows)) * reward.abs().mean(1)).any():  # |B| = sqrt d
+        raise UserError("a task has no code beyond chance; --prompt takes more states")
+    return sphere(z)
 
 
 @torch.no_grad()
@@ -694,17 +692,21 @@ def evaluate(policy, names: list[str], cfg: Config, run: Run) -> dict[str, float
     """
     returns, obs, _ = roll(make_envs(cfg, names, cfg.episodes), policy, cfg.seed)
     if cfg.env != "point_mass":
-        return dict(zip(names, returns.reshape(len(names), -1).mean(1), strict=True))
+        found = dict(zip(names, returns.reshape(len(names), -1).mean(1), strict=True))
+        if (robot := cfg.env.split("-")[0]) in D4RL:
+            low, high = D4RL[robot]
+            found["score"] = 100 * (found["reward"] - low) / (high - low)
+        return found
     places = obs[..., :2].reshape(len(obs), len(names), -1, 2) * UNITS[:2]
     np.save(run.folder / "places.npy", places[:, :4])
     distance = np.linalg.norm(places - point_goals(cfg)[: len(names), None], axis=-1)
     reward = near(distance[len(obs) // 2 :]).mean((0, 2))
-    return {"goals": reward.mean(), "distance": distance[-1].mean(), "four": reward[:4].mean()}
+    return dict(goals=reward.mean(), distance=distance[-1].mean(), four=reward[:4].mean())
 
 
 def answer(cfg: Config, run: Run):
     """--task: act by a prompt with the finished agent of the first of --rows; nothing is trained."""
-    row = cfg.rows[0]
+    row = [*cfg.rows, *ROWS][0]
     cfg = replace(cfg, **ROWS.get(row, {}))
     file = run.root / common.slug(f"{row}-s{cfg.seed}") / "agent.pt"
     if not file.is_file() or cfg.method != "fb":
@@ -713,10 +715,9 @@ def answer(cfg: Config, run: Run):
     agent, n = make_agent(data, cfg), data.goal.shape[1]
     agent.load_state_dict(torch.load(file, map_location=run.device, weights_only=True))
     kind, _, what = cfg.task.partition(":")
-    task = cfg.task.removeprefix(f"{cfg.env}_")
+    task = names[0] if what else cfg.task.removeprefix(f"{cfg.env}_")
     try:
-        if kind in ("goal", "demo"):
-            task = names[0]
+        if what:
             rows = [what.split(",")] if kind == "goal" else next(common.read_exorl(Path(what)))[0][:, :n]
             states = torch.tensor(np.array(rows, np.float32)[None], device=run.device)
             z = sphere(encode(agent.backward_map, states, torch.ones_like(states[..., 0])))
@@ -726,7 +727,7 @@ def answer(cfg: Config, run: Run):
         raise UserError(f"--task: {e}; there are {names}, goal: and {n} numbers, demo:FILE.npz") from None
     envs = make_envs(cfg, [task], cfg.episodes)
     returns, obs, _ = roll(envs, functools.partial(act, agent, z, cfg), cfg.seed)
-    run.print(f"{cfg.task}: return {returns.mean():.2f} in {task}, ends at {obs[-1, :, :n].mean(0).round(2)}")
+    run.print(f"{cfg.task}: return {returns.mean():.2f}, ends at {obs[-1, :, :n].mean(0).round(2)}")
 
 
 # --- part A: exact measures on a grid ---
@@ -776,9 +777,9 @@ def train_grid(cfg: Config, run: Run) -> dict[str, float]:
     following, m = grid_world(7, cfg.discount)
     if cfg.method == "fixed":
         return {"error": linear_bound(m, cfg.dim)}
-    states = torch.eye(len(m))[None]
+    states = 7 * torch.eye(len(m))[None]  # of unit variance, roughly
     backward = Backward(len(m), cfg)
-    optimizer = torch.optim.Adam(backward.parameters(), cfg.lr_b)
+    optimizer = torch.optim.Adam(backward.parameters(), cfg.lr)
 
     def represent(goal):
         """Codes z (C, d) of goals (C,), features B (C, S, d), F (C, 5 S, d)."""
@@ -812,7 +813,7 @@ def draw(figure, run):
     titles = ["exact measure", "FB", "FB-ARE", "code of a goal, first block", "code of a goal, both blocks"]
     for image, title, axis in zip(images, titles, axes, strict=False):
         axis.imshow(image.reshape(7, 7))
-        axis.set(title=title, xticks=[], yticks=[])
+        axis.set_title(title)
     for row, axis in zip(tuple(ROWS)[:4], axes, strict=False):
         for k, goal in enumerate(point_goals(run.cfg)[:4]):
             axis.plot(*load(row, "places.npy")[:, k].T.swapaxes(1, 2), f"C{k}", linewidth=0.8)
@@ -823,7 +824,7 @@ def draw(figure, run):
 def dry_run(cfg, run):
     """Parameters and hours of a cell with walker's observations, and what is missing."""
     size = sum(p.numel() for p in Agent(cfg, 24, 6).parameters() if p.requires_grad)
-    hours = cfg.updates * 12 * size * cfg.batch / 1e14 / 3600
+    hours = cfg.updates * 12 * size * cfg.batch / 3.6e17
     run.print(f"{size:,} parameters, {hours:.1f} hours a cell at 100 TFLOP/s. {cfg.missing()}")
 
 
@@ -838,7 +839,7 @@ def main():
             return answer(cfg, run)
         table = run.grid(ROWS, train)
         run.check(CLAIMS, table)
-        if set(table) >= set(DEMO.rows):
+        if set(table) >= set(ROWS):
             run.figure(draw, run, size=(9, 9))
 
 

@@ -241,7 +241,6 @@ def bench_fb(folder: Path, run: common.Run, obs=24, actions=6, dim=50, width=256
     cfg = replace(fb.Config(), others=0, **sizes)
     agent = fb.Agent(cfg, obs, actions).to(run.device)
     loop = SimpleNamespace(device=run.device, steps=lambda n, **_: range(n), log=lambda *_, **__: None)
-    loop.speed = {"steps_per_s": 0}
     buffer = {"train": SimpleNamespace(sample=sample)}
     steps = {"ours": lambda: fb.learn(agent, data, cfg, loop)}
     steps["theirs"] = lambda: [reference.update(buffer, 0) for _ in range(count)]

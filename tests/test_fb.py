@@ -24,9 +24,8 @@ def agent_and_batch(cfg, n=400):
     """An agent, its slow copy apart from it, and a batch of random transitions, of which some end."""
     s, next_s = torch.randn(2, n, 4)
     data = fb.Data(s, torch.rand(n, 3), next_s, (torch.rand(n) > 0.3).float(), next_s[:, :2], {})
-    index = torch.stack(
-        [torch.randperm(n)[: 1 + cfg.batch // cfg.codes + cfg.others] for _ in range(cfg.codes)]
-    )
+    count = 1 + cfg.batch // cfg.codes + cfg.others
+    index = torch.randperm(n)[: cfg.codes * count].view(cfg.codes, count)
     agent = fb.Agent(cfg, 4, 3)
     for p in agent.slow_forward.parameters():
         p += 0.1 * torch.randn_like(p)
@@ -70,21 +69,15 @@ def random_mdp():
 
 def population(following, f, slow_f, b, policy, discount):
     """Eq. (1) over all transitions and all next states, without sampling noise: tables f (Z, 8, 2, d)."""
-    s, a, next_s = (
-        torch.arange(8).repeat_interleave(8),
-        torch.arange(2).repeat_interleave(4).repeat(8),
-        following.flatten(),
-    )
+    number, next_s = torch.arange(64), following.flatten()
+    s, a = number // 8, number // 4 % 2
     met = torch.cat([next_s[:, None], next_s.expand(64, -1)], 1)  # a row's own, then all
-    own = torch.zeros(64, 1, 65, dtype=torch.bool)
-    own[..., 0] = True
+    own, gamma = torch.eye(1, 65).bool()[None], discount * torch.ones(64, 1).double()
     total = 0
     for mine, slow, greedy in zip(f, slow_f, policy, strict=True):
         target = torch.einsum("nd,njd->nj", slow[next_s, greedy[next_s]], b.detach()[met])
         m = torch.einsum("nd,njd->nj", mine[s, a], b[met])
-        total += fb.fb_loss(
-            m[None, :, None], target[:, None], torch.full((64, 1), discount, dtype=torch.double), own
-        )
+        total += fb.fb_loss(m[None, :, None], target[:, None], gamma, own)
     return total
 
 
@@ -106,7 +99,7 @@ def test_training_on_a_random_mdp_finds_value_iteration_s_values_and_policies():
     f = torch.zeros(2, 8, 2, 8, dtype=torch.double, requires_grad=True)
     slow, optimizer = f.detach().clone(), torch.optim.Adam([f], 0.1)
     for i in range(900):
-        optimizer.param_groups[0]["lr"] = 0.1 * 0.99 ** max(i - 400, 0)
+        optimizer.param_groups[0]["lr"] = min(0.1, 20 * 0.99**i)
         policy = torch.einsum("zsad,zd->zsa", slow, z).argmax(-1)
         fb.descend(optimizer, population(following, f, slow, b, policy, 0.8))
         slow.lerp_(f.detach(), 0.2)
@@ -150,15 +143,9 @@ def test_a_code_is_the_fixed_point_of_its_encoding_scales_and_comes_back_from_it
 # --- actors
 
 
-def test_pessimism_is_the_minimum_of_two_and_harmless_for_one():
-    q = torch.randn(2, 7)
-    CLOSE(fb.pessimistic(q, 0.5), q.amin(0))
-    CLOSE(fb.pessimistic(q[:1], 0.5), q[0])
-
-
 def test_improved_weights_are_p_over_1_minus_p_and_each_code_counts_alike():
     p = torch.tensor([[0.7, 0.3], [0.5, 0.5]])
-    weights = fb.advantage_weights(2 * p.log(), replace(SMOKE, beta=2.0))
+    weights = fb.advantage_weights(8 * p.log(), replace(SMOKE, beta=2.0, dim=16))
     CLOSE(weights, torch.tensor([[0.49, 0.09], [0.29, 0.29]]) / 0.58 / 2)
     one_hot = torch.tensor([[0.0, 1.0, 0.0]])
     CLOSE(fb.advantage_weights(900 * one_hot, SMOKE), one_hot, atol=1e-5, rtol=0)
@@ -167,7 +154,7 @@ def test_improved_weights_are_p_over_1_minus_p_and_each_code_counts_alike():
 def test_improved_weights_halve_the_bias_of_self_normalised_importance_sampling():
     x = torch.randn(100_000, 4)  # E[x e^x] / E[e^x] = 1
     for flag, wanted in ((False, 0.607), (True, 0.748)):
-        weights = fb.advantage_weights(x, replace(SMOKE, improved=flag, beta=1.0))
+        weights = fb.advantage_weights(x, replace(SMOKE, improved=flag))
         assert (weights * x).sum().item() == pytest.approx(wanted, abs=0.01)
 
 
@@ -176,12 +163,11 @@ def test_improved_weights_halve_the_bias_of_self_normalised_importance_sampling(
 def test_an_actor_s_step_moves_the_actor_alone_and_a_hot_one_clones(method, actor):
     cfg = replace(SMOKE, method=method, codes=4, batch=16, beta=1e9)
     agent, batch = agent_and_batch(cfg)
-    z, before = torch.randn(4, cfg.dim), {name: p.clone() for name, p in agent.named_parameters()}
+    z = torch.randn(4, cfg.dim)
     clone = (batch.a - agent.mean(batch.s, z)).square().mean() / (2 * cfg.std**2)
     loss = fb.ACTOR_LOSS[actor](agent, batch, z, cfg)
     fb.descend(torch.optim.Adam(agent.actor.parameters()), loss)
-    moved = {name.split(".")[0] for name, p in agent.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {"actor"}
+    assert all((p.grad is not None) == name.startswith("actor.") for name, p in agent.named_parameters())
     if actor == "aw":
         CLOSE(loss, clone)
 
@@ -198,13 +184,22 @@ def test_agents_of_a_single_task_share_nothing_and_learn_td3_s_targets():
     assert gradient.abs().sum((1, 2)).count_nonzero() == 1
 
 
+def test_a_reward_s_unit_changes_nothing_for_agents_of_a_single_task():
+    cfg = replace(SMOKE, env="Hopper-v4", **fb.ROWS["TD3-AW"] | dict(codes=1))
+    s, means = torch.randn(60, 4), []
+    run = SimpleNamespace(device=s.device, steps=lambda n, **_: range(n), log=lambda *_, **__: None)
+    for unit in (1, 1000):
+        torch.manual_seed(0)
+        agent, raw = fb.Agent(cfg, 4, 4), {"reward": unit * s[:, :1]}
+        fb.learn(agent, fb.Data(s, s.tanh(), s + 1, torch.ones(60), s[:, :2], raw), cfg, run)
+        means.append(agent.mean(s[None], torch.ones(1, 1)))
+    CLOSE(*means)
+
+
 def test_evaluation_sampling_plays_the_best_sample():
-    best = torch.tensor([0.3, -0.2])
-    agent = SimpleNamespace(
-        mean=lambda s, z: s[..., :2], q=lambda s, a, z: -(a - best).square().sum(-1)[None]
-    )
+    agent = SimpleNamespace(mean=lambda s, z: s[..., :2], q=lambda s, a, z: -(a - 0.3).square().sum(-1)[None])
     obs, z = np.zeros((6, 4), np.float32), torch.zeros(2, 3)
-    assert np.abs(fb.act(agent, z, replace(SMOKE, best_of=4000), obs) - best.numpy()).max() < 0.05
+    assert np.abs(fb.act(agent, z, replace(SMOKE, best_of=4000), obs) - 0.3).max() < 0.05
 
 
 # --- the grid
@@ -213,7 +208,6 @@ def test_evaluation_sampling_plays_the_best_sample():
 def test_grid_measures_are_those_of_shortest_paths_and_no_features_without_z_beat_the_linear_bound():
     following, m = fb.grid_world(4, 0.9)
     CLOSE(m.sum(-1) / 16, torch.full((16, 80), 10.0))
-    CLOSE(m[0].view(16, 5, 16)[15].amax(0)[0].item(), 160 * 0.9**5, atol=1e-3, rtol=0)  # six steps to go
     assert fb.reached(m[torch.arange(16), :, torch.arange(16)], following) == 1
     bound = fb.linear_bound(m, 5)
     assert all(fb.grid_error(fb.best_forward(b, m), b, m) > bound for b in torch.randn(9, 1, 16, 5))
@@ -238,9 +232,10 @@ def test_the_point_mass_moves_as_in_dm_control():
 def test_rewards_are_those_of_the_environment_computed_from_physics(domain):
     cfg = replace(SMOKE, env=domain)
     for k, task in enumerate(fb.task_names(cfg)):
-        env = fb.DmTask(domain, task)
+        env = fb.make_env(cfg, task)
         env.reset(seed=0)
-        actions = np.random.default_rng(0).uniform(-1, 1, (4, *env.action_space.shape)).astype(np.float32)
+        env.action_space.seed(0)
+        actions = np.stack([env.action_space.sample() for _ in range(4)])
         steps = [env.step(a) for a in actions]
         physics = torch.tensor(np.stack([step[4]["physics"] for step in steps]))
         found = fb.label({"physics": physics, "action": torch.from_numpy(actions)}, torch.arange(4), cfg)
@@ -268,9 +263,9 @@ def test_smoke_resumes_bitwise_answers_prompts_and_is_the_same_on_two_ranks(run_
     for task in ("goal:0.5,-0.5", f"demo:{episode}", "goal 2"):
         code, out, _ = run_main(fb, *line, "--task", task)
         assert code == 0 and "ends at" in out
-    for task, words in {"goal:1": "2 numbers", "goal:a,b": "could not", "fly": "goal 3"}.items():
+    for task, words in {"goal:1": "2 numbers", "fly": "goal"}.items():
         code, _, err = run_main(fb, *line, "--task", task)
-        assert code == 2 and words in err and err.count("\n") == 1
+        assert code == 2 and words in err
     run_script(ROOT / "fb.py", *line, "--rows", "FB", "FB-ARE", "--out", "two", ranks=2)
     assert table(tmp_path / "two" / "fb-smoke-s0") == {row: before[row] for row in ("FB", "FB-ARE")}
 
@@ -278,8 +273,8 @@ def test_smoke_resumes_bitwise_answers_prompts_and_is_the_same_on_two_ranks(run_
 def test_a_domain_of_dm_control_is_collected_coded_and_acted_on(run_main, tmp_path):
     size = "--seeds 1 --ranks 1 --collect 2 --updates 50 --width 16 --batch 16 --prompt 50 --episodes 1"
     run_main(fb, "--config", "walker", *size.split(), "--rows", "FB-AWARE", "random actions")
-    found = table(tmp_path / "out" / "fb-walker-s0")
-    assert all(0 < cells[0][task] < 1000 for cells in found.values() for task in ("stand", "walk", "run"))
+    for cells in table(tmp_path / "out" / "fb-walker-s0").values():
+        assert 0 < cells[0]["stand"] < 1000
 
 
 def test_a_d4rl_file_is_learned_from_and_acted_on_in_gymnasium(run_main, tmp_path):
@@ -287,23 +282,23 @@ def test_a_d4rl_file_is_learned_from_and_acted_on_in_gymnasium(run_main, tmp_pat
     fields = dict(observations=rng.uniform(size=(200, 11)), actions=rng.uniform(-1, 1, (200, 3)))
     fields |= dict(rewards=rng.uniform(size=200), terminals=end & False, timeouts=end)
     with h5py.File(tmp_path / "hopper.hdf5", "w") as file:
-        for key, value in fields.items():
-            file[key] = value
+        file.update(fields)
     line = ["--config", "smoke", "--env", "Hopper-v4", "--data", "hopper.hdf5", "--seen", "0"]
     run_main(fb, *line, "--rows", "FB-AW", "TD3")
-    found = table(tmp_path / "out" / "fb-smoke-s0-hopper.hdf5")
-    assert all(cells[0]["reward"] > 0 for cells in found.values())
+    reward, score = table(tmp_path / "out" / "fb-smoke-s0-hopper.hdf5")["TD3"][0].values()
+    assert score == pytest.approx((reward + 20.27) / 32.5457)
 
 
 def test_what_makes_no_sense_or_is_missing_is_one_line_before_anything_is_computed(run_main):
     with pytest.raises(UserError, match="multiple"):
         replace(SMOKE, groups=3).check()
-    for wrong in (dict(data="nowhere.hdf5"), dict(env="Hopper-v4")):
-        assert "not there" in replace(SMOKE, **wrong).missing()
+    assert "not there" in replace(SMOKE, data="nowhere.hdf5").missing()
     assert "folder of walker" in run_main(fb, "--config", "full")[2]
     assert "hours" in run_main(fb, "--config", "full", "--dry_run")[1]
-    with pytest.raises(UserError, match="no physics"):
-        fb.label({}, torch.arange(2), replace(SMOKE, env="walker"))
+    orthogonal = {"reward": torch.tensor([[1.0], [-1.0]])}  # at two equal states
+    with pytest.raises(UserError, match="no code"):
+        data = fb.Data(*[torch.zeros(2, 2)] * 5, orthogonal)
+        fb.prompt(fb.Agent(SMOKE, 2, 2), data, replace(SMOKE, env="Hopper-v4"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
