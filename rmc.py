@@ -101,7 +101,7 @@ class Config(common.Config):
     # learning
     updates: int = 4  # critic updates a step of the environments
     actor_every: int = 2  # critic updates to an update of actor and temperature
-    batch: int = 256  # transitions an update
+    batch: int = 128  # transitions an update
     lr: float = 1e-3  # Adam, for all
     tau: float = 0.01  # share of the critics that the target takes up in an update
     clip: float = 40.0  # largest norm of the actor's gradient; 0: any
@@ -112,7 +112,7 @@ class Config(common.Config):
     target_entropy: float | None = None  # H in nats; None: the paper's for the task, else -A
     entropy_steps: int = 0  # steps in which H falls from 0.5 A to its final value; 0: none
     # evaluation
-    eval_every: int = 450  # steps between two evaluations
+    eval_every: int = 900  # steps between two evaluations
     episodes: int = 16  # an evaluation
     best: bool = False  # act by the particle of highest value in evaluation, not by a random one
 
@@ -141,6 +141,7 @@ ONE_STEP = dict(
     discount=0.0,
     reward_scale=1.0,
     updates=2,
+    batch=256,
     actor_every=1,
     random_steps=1,
     eval_every=10**6,
@@ -160,7 +161,7 @@ ROWS = {
     "tracking: unrestricted": TRACKING,
 }
 DEMO_ROWS = tuple(row for row in ROWS if row != "SAC")
-DEMO = Config(seeds=3, ranks=2, rows=DEMO_ROWS, log_every=50, save_every=450)
+DEMO = Config(seeds=4, ranks=2, rows=DEMO_ROWS, log_every=50, save_every=450)
 FULL = replace(
     DEMO,
     ranks=1,
@@ -174,6 +175,7 @@ FULL = replace(
     critics=10,
     width=256,
     updates=20,
+    batch=256,
     actor_every=20,
     lr=3e-4,
     tau=0.005,
@@ -187,8 +189,8 @@ CONFIGS = {
     "smoke": replace(
         DEMO, ranks=1, seeds=1, rows=tuple(ROWS), steps=8, random_steps=2, particles=8, width=16, episodes=4
     ),
-    "demo": DEMO,
-    "gpu": replace(FULL, steps=30_000, rows=("SSPG", "GPL-SAC"), seeds=2, ranks=4),
+    "demo": replace(DEMO, seed=10),
+    "gpu": replace(FULL, steps=20_000, seeds=2, ranks=4),
     "full": FULL,
     "pixels": replace(
         FULL,
@@ -544,7 +546,7 @@ class Agent(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.residual = [net for net in self.modules() if isinstance(net, ResidualNet)]
         self.target = copy.deepcopy(self.critics).requires_grad_(False)
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(cfg.alpha)), not cfg.anneal)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(cfg.alpha)))
         self.to(device)
         # plain lists and tuples: no submodules, for they have no memory of their own to save
         self.twins = twin(self.kernel), twin(self.critics)
@@ -735,7 +737,7 @@ def train(cfg: Config, run: Run) -> dict:
     measure = {"bandit": measure_bandit, "tracking": measure_tracking}.get(cfg.env, measure_control)
     agent = Agent(cfg, envs, device)
     optimizer = torch.optim.Adam(agent.parameters(), cfg.lr, fused=True, capturable=device.type == "cuda")
-    frame, flag = torch.as_tensor(envs.reset(seed=0)[0])[:, -1], torch.zeros(count, dtype=torch.bool)
+    frame, flag = torch.as_tensor(envs.reset()[0])[:, -1], torch.zeros(count, dtype=torch.bool)
     row = dict(frame=frame, action=uniform(count, dims), reward=torch.zeros(count), age=flag.long())
     rows = max(min(cfg.capacity // count, cfg.steps), cfg.stack + cfg.nstep + 1)
     replay = common.Replay(rows, **row, terminated=flag, done=flag)
@@ -842,17 +844,21 @@ def measure_bandit(agent: Agent, envs: Goals, kbar: float, cfg: Config, run: Run
     np.save(run.folder / "actions.npy", action.cpu())
     steps = think(agent.kernel, obs, action[:, : cfg.particles], 0, cfg)[1].mean().item()
     found = {f"gap_{n}": gap for n, gap in zip(MODES, gaps, strict=True)}
-    found |= {"gap": np.mean(gaps[1:]), "w2": np.mean(distances[1:]), "lag_1": lag.item()}
-    return found | {"k": steps, "k_iid": iid_steps(2, cfg)}
+    return found | {
+        "gap": np.mean(gaps[1:]),
+        "w2": np.mean(distances[1:]),
+        "lag_1": lag.item(),
+        "k": steps,
+        "k_iid": iid_steps(2, cfg),
+    }
 
 
 @torch.no_grad()
 def measure_tracking(agent: Agent, envs: Goals, kbar: float, cfg: Config, run: Run) -> dict:
     """Steps k after the goal has turned by d, from particles that had settled, and from uniform ones."""
-    device = run.device
-    phi = uniform(64, device=device) * math.pi
+    phi = uniform(64, device=run.device) * math.pi
     one = torch.zeros_like(phi, dtype=torch.long)
-    cold = uniform(64, cfg.particles, 2, device=device)
+    cold = uniform(64, cfg.particles, 2, device=run.device)
     settled, _ = think(agent.kernel, goal_observation(one, phi), cold, cfg.max_steps, cfg)
     found = {}
     for turn in JUMPS:
@@ -862,8 +868,12 @@ def measure_tracking(agent: Agent, envs: Goals, kbar: float, cfg: Config, run: R
     apart = [w2(x, goal_sample(o, cfg.particles)) for x, o in zip(particles, obs, strict=True)]
     steps = think(agent.kernel, goal_observation(one, phi), cold, 0, cfg)[1]
     still, first = found["k_0.0"], steps.mean().item()
-    found |= {"k_cold": first, "saved": first - still, "rise": found["k_3.1"] - still}
-    return found | {"w2_3.1": np.mean(apart)}
+    return found | {
+        "k_cold": first,
+        "saved": first - still,
+        "rise": found["k_3.1"] - still,
+        "w2_3.1": np.mean(apart),
+    }
 
 
 # --- figure, main ---
@@ -895,8 +905,10 @@ def dry_run(cfg: Config, run: Run):
     replay = min(cfg.capacity, cfg.steps * cfg.envs) * envs.reset()[0].nbytes / cfg.stack
     update, act = (8, 10) if cfg.pixels else (0.7, 5)
     hours = cfg.steps * (cfg.updates * update + cfg.envs * act) / 3.6e6
-    run.print(f"{cfg.env}: {parameters:,} parameters, {(16 * parameters + replay) / 1e9:.2f} GB with replay")
-    run.print(f"{hours:.1f} hours a cell, at {update} ms an update and {act} ms an action")
+    size = (16 * parameters + replay) / 1e9
+    run.print(
+        f"{cfg.env}: {parameters:,} parameters, {size:.2f} GB with replay; a cell takes {hours:.1f} hours"
+    )
 
 
 def main():
