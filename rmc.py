@@ -101,7 +101,7 @@ class Config(common.Config):
     # learning
     updates: int = 4  # critic updates a step of the environments
     actor_every: int = 2  # critic updates to an update of actor and temperature
-    batch: int = 128  # transitions an update
+    batch: int = 256  # transitions an update
     lr: float = 1e-3  # Adam, for all
     tau: float = 0.01  # share of the critics that the target takes up in an update
     clip: float = 40.0  # largest norm of the actor's gradient; 0: any
@@ -141,7 +141,7 @@ ONE_STEP = dict(
     discount=0.0,
     reward_scale=1.0,
     updates=2,
-    batch=256,
+    batch=192,
     actor_every=1,
     random_steps=1,
     eval_every=10**6,
@@ -175,7 +175,6 @@ FULL = replace(
     critics=10,
     width=256,
     updates=20,
-    batch=256,
     actor_every=20,
     lr=3e-4,
     tau=0.005,
