@@ -62,7 +62,8 @@ def test_links_and_extras_exist():
         assert re.search(rf"^{name} = \[", project, re.M), name
 
 
-def test_no_placeholder_is_left():
+def test_it_has_300_lines_at_most_and_no_placeholder():
+    assert README.count("\n") <= 300
     assert not re.search(r"@[A-Z]+@", README)
 
 
