@@ -321,9 +321,10 @@ def test_a_model_and_tasks_from_folders_then_an_adapter_for_a_sentence(run_main,
 @pytest.mark.parametrize("words, message", [
     ("--config smoke --encoder bert", "bert.*hf:NAME"), ("--config smoke --base gpt2", "gpt2.*neither"),
     ("--generate x --checkpoint none.pt", "none.pt: no hypernetwork"),
-    ("--config full --data nothing", "lol_1557"), ("--config text --base lm --data tasks", "letter_counting"),
-    ("--config text --base lm --data tasks --heldout t1 --descriptions 9", "t0.*t2.*t1"),
-    ("--config text --base lm --data tasks --heldout t0 t1 t2", "0 tasks to train on, 3 held out"),
+    ("--config full --data nothing", "lol_1557"),
+    ("--config text --encoder hash --base lm --data tasks", "letter_counting"),
+    ("--config text --encoder hash --base lm --data tasks --heldout t1 --descriptions 9", "t0.*t2.*t1"),
+    ("--config text --encoder hash --base lm --data tasks --heldout t0 t1 t2", "0 tasks to train.*3 held"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_one_line_before_anything_is_computed(
     run_main, text_files, tmp_path, words, message
