@@ -41,6 +41,7 @@ What is known and what is ours
   single task, where d = 1, are scaled to mean square 1. That code's beta of 1 is 1 / sqrt d here.
 - Layer norms have no gains: those would be shared by the members. B's first biases are random, since after a
   layer norm a state of few dimensions would else count by its direction alone.
+- Single-task rows take half of the updates, and the tasks share a batch. Actions are means (--best_of 1).
 - Part A of the demo gives the policies (shortest paths) and solves for F, so it tests features alone.
 - In part B actions off a random plane stall; springs that pull to changing goals collect the data.
 
@@ -119,8 +120,8 @@ class Config(common.Config):
 
     def check(self):
         super().check()
-        if self.dim % self.groups or self.batch % self.codes:
-            raise UserError("--dim must be a multiple of --groups, --batch of --codes")
+        if self.dim % self.groups or self.batch % self.codes or self.batch <= self.codes:
+            raise UserError("--dim must be a multiple of --groups, --batch of --codes (twice or more)")
 
     def missing(self) -> str:
         """What there is to learn from and is not there, if anything."""
@@ -640,7 +641,8 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
         return train_grid(cfg, run)
     data, names = load_data(cfg, run), task_names(cfg)
     if cfg.method == "single":
-        cfg = replace(cfg, codes=min(cfg.codes, len(names)))
+        codes = min(cfg.codes, len(names))
+        cfg = replace(cfg, codes=codes, batch=cfg.batch // codes * codes)
     if cfg.method == "fixed":
         size = data.a.shape[1]
         return evaluate(lambda obs: np.random.uniform(-cfg.std, cfg.std, (len(obs), size)), names, cfg, run)
@@ -723,7 +725,7 @@ def answer(cfg: Config, run: Run):
             z = sphere(encode(agent.backward_map, states, torch.ones_like(states[..., 0])))
         else:
             z = prompt(agent, data, cfg)[[names.index(task)]]
-    except (OSError, ValueError, RuntimeError) as e:
+    except Exception as e:  # files from outside raise a dozen kinds
         raise UserError(f"--task: {e}; there are {names}, goal: and {n} numbers, demo:FILE.npz") from None
     envs = make_envs(cfg, [task], cfg.episodes)
     returns, obs, _ = roll(envs, functools.partial(act, agent, z, cfg), cfg.seed)

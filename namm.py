@@ -37,6 +37,8 @@ Departures from the paper and its code
   of its members and replayed from seeds: 32 numbers a generation.
 - A task that the full cache scores 0 on is left out of that generation's fitness. `full` runs 300 + 150 + 150
   generations; the paper stops by eye. Prompts and metrics are lm-eval's; the middle is cut by tokens.
+- The size held is a mean over the updates that dropped something (the whole length where none did), so
+  without a cap it is no mean over time.
 - SnapKV is added: the last 8 queries, pooled over 5 neighbours. The MLP is 25 -> 32 ReLU -> 1 on the same
   features; the code's is linear. The demo's cap is ours. Its decision transformer reads discrete tokens and
   is judged with the expert's history; the paper's MuJoCo, video and Japanese tasks are not here.

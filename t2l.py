@@ -30,7 +30,8 @@ Departures from the paper and its code
 - Module types are sorted and kept in the checkpoint; in the code their order changes between processes.
 - The public code's heads M and S do not start at BA = 0 ("paper"); --init exact adds a frozen start instead.
 - A response is kept whole when a text is cut (the code may cut it away); of a prompt the first id stays.
-- Oracles train side by side from one A0 for fixed steps (the code: one by one, early stopping), unclipped.
+- Oracles train side by side from one A0 for fixed steps (the code: one by one, early stopping), unclipped,
+  as the multi-task LoRA is. `full` has no settings of its own for them and reconstruction: use --experts.
 - A step draws its tasks anew, not by epochs; a fifth of all steps is warm-up. A step of reconstruction has
   the whole library.
 - Validation on held-out tasks, not on slices of the benchmarks. Prompts and graders are lm-eval's.
@@ -818,7 +819,7 @@ def load_net(file: Path, device) -> nn.Module:
         net.load_state_dict(state["net"])
         return net.to(device).eval().requires_grad_(False)
     except Exception as e:  # torch raises a dozen kinds
-        raise UserError(f"{file}: no hypernetwork that can be read ({str(e).splitlines()[0]})") from None
+        raise UserError(f"{file}: no hypernetwork that can be read ({e!r})") from None
 
 
 def generate(cfg: Config, run: Run):

@@ -33,7 +33,9 @@ Departures from the paper and its code
 - Instructions stand in the user's turn; boxes of categories and gym: answers are opened for the model. The
   ids that were sampled are trained on, end of turn included. LoRA has no dropout.
 - math-verify reads the last box, in GSM8K, too; ARC has the code's three patterns, no letter is wrong (the
-  code guesses). MBPP has 378 rows now, so 78 tests (99 then). HumanEval by --bench only; no pictures.
+  code guesses). MBPP has 378 rows now, so 78 tests (99 then); MATH is the set of 12,000 and 500. HumanEval by
+  --bench only; no pictures. `full` writes 512 tokens at most (1,024 for MATH there) and searches alpha for 50
+  generations, as the code's script does (the paper: 100).
 - lm-eval (--bench) gets the category's expert or mixture; A and B dispatch prompts in our test splits only.
 - The demo's task is ours: its model learns right and careless answers, RL elicits the right ones.
 

@@ -90,10 +90,16 @@ def test_layer_a_is_the_hyperboloid_s_with_normal_and_offset_of_the_same_hyperpl
     close(found, hrl.hyperplane_scores(hrl.expmap0(v), p, w), rtol=1e-6, atol=1e-6)
 
 
-def test_normals_start_small_where_the_public_code_passes_that_number_as_their_mean():
-    ours, theirs = hrl.HyperplaneLayer(32, 5000).weight, torch.empty(5000, 32).normal_(0.01 / 32**0.5)
-    assert ours.std().item() == pytest.approx(0.01 / 32**0.5, rel=0.02)
-    assert theirs.std().item() == pytest.approx(1, rel=0.02)
+def test_normals_start_at_the_paper_s_deviation():
+    assert hrl.HyperplaneLayer(32, 5000).weight.std().item() == pytest.approx(
+        0.001768, rel=0.02
+    )  # .01 / sqrt 32
+
+
+def test_hyper_plus_plus_gates_features_that_are_scaled_already():
+    place, one = hrl.ToHyperboloid(8), torch.ones(8)
+    gate = place.scale(0.2692642 * one).sigmoid()  # tanh 1 / sqrt 8
+    close(place(one)[:1].acosh().float(), 1.3950736 * gate)  # tanh 1 atanh .95
 
 
 def test_riemannian_adam_is_geoopt_s():

@@ -16,7 +16,7 @@ import rmc
 from common import UserError
 
 SMOKE = rmc.CONFIGS["smoke"]
-DIST = torch.distributions
+DIST, close = torch.distributions, torch.testing.assert_close
 
 
 def kernel_of(cfg, inputs=3, dims=2):
@@ -61,7 +61,7 @@ def test_frozen_steps_change_no_value_and_take_gradients_from_the_parameters_alo
     whole, few, more = chain(SMOKE, 4, live=4), chain(SMOKE, 4, live=2), chain(SMOKE, 4, live=9)
     for i in (0, 1):
         assert torch.equal(whole[i], few[i])
-    torch.testing.assert_close(whole[2], more[2])  # B >= L is full autograd
+    close(whole[2], more[2])  # B >= L is full autograd
     assert not torch.allclose(whole[2], few[2])
 
 
@@ -103,8 +103,8 @@ def test_gradient_of_a_linear_chain_has_its_closed_form(length, live, wanted):
 def test_pessimism_is_the_pair_loop_and_the_minimum_of_two():
     q = torch.randn(5, 3, 4, dtype=torch.float64)
     pairs = [(q[i] - q[j]).abs() for i in range(5) for j in range(5) if i != j]
-    torch.testing.assert_close(rmc.pessimism(q, 0.7), q.mean(0) - 0.7 * torch.stack(pairs).mean(0))
-    torch.testing.assert_close(rmc.pessimism(q[:2], 0.5), q[:2].amin(0))
+    close(rmc.pessimism(q, 0.7), q.mean(0) - 0.7 * torch.stack(pairs).mean(0))
+    close(rmc.pessimism(q[:2], 0.5), q[:2].amin(0))
     many = rmc.pessimism(torch.randn(500, 200), 1.0).mean().item()  # E|x - y| = 2 / sqrt(pi)
     assert many == pytest.approx(-2 / math.sqrt(math.pi), abs=0.02)
 
@@ -117,9 +117,11 @@ def test_temperature_rises_where_the_entropy_is_below_its_target():
         assert log_alpha.grad.sign() == sign
 
 
-def test_critic_loss_leaves_out_rows_that_are_no_transition():
-    q, y = torch.ones(2, 3), torch.tensor([0.0, 9.0, 3.0])
-    assert rmc.critic_loss(q, y, torch.tensor([True, False, True])).item() == pytest.approx((1 + 4) / 3)
+def test_rows_that_are_no_transition_are_left_out_of_critic_and_actor():
+    q, y = torch.ones(2, 3), torch.arange(3.0)
+    actor = rmc.actor_loss(q[..., None], y[:, None], 1, 0.5, y > 0)
+    for loss in (rmc.critic_loss(q, y, y > 0), actor):
+        assert loss.item() == pytest.approx(1 / 3)
 
 
 def test_ensemble_members_are_separate_networks():
@@ -133,7 +135,7 @@ def test_ensemble_members_are_separate_networks():
                 for k, v in nets.state_dict().items()
             }
         )
-        torch.testing.assert_close(nets(x)[member], one(x[:1])[0])
+        close(nets(x)[member], one(x[:1])[0])
     nets(x)[0].sum().backward()
     assert all(p.grad[1:].abs().max() == 0 for p in nets.parameters())
 
@@ -145,7 +147,7 @@ def test_projection_brings_the_spectral_norm_to_one():
         net.project()
     for layer in net.block:
         norms = torch.linalg.matrix_norm(layer.weight, 2)
-        torch.testing.assert_close(norms, torch.ones(2), atol=1e-3, rtol=0)
+        close(norms, torch.ones(2), atol=1e-3, rtol=0)
 
 
 # --- when to stop
@@ -163,9 +165,9 @@ def test_psrf_is_gelman_and_rubin_s_and_affine_invariant_where_the_symmetrised_o
     x = torch.randn(2, 16, 5, 3, dtype=torch.float64)
     one = x[0, :, :, :1]
     wanted = 4 / 5 + one.mean(1).var() / one.var(1).mean()
-    torch.testing.assert_close(rmc.psrf(one), wanted.sqrt(), rtol=1e-5, atol=0)
+    close(rmc.psrf(one), wanted.sqrt(), rtol=1e-5, atol=0)
     T = torch.randn(3, 3, dtype=torch.float64)
-    torch.testing.assert_close(rmc.psrf(x @ T + 2), rmc.psrf(x), rtol=1e-4, atol=0)
+    close(rmc.psrf(x @ T + 2), rmc.psrf(x), rtol=1e-4, atol=0)
     assert abs(reference_psrf(x[0] @ T) - reference_psrf(x[0])) > 0.01
 
 
