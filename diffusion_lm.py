@@ -33,7 +33,8 @@ Departures from the paper and its code
 - Diffusion tokens stand at label positions only; examples are drawn with replacement; the loss is divided
   once; all weights decay. Masks come from lengths, never from a pad id. One chat template everywhere.
 - t = 0 is the LM's own logits, so it costs nothing; it counts as an evaluation. T: evaluations a token.
-- Answers beyond --context are cut, not dropped. Prompts and graders are lm-eval's; classes by benchmark.
+- Answers beyond --context are cut, not dropped. Prompts and graders are lm-eval's, code is sampled once a
+  problem; classes by benchmark. Rows of the vocabulary beyond the tokenizer's are not masked.
 - The demo's task is ours (see `duplicates`). Its LM ties its embeddings, as Llama-3.2-1B does; untied, paths
   learn far more slowly. sigma / sqrt(d_f) is 1, not 4; LoRA takes all layers. Tuned on seeds from 100 on.
 
@@ -796,7 +797,7 @@ BENCH_CLASSES = {"gsm8k": 0, "hendrycks_math": 0, "humaneval_instruct": 1, "mbpp
 
 
 def benchmarks(decoder: Decoder, tokenizer, cfg: Config, run: Run) -> dict:
-    """lm-eval's tasks, five examples as turns of the chat, decoded by ours at temperature 1."""
+    """lm-eval's tasks, five examples as turns of the chat (code: lm-eval's own), decoded at temperature 1."""
     if not cfg.bench:
         return {}
     hf = common.need("lm_eval.models.huggingface", "lm")
