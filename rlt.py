@@ -20,8 +20,9 @@ Question q, solution s, explanation t; teacher pi_T, frozen student pi_S; log-pr
 How to run
   python rlt.py                                     the effect in miniature, with baselines, on two CPU cores
   python rlt.py --config text --teacher M --data F  a real model: hub id, folder, .gguf; F: .jsonl or gym:NAME
-  python rlt.py --show                              the best explanation of the trained teacher, by tokens
-  python rlt.py --score F                           rank (question, solution, reasoning_trace) lines
+  python rlt.py --score F                           rank (question, solution, reasoning_trace) lines by the
+                                                    trained teacher's reward, print the best by tokens; those
+                                                    it wrote are in out/rlt-*/traces_*/traces.jsonl
   torchrun --nproc_per_node=8 rlt.py --config full  Qwen2.5-7B on Bespoke-Stratos-17k, the paper's setting
 
 Departures from the paper and its code
@@ -31,8 +32,9 @@ Departures from the paper and its code
   that the teacher's prompt ends with is not scored. The code looks for its ids, and finds the question where
   the explanation only repeats that.
 - Float32 log-softmax, no pad in any loss. The teacher's system prompt is ours, one explanation a question is
-  collected, problems that may exceed --context are dropped instead of cut, a warm-up's first step has rate 0.
-  lm-eval's prompts and graders, where the paper used SkyThought's.
+  collected, problems that may exceed --context are dropped instead of cut (of its 32,768 tokens an answer of
+  `full` has 30,720), a warm-up's first step has rate 0. lm-eval's prompts and graders, where the paper used
+  SkyThought's.
 - Samples are an inverse CDF of numbers that all ranks draw alike, so their number changes no result; vLLM
   draws its own.
 - The demo's task, pointer chasing, is ours and was selected: exploration must fail. With two chains it
@@ -196,7 +198,7 @@ CONFIGS = {
         prompts=16,
         group=64,
         max_new=16384,
-        eval_new=32768,
+        eval_new=30720,
         context=32768,
         micro_tokens=32768,
         sampler="vllm",
@@ -310,8 +312,9 @@ def load_examples(cfg: Config, run: Run) -> list:
     source = cfg.data
     if source == "pointers":
         return make_problems(cfg.problems, cfg, run.generator("problems"), cfg.p_write)
-    subset = "main" if "gsm8k" in source else None
-    rows = common.load_rows(source, subset=subset, size=cfg.problems, seed=cfg.seed)
+    rows = common.load_rows(
+        source, subset="main" if "gsm8k" in source else None, size=cfg.problems, seed=cfg.seed
+    )
     rows = [row | sections(row) for row in rows]
     common.need_text(source, rows, ["question", "solution"])
     gap, examples = "" if cfg.teacher == "tiny" else "\n\n", []
@@ -501,14 +504,14 @@ class LogProbLM(nn.Module):
         return common.token_logprobs(self.lm, ids, mask, temperature)
 
 
-def load(name: str, run: Run, trainable=False) -> LogProbLM:
+def load(name: str | Path, run: Run, trainable=False) -> LogProbLM:
     """A model on this rank's device, or sharded: float32 if it is trained, else bfloat16 on GPUs.
 
     The tiny one is trained when somebody asks for it first.
     """
     if name == "tiny":
-        name = str(run.once(f"base chains={run.cfg.chains}", make_base))
-    lm, tokenizer = common.load_lm(name, torch.bfloat16 if run.amp and not trainable else torch.float32)
+        name = run.once(f"base chains={run.cfg.chains}", make_base)
+    lm, tokenizer = common.load_lm(str(name), torch.bfloat16 if run.amp and not trainable else torch.float32)
     tokenizer.chat_template = tokenizer.chat_template or CHAT
     if trainable and run.cfg.recompute:
         lm.gradient_checkpointing_enable()
@@ -708,13 +711,16 @@ def rollout(sample, explain: bool, examples, temperature, prompts, run, chance=N
 
 
 def distinct(items: list, count: int, run: Run, step: int) -> list:
-    """`count` different items for a step, on a walk through all of them in a new order every epoch."""
+    """`count` different items for a step, on a walk through all of them in a new order every epoch.
+
+    What is left of an epoch, fewer than `count`, is skipped.
+    """
     a_epoch = len(items) // count
     order = torch.randperm(len(items), generator=run.generator(f"epoch {step // a_epoch}"))
     return [items[i] for i in order[step % a_epoch * count :][:count]]
 
 
-def train_grpo(start: str, examples: list[Example], updates: int, explain: bool, prompts, run) -> str:
+def train_grpo(start: str | Path, examples: list[Example], updates: int, explain: bool, prompts, run) -> str:
     """`updates` steps of GRPO from the model `start`; returns the trained one's folder.
 
     One loop for the paper and its baseline. `explain`: the policy explains given solutions, rewarded by eq.
@@ -797,7 +803,7 @@ def fine_tune(name: str, texts: list, batch: int, steps: int, run: Run, **recipe
     return export(model, run)
 
 
-def collect(name: str, examples: list[Example], prompts, run):
+def collect(name: Path, examples: list[Example], prompts, run):
     """One raw explanation of each example, with its reward and the numbers of each token: traces.jsonl."""
     teacher, chance = load(name, run), run.generator("collect 0")
     sample = SAMPLERS[run.cfg.sampler](teacher, run)
@@ -888,10 +894,10 @@ def make_base(run: Run):
         return min(lowest) >= 0.95
 
     lr, steps, adam = cfg.base_lr, cfg.base_steps, dict(betas=(0.9, 0.98), weight_decay=0.01)
-    textbook, web = partial(batch_of, 1.0), partial(batch_of, cfg.p_write)
+    textbook = partial(batch_of, 1.0)
     if not sft(model, "textbook", steps, textbook, lr, run, 30 / steps, floor=1.0, stop=learned, **adam):
         run.print(f"{run.folder.name}: the model does not hop yet; it needs more --base_steps")
-    sft(model, "web", cfg.web_steps, web, lr, run, floor=0.05, **adam)
+    sft(model, "web", cfg.web_steps, partial(batch_of, cfg.p_write), lr, run, floor=0.05, **adam)
     export(model, run)
 
 
@@ -985,10 +991,10 @@ def explanations(examples: list[Example], prompts, run):
     teacher = run.once(f"warm {kind}", warm_up)
     if cfg.source == "teacher":
         kind = f"lam={cfg.lam} {kind}"
-        reinforce = partial(train_grpo, str(teacher), examples, cfg.updates, True, prompts)
+        reinforce = partial(train_grpo, teacher, examples, cfg.updates, True, prompts)
         teacher = run.once(f"teacher {kind}", reinforce)
     examples = examples[: cfg.traces]
-    folder = run.once(f"traces {kind}", partial(collect, str(teacher), examples, prompts))
+    folder = run.once(f"traces {kind}", partial(collect, teacher, examples, prompts))
     rows = read_lines(folder / "traces.jsonl")
     numbers = {key: np.mean([row[key] for row in rows]) for key in ("r_ss", "r_kl")}
     return [replace(e, trace=row["reasoning_trace"]) for e, row in zip(examples, rows, strict=True)], numbers
@@ -1012,7 +1018,7 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
 # --- looking at explanations ---
 
 
-def rank(cfg: Config, run: Run):
+def rank_file(cfg: Config, run: Run):
     """Rank (question, solution, reasoning_trace) rows by the trained teacher's reward: --score.
 
     Prints the best one, token by token.
@@ -1023,7 +1029,7 @@ def rank(cfg: Config, run: Run):
     prompts, _, examples = open_task(cfg, run)
     episodes = [Episode(e, [], 0, e.trace + prompts.teacher.answer[-1]) for e in examples if e.trace]
     file, mine = Path(cfg.score).with_suffix(".scored.jsonl"), episodes[run.rank :: run.world_size]
-    rows = write_explanations(file, mine, load(str(teacher), run), prompts, run, best_first=True)
+    rows = write_explanations(file, mine, load(teacher, run), prompts, run, best_first=True)
     for key, value in rows[0].items():
         run.print(f"{key}: {value}")
     run.print(f"the best of {file}; d: log teacher - log student, l: log-prob of s")
@@ -1065,9 +1071,9 @@ def missing(cfg: Config, run: Run) -> list[str]:
         name = getattr(cfg, flag)
         if name != getattr(Config, flag):
             check(f"--{flag} {name}", pretrained, AutoConfig, name)
-    look = load_examples if found else open_task
     for row in cfg.rows or ROWS:
-        check("--data", look, replace(cfg, **ROWS.get(row, {})), run)
+        look = load_examples if found else open_task
+        check("--data and models", look, replace(cfg, **ROWS.get(row, {})), run)
     if cfg.bench:
         check("--bench", common.need, "lm_eval", "lm")
     if cfg.sampler == "vllm":
@@ -1116,7 +1122,7 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
 def main():
     cfg = common.parse_config(CONFIGS)
     if cfg.score:
-        cfg = replace(cfg, ranks=1, data=cfg.score)
+        cfg = replace(cfg, ranks=1, data=cfg.score, rows=("RLT",))
     with Run(cfg, cfg.teacher) as run:
         lacking = missing(cfg, run)
         if cfg.dry_run:
@@ -1124,7 +1130,7 @@ def main():
         if lacking:
             raise UserError("; ".join(lacking))
         if cfg.score:
-            return rank(cfg, run)
+            return rank_file(cfg, run)
         table = run.grid(ROWS, train)
         run.check(CLAIMS, table)
         run.figure(draw, table)
