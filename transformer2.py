@@ -59,6 +59,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -74,7 +75,7 @@ from common import Claim, Run, UserError
 
 CATEGORIES = ("math", "code", "reasoning", "other")  # what dispatch tells apart; "other" has no expert
 RANK = 16  # of LoRA, the baseline
-MODULES = {"mlp": r"\.mlp\.", "qv": r"\.[qv]_proj$"}  # names of linear layers, as patterns
+MODULES = {"mlp": "*.mlp.*", "qv": "*.[qv]_proj"}  # names of linear layers, as file name patterns
 
 
 @dataclass
@@ -90,7 +91,7 @@ class Config(common.Config):
     cross_model: bool = False  # let them come from other weights
     # what is adapted
     adapter: Literal["none", "svf", "lora"] = "svf"  # SVF, or a baseline
-    modules: tuple[str, ...] = ("mlp", "qv")  # mlp, qv, or patterns of layer names
+    modules: tuple[str, ...] = ("mlp", "qv")  # mlp, qv, or patterns of layer names, as *.down_proj
     # training of one expert
     steps: int = 40  # updates
     batch: int = 64  # prompts an update, one answer each
@@ -129,7 +130,7 @@ class Config(common.Config):
             if category not in CATEGORIES or not source or toy != (self.model == "tiny"):
                 raise UserError(f"{text}: CATEGORY=SOURCE of {CATEGORIES}; toy: sources go with --model tiny")
         own = {text.partition("=")[0] for text in self.tasks} - {"other"}
-        if len(own) < len(self.tasks):
+        if not 0 < len(self.tasks) == len(own):
             raise UserError(f"--tasks {' '.join(self.tasks)}: one expert a category, none for other")
         if not 2 <= self.elites <= self.population or self.population * self.shots > self.sample_batch:
             raise UserError(
@@ -271,10 +272,9 @@ def matrices(model: nn.Module, modules: tuple[str, ...]) -> dict[str, nn.Linear]
 
     Names count from the decoder on, so those of a text model and of a vision-language model agree.
     """
-    pattern = "|".join(MODULES.get(name, name) for name in modules)
     found = {}
     for name, layer in model.get_decoder().named_modules():
-        if type(layer) is nn.Linear and re.search(pattern, name):
+        if type(layer) is nn.Linear and any(fnmatchcase(name, MODULES.get(x, x)) for x in modules):
             found[name] = layer
     if not found:
         raise UserError(f"--modules {' '.join(modules)}: {type(model).__name__} has no such linear layers")
@@ -461,7 +461,7 @@ def encode(problems: list[Problem], tokenizer):
 def rollout(world: World, problems: list[Problem], temperature=0.0, given=False) -> list[Episode]:
     """An answer to each problem; temperature 0: greedy; given: its solution, as if the model had written it.
 
-    Every rank draws the numbers of all, so that each has as many problems when they are sampled.
+    Problems are this rank's share; each rank draws the numbers of all.
     """
     if not problems:
         return []
@@ -535,7 +535,8 @@ def train_expert(task: Task, world: World, run: Run):
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.rate * cfg.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.steps)
     best = {"accuracy": -1.0, "p": policy.p.detach().clone()}
-    size = min(cfg.batch, len(task.train)) // run.world_size * run.world_size
+    size = min(cfg.batch, len(task.train))
+    mine = size / run.world_size  # answers of a rank on average: ranks may have one more or less, even none
 
     def vector():
         return torch.sigmoid(policy.p) if cfg.adapter == "svf" else policy.p  # eq. (2)
@@ -548,7 +549,8 @@ def train_expert(task: Task, world: World, run: Run):
         episodes.sort(key=lambda e: e.tokens)  # little padding
 
         # eq. (1), cfg.micro answers at a time
-        numbers = {"loss": 0.0, "reward": 2 * np.mean([e.right for e in episodes]) - 1}
+        numbers = {"loss": 0.0, "reward": sum(2 * e.right - 1 for e in episodes) / mine}
+        policy.p.grad = torch.zeros_like(policy.p)
         for i in range(0, len(episodes), cfg.micro):
             part = episodes[i : i + cfg.micro]
             reward = torch.tensor([2.0 * e.right - 1 for e in part for _ in e.answer], device=run.device)
@@ -559,14 +561,13 @@ def train_expert(task: Task, world: World, run: Run):
                 with torch.no_grad():
                     base, _ = answer_log_probs(world, part)
             logp = log_probs.gather(1, tokens[:, None])[:, 0]
-            loss = reinforce_loss(logp, kl_divergence(base, log_probs), reward, cfg.lam) / len(episodes)
+            loss = reinforce_loss(logp, kl_divergence(base, log_probs), reward, cfg.lam) / mine
             loss.backward()
             numbers["loss"] += loss.detach()
         policy.p.grad = run.mean(policy.p.grad)
         numbers["grad_norm"] = nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip)
         optimizer.step()
         schedule.step()
-        optimizer.zero_grad()
 
         if step % cfg.valid_every == 0 or step + 1 == cfg.steps:
             with adapter.using(vector().detach()):
@@ -620,6 +621,9 @@ def category_task(tasks: list[Task]) -> Task:
     return Task("category", "other", asked[::2], asked[1::2], [])
 
 
+DISPATCHED = ("prompt", "category")  # values of --adapt: A and B
+
+
 def answer(problems: list[Problem], category: str, experts: dict, world: World) -> tuple[list, list]:
     """Both passes, lists of Episodes: the second with the expert that the first one, if any, has found.
 
@@ -627,7 +631,7 @@ def answer(problems: list[Problem], category: str, experts: dict, world: World) 
     task's category. What has no expert gets the base weights.
     """
     asked, answered, labels = [], [], [category] * len(problems)
-    if world.run.cfg.adapt in ("prompt", "category"):
+    if world.run.cfg.adapt in DISPATCHED:
         with world.adapter.using(experts.get("category")):
             asked = rollout(world, [ask_category(p, category) for p in problems])
         labels = [parse_label(e.text) for e in asked]
@@ -733,9 +737,9 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     for name, group in (("trained", tasks), ("unseen", unseen)):
         if group:
             found[name] = np.mean([found[task.name] for task in group])
-    if asked:
+    if dispatched := cfg.adapt in DISPATCHED:
         found |= passes(asked, answered, run)
-    for text in () if asked else cfg.bench:  # by lm-eval, with the category's expert or mixture
+    for text in () if dispatched else cfg.bench:  # by lm-eval, with the category's expert or mixture
         category, _, name = text.partition("=")
         with world.adapter.using(experts.get(category)):
             scores = common.benchmark(

@@ -296,7 +296,7 @@ def test_smoke_runs_resumes_and_ranks_its_own_traces(run_main, tmp_path, text_fi
     assert run_main(rlt, *words)[0] == 0
     folder = tmp_path / "out" / "rlt-smoke-s0-tiny"
     first = json.loads((folder / "results.json").read_text())
-    assert len(first["claims"]) == 7 and len(first["table"]) == 8 and (folder / "rlt.png").exists()
+    assert len(first["table"]) == 8 and (folder / "rlt.png").exists()
     (folder / "RLT-s0" / "result.json").unlink()
     assert run_main(rlt, *words, "--resume")[0] == 0
     assert json.loads((folder / "results.json").read_text())["table"] == first["table"]
@@ -340,7 +340,6 @@ def test_bad_input_is_one_line_with_exit_code_2(run_main, tmp_path, text_files):
         "--holdout 8 --prompts 1": "no problem has a reasoning_trace",
         "--temperature 0": "--temperature",
         "--teacher tiny --data pointers --bench a": "--bench",
-        "--teacher tiny --data pointers --width 6": "divisible",
         "--teacher nowhere": "--teacher nowhere",
         "--student other": "tokenize differently",
     }.items():
