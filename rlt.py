@@ -302,7 +302,7 @@ def make_problems(n: int, cfg: Config, generator: torch.Generator, p_write: floa
     return [Example(*row, judge=share_right) for row in zip(*map(letters, columns), strict=True)]
 
 
-def letters(rows: Tensor) -> list:
+def letters(rows: Tensor):
     """Symbols by their numbers (n, L), a text a row."""
     return ["".join((SYMBOLS + "~")[i] for i in row) for row in rows.tolist()]
 
@@ -823,7 +823,7 @@ def write_explanations(file: Path, episodes: list[Episode], teacher, prompts, ru
         rows.append(row)
     everyone = [*itertools.chain(*run.gather(rows))]
     if best_first:
-        everyone.sort(key=lambda row: -row["reward"])
+        everyone.sort(key=lambda row: -float(row["reward"]))  # they may be on several GPUs
     if run.rank == 0:
         common.write_atomic(file, "".join(common.to_json(row) + "\n" for row in everyone))
     return everyone
