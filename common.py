@@ -678,8 +678,8 @@ class DmControl(gymnasium.Env):
     """dm_control's task as a gymnasium environment: flat float32 observations, actions scaled to [-1, 1].
 
     Observations keep the suite's order. A time limit truncates, a discount of 0 terminates. info["physics"]
-    is the physics state (float64). Pictures need OpenGL: by EGL where there is one, else set MUJOCO_GL before.
-    UserError for a task that the suite does not have.
+    is the physics state (float64). Pictures need OpenGL: EGL where there is one, else MUJOCO_GL is yours to
+    set. UserError for a task that the suite does not have.
     """
 
     def __init__(self, domain: str, task: str):

@@ -20,9 +20,8 @@ Question q, solution s, explanation t; teacher pi_T, frozen student pi_S; log-pr
 How to run
   python rlt.py                                     the effect in miniature, with baselines, on two CPU cores
   python rlt.py --config text --teacher M --data F  a real model: hub id, folder, .gguf; F: .jsonl or gym:NAME
-  python rlt.py --score F                           rank (question, solution, reasoning_trace) lines by the
-                                                    trained teacher's reward, print the best by tokens; those
-                                                    it wrote are in out/rlt-*/traces_*/traces.jsonl
+  python rlt.py --show                              the best explanation of the trained teacher, by tokens
+  python rlt.py --score F                           rank (question, solution, reasoning_trace) lines
   torchrun --nproc_per_node=8 rlt.py --config full  Qwen2.5-7B on Bespoke-Stratos-17k, the paper's setting
 
 Departures from the paper and its code
@@ -87,7 +86,7 @@ class Config(common.Config):
     web_steps: int = 250  # pre-training steps on corpus traces
     base_lr: float = 4e-3  # of pre-training
     # supervised stages
-    warmup_steps: int = 40  # optimizer steps of the teacher on corpus traces
+    warmup_steps: int = 40  # optimizer steps of the teacher on corpus traces, where there are any
     warmup_batch: int = 32  # texts a step
     source: Literal["teacher", "warm teacher", "corpus"] = "teacher"  # of what is distilled; warm: before RL
     traces: int = 384  # explanations to distil from
@@ -115,7 +114,8 @@ class Config(common.Config):
     sampler: Literal["hf", "vllm"] = "hf"  # transformers' loop, or a vLLM engine on each GPU
     recompute: bool = False  # activations in the backward pass, to save memory
     # instead of training
-    score: str = ""  # .jsonl with question, solution, reasoning_trace: rank it by the reward, print the best
+    show: bool = False  # rank the explanations that the trained teacher wrote, print the best by tokens
+    score: str = ""  # the same for a .jsonl with question, solution, reasoning_trace
 
     def check(self):
         super().check()
@@ -322,8 +322,7 @@ def load_examples(cfg: Config, run: Run) -> list:
         trace = str(row.get("reasoning_trace") or "").strip()
         solution, trace = gap + row["solution"].strip() + gap, trace and trace + gap
         judge = partial(gym_score, row["score"]) if source.startswith("gym:") else right_box
-        system = row.get("system") or STRATOS_SYSTEM
-        examples.append(Example(row["question"], solution, trace, system, judge))
+        examples.append(Example(row["question"], solution, trace, row.get("system") or STRATOS_SYSTEM, judge))
     return examples
 
 
@@ -798,8 +797,6 @@ def fine_tune(name: str, texts: list, batch: int, steps: int, run: Run, **recipe
     if texts:
         batch_of = partial(distinct, texts, min(batch, len(texts)), run)
         sft(model, "sft", steps, batch_of, run.cfg.sft_lr, run, **recipe)
-    else:
-        run.print(f"{run.folder.name}: no reasoning_trace to learn from, so the model stays as it is")
     return export(model, run)
 
 
@@ -855,7 +852,6 @@ def hop_model(cfg: Config) -> LogProbLM:
         n_head=4,
         activation_function="gelu_pytorch_tanh",
         tie_word_embeddings=False,
-        bos_token_id=None,
         eos_token_id=None,
     )
     lm = GPT2LMHeadModel(config)
@@ -1018,18 +1014,19 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
 # --- looking at explanations ---
 
 
-def rank_file(cfg: Config, run: Run):
-    """Rank (question, solution, reasoning_trace) rows by the trained teacher's reward: --score.
-
-    Prints the best one, token by token.
+def rank(cfg: Config, run: Run):
+    """Rank (question, solution, reasoning_trace) rows by the trained teacher's reward: --score a file's, or
+    --show those that it wrote. The best is printed token by token.
     """
-    teacher = run.root / f"teacher_lam={cfg.lam}_chains={cfg.chains}-s{cfg.seed}"
-    if not (teacher / "result.json").exists():
-        raise UserError(f"there is no {teacher}: train without --score first")
+    kind = f"lam={cfg.lam}_chains={cfg.chains}-s{cfg.seed}"
+    teacher, wrote = run.root / f"teacher_{kind}", run.root / f"traces_{kind}/traces.jsonl"
+    if not wrote.exists():
+        raise UserError(f"there is no {wrote}: train without --show and --score first")
+    cfg.data = cfg.score = cfg.score or str(wrote)
     prompts, _, examples = open_task(cfg, run)
     episodes = [Episode(e, [], 0, e.trace + prompts.teacher.answer[-1]) for e in examples if e.trace]
-    file, mine = Path(cfg.score).with_suffix(".scored.jsonl"), episodes[run.rank :: run.world_size]
-    rows = write_explanations(file, mine, load(teacher, run), prompts, run, best_first=True)
+    file, episodes = Path(cfg.score).with_suffix(".scored.jsonl"), episodes[run.rank :: run.world_size]
+    rows = write_explanations(file, episodes, load(teacher, run), prompts, run, best_first=True)
     for key, value in rows[0].items():
         run.print(f"{key}: {value}")
     run.print(f"the best of {file}; d: log teacher - log student, l: log-prob of s")
@@ -1121,16 +1118,17 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
 
 def main():
     cfg = common.parse_config(CONFIGS)
-    if cfg.score:
-        cfg = replace(cfg, ranks=1, data=cfg.score, rows=("RLT",))
+    looking = cfg.show or cfg.score
+    if looking:
+        cfg.ranks = 1
     with Run(cfg, cfg.teacher) as run:
+        if looking:
+            return rank(cfg, run)
         lacking = missing(cfg, run)
         if cfg.dry_run:
             return dry_run(cfg, lacking, run)
         if lacking:
             raise UserError("; ".join(lacking))
-        if cfg.score:
-            return rank_file(cfg, run)
         table = run.grid(ROWS, train)
         run.check(CLAIMS, table)
         run.figure(draw, table)

@@ -527,11 +527,8 @@ def test_episodes_of_which_some_lack_physics_are_refused(tmp_path):
         common.load_episodes(str(tmp_path))
 
 
-SCRIPTS = "rlt t2l sudoku_bench diffusion_lm transformer2 fb namm mood rmc hyperbolic_rl".split()
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "common"))
 def test_cuda_smoke_of_a_script_whose_two_ranks_share_the_gpu(script, run_script, tmp_path):
     run_script(ROOT / f"{script}.py", "--config", "smoke", "--device", "cuda", "--ranks", 2, gpu=True)
     found = results(next((tmp_path / "out").iterdir()), "results.json")
