@@ -45,14 +45,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import hashlib
 import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -98,7 +97,7 @@ class Config(common.Config):
     baseline_layers: tuple[str, ...] = ("_proj",)  # that LoRA, the baseline, adapts: ends of their names
     # decoding
     solver: Literal["euler", "midpoint", "adaptive"] = "euler"  # of eq. (4); adaptive: with averages
-    evals: int = 16  # evaluations of f a token (T); odd for midpoint; adaptive finds its own
+    evals: int = 16  # evaluations of f a token (T); 1: the LM; odd for midpoint; adaptive finds its own
     tol: float = 0.1  # error a step of the adaptive solver, rms of an embedding
     x_hat: Literal["sample", "argmax", "average"] = "sample"  # prediction that the ODE moves to
     cooling: bool = False  # x_hat at temperature 1 - t (end of the stage), not 1
@@ -108,14 +107,27 @@ class Config(common.Config):
 
     def check(self):
         super().check()
-        if (self.model == "tiny") != (self.data == "duplicates"):
-            raise UserError("--data duplicates goes with --model tiny, other data with another model")
-        if self.solver == "midpoint" and self.evals % 2 == 0:
-            raise UserError(f"--evals {self.evals}: midpoint needs an odd number, such as {self.evals + 1}")
-        if self.guidance != 1 and not self.conditional:
-            raise UserError(f"--guidance {self.guidance} needs --conditional")
-        if self.share == "run" and self.batch % int(os.environ.get("WORLD_SIZE", self.ranks)):
-            raise UserError(f"--batch {self.batch} must be a multiple of the ranks")
+        wrong = {
+            "--data duplicates goes with --model tiny": (self.model == "tiny") != (self.data == "duplicates"),
+            f"--hidden {self.hidden} must be even": self.hidden % 2,
+            f"--batch {self.batch} must be a multiple of the ranks": (
+                self.share == "run" and self.batch % int(os.environ.get("WORLD_SIZE", self.ranks))
+            ),
+            f"--method {self.method} goes with --evals 1": self.method != "L2D" and self.evals > 1,
+            f"--evals {self.evals}: midpoint needs an odd number, such as {self.evals + 1}": (
+                self.solver == "midpoint" and not self.evals % 2
+            ),
+            "--solver adaptive goes with --x_hat average": (
+                self.solver == "adaptive" and self.x_hat != "average"
+            ),
+            "--guidance needs --conditional": self.guidance != 1 and not self.conditional,
+            "--bench needs a --model, and --max_new": (
+                self.bench and (self.model == "tiny" or not self.max_new)
+            ),
+        }
+        for text, found in wrong.items():
+            if found:
+                raise UserError(text)
 
 
 DEMO = Config(log_every=50, save_every=700)
@@ -267,12 +279,14 @@ def load_conversations(cfg: Config) -> list:
     found, bad = [], 0
     for subset in cfg.subsets or (None,):
         for row in common.load_rows(cfg.data, subset=subset):
-            pair = ("user", row.get("question")), ("assistant", row.get("solution"))
-            turns = row.get("messages") or [{"role": role, "content": text} for role, text in pair]
-            kind, empty = row.get("category") or subset, not all(turn["content"] for turn in turns)
+            turns = row.get("messages") or [
+                {"role": "user", "content": row.get("question")},
+                {"role": "assistant", "content": row.get("solution")},
+            ]
+            kind, empty = row.get("category") or subset, not all(turn.get("content") for turn in turns)
             bad += empty
-            for i in range(len(turns) if kind not in DROPPED and not empty else 0):
-                if turns[i]["role"] == "assistant":
+            for i, turn in enumerate(turns if kind not in DROPPED and not empty else []):
+                if turn.get("role") == "assistant":
                     found.append((turns[: i + 1], CLASSES.get(kind, 2)))
     if 20 * bad > len(found):
         raise UserError(f"{cfg.data}: {bad} rows lack messages, question or solution")
@@ -304,14 +318,17 @@ def open_data(cfg: Config, tokenizer, run: Run) -> tuple:
         return lambda step: duplicates(cfg.batch, LENGTHS, cfg.conditional), tests
     examples = load_conversations(cfg)
     held, examples = examples[-cfg.holdout :], examples[: -cfg.holdout]
-    if not examples:
-        raise UserError(f"{cfg.data}: --holdout {cfg.holdout} leaves no answer to train on")
+    if not tokenizer.chat_template:
+        raise UserError(f"--model {cfg.model}: no chat template; models that follow instructions have one")
 
     def batch_of(step):
         chosen = [examples[i] for i in torch.randint(len(examples), (cfg.batch,)).tolist()]
         return conversations(chosen, tokenizer, cfg.context)
 
-    return batch_of, [conversations([example], tokenizer, cfg.context) for example in held]
+    tests = [conversations([example], tokenizer, cfg.context) for example in held]
+    if not any(test.mask.any() for test in tests):
+        raise UserError(f"--context {cfg.context} cuts all held-out answers away")
+    return batch_of, tests
 
 
 # --- the frozen language model: the main path ---
@@ -364,7 +381,7 @@ def checksum(lm) -> str:
     digest = hashlib.sha256()
     for p in lm.parameters():
         digest.update(p.detach().cpu().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
 
 
 RANK = 32  # of the LoRA baseline
@@ -560,7 +577,7 @@ def adaptive(predict: Callable, x: Tensor, tol: float) -> tuple:
         share = ((end - t) / (1 - t)).nan_to_num()  # 0 where t is 1
         ahead = predict(x.lerp(x_hat, share), end[..., 0], end)
         error = share / 2 * (ahead - x_hat).square().mean(-1, keepdim=True).sqrt()
-        good = (error <= tol) | (h <= 1e-3)
+        good = ~(error > tol) | (h <= 1e-3)
         count += t[..., 0] < 1
         x = torch.where(good, x.lerp((x_hat + ahead) / 2, share), x)
         x_hat, t = torch.where(good, ahead, x_hat), torch.where(good, end, t)
@@ -584,14 +601,14 @@ def to_embedding(logits: Tensor, table: Tensor, kind: str, temperature: float) -
     return table[draw_token(logits, 0.0 if kind == "argmax" else temperature)]
 
 
-def guide(known: Tensor, free: Tensor, g: float) -> Tensor:
-    """Eq. (7): x_hat with and without the class."""
-    return g * known + (1 - g) * free
+def bayes_logits(logits: Tensor, x: Tensor, t: float | Tensor, table: Tensor, sigma: float) -> Tensor:
+    """log p(y | c) + log N(x; t V_y, (1 - t)^2 sigma^2) up to a constant, since all |V_y| are alike.
 
-
-def bayes_logits(logits: Tensor, x: Tensor, t: float, table: Tensor, sigma: float) -> Tensor:
-    """log p(y | c) + log N(x; t V_y, (1 - t)^2 sigma^2) up to a constant, since all |V_y| are alike."""
-    return logits.log_softmax(-1) + t * x @ table.mT / (max(1 - t, 1e-3) * sigma) ** 2
+    t is a number or (B, K).
+    """
+    t = torch.as_tensor(t, dtype=torch.double, device=x.device)[..., None]
+    variance = ((1 - t).clamp(min=1e-3) * sigma).square()
+    return logits.log_softmax(-1) + t.float() * x @ table.mT / variance.float()
 
 
 class Decoder:
@@ -604,7 +621,7 @@ class Decoder:
             return
         self.table = path.embed(torch.arange(lm.config.vocab_size, device=lm.device))
         classes = torch.arange(NOBODY + 1, device=lm.device)
-        self.tabulated = functools.cache(lambda t: path.condition(t + 0.0 * classes, classes))
+        self.tabulated = cache(lambda t: path.condition(t + 0.0 * classes, classes))
 
     def f(self, x: Tensor, t: float | Tensor, label: Tensor, context: Context) -> Tensor:
         """Eq. (6): logits at a time t of the grid, or at times (B, K); those of t = 0 are there already."""
@@ -618,29 +635,31 @@ class Decoder:
     @torch.no_grad()
     def solve(self, context: Context, label: Tensor, temperature: float) -> tuple:
         """Next tokens (B, K) and evaluations (B, K) for classes (B, K), at a temperature for all draws."""
-        cfg, labels = self.cfg, [label]
+        cfg = self.cfg
+        weighted = [(cfg.guidance, label)]  # eq. (7): a weight for each class
         if cfg.guidance != 1:
-            labels.append(torch.full_like(label, NOBODY))
+            weighted.append((1 - cfg.guidance, torch.full_like(label, NOBODY)))
         context = context._replace(logits=lm_head(self.lm, context.hidden))
 
         def predict(x, t, end):
-            heat = temperature * (1 - end if cfg.cooling else 1)
-            logits = (self.f(x, t, label, context) for label in labels)
-            x_hats = [to_embedding(z, self.table, cfg.x_hat, heat) for z in logits]
-            return x_hats[0] if cfg.guidance == 1 else guide(*x_hats, cfg.guidance)
+            heat = temperature * (1 - end * cfg.cooling)
+            return sum(
+                g * to_embedding(self.f(x, t, kind, context), self.table, cfg.x_hat, heat)
+                for g, kind in weighted
+            )
 
         x = cfg.sigma * torch.randn(*label.shape, cfg.size, device=label.device)
         points = (cfg.evals + 1) // 2 if cfg.solver == "midpoint" else cfg.evals
         times = torch.linspace(0, 1, points, dtype=torch.double).tolist()
         count = torch.full_like(x[..., 0], cfg.evals - 1)
-        if cfg.solver == "adaptive":
+        if cfg.solver == "adaptive" and cfg.evals > 1:
             x, count = adaptive(predict, x, cfg.tol)
         elif cfg.solver == "midpoint":
             x = midpoint(predict, x, times)
         else:
             x = euler(predict, x, times)
         logits = self.f(x, times[-1], label, context)
-        return draw_token(logits, temperature), count * len(labels) + 1
+        return draw_token(logits, temperature), count * len(weighted) + 1
 
 
 @torch.no_grad()
@@ -669,12 +688,16 @@ def generate(
 # --- training ---
 
 
+def size(model: nn.Module) -> int:
+    """Numbers that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def fit(model: nn.Module, batch_of: Callable, steps: int, cfg: Config, run: Run):
     """Train in place what needs a gradient in `model`, whose forward gives the losses of a batch's labels."""
-    large = sum(p.numel() for p in model.parameters() if p.requires_grad) > 1e9
     full_precision = copy.copy(run)
     full_precision.amp = False  # t, tau and the vocabulary need float32; autocast rounds the rest
-    parallel = full_precision.shard(model) if large else run.wrap(model)
+    parallel = full_precision.shard(model) if size(model) > 1e9 else run.wrap(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), cfg.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
@@ -749,9 +772,7 @@ def learn(base: str, run: Run):
 
 def train(cfg: Config, run: Run) -> dict:
     """One cell of the table: base, path or baseline, and how it decodes."""
-    base = cfg.model
-    if base == "tiny":
-        base = str(run.once("language model", make_base) / "model")
+    base = str(run.once("language model", make_base) / "model") if cfg.model == "tiny" else cfg.model
     learned = cfg.method != "base" and run.once(
         f"{cfg.method} blind={cfg.blind} classes={cfg.conditional}", partial(learn, base)
     )
@@ -789,7 +810,6 @@ def evaluate(decoder: Decoder, tests: list, cfg: Config, run: Run) -> dict:
         right, evaluations, tokens = run.mean(sums).tolist()
         ms = 1000 * (time.time() - begin) / tokens
         found |= {name: right / tokens, "evaluations": evaluations / tokens, "ms": ms}
-    run.speed["tokens_per_s"] = 1000 / ms
     return found
 
 
@@ -811,11 +831,9 @@ def benchmarks(decoder: Decoder, tokenizer, cfg: Config, run: Run) -> dict:
     lm, found = Ours(pretrained=decoder.lm, tokenizer=tokenizer, batch_size=8), {}
     for task in cfg.bench:
         kind = BENCH_CLASSES.get(task, 2)
-        more = (
-            dict(num_fewshot=5, fewshot_as_multiturn=True)
-            if kind != 1
-            else dict(confirm_run_unsafe_code=True)
-        )
+        more = dict(num_fewshot=5, fewshot_as_multiturn=True)
+        if kind == 1:
+            more = dict(confirm_run_unsafe_code=True)
         scores = common.benchmark(
             lm, tokenizer, [task], run=run, gen_kwargs=dict(max_gen_toks=cfg.max_new), **more
         )
@@ -838,62 +856,61 @@ def draw(figure, table: dict):
     right.invert_yaxis()
 
 
-SIZES = {
-    "meta-llama/Llama-3.2-1B-Instruct": (2048, 8192, 16, 32, 8, 128256, True),
-    "meta-llama/Llama-3.1-8B-Instruct": (4096, 14336, 32, 32, 8, 128256, False),
-    "Qwen/Qwen2.5-1.5B-Instruct": (1536, 8960, 28, 12, 2, 151936, True),
-    "Qwen/Qwen2.5-7B-Instruct": (3584, 18944, 28, 28, 4, 152064, False),
-}
-FIELDS = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-FIELDS += ["num_key_value_heads", "vocab_size", "tie_word_embeddings"]
-
-
 def read_config(name: str):
     """The LM's transformers config from its files or the hub; None if there is none."""
+    if name == "tiny":
+        return make_tiny().config
     path, more = name, {}
     if name.endswith(".gguf"):
         path, more = Path(name).parent, {"gguf_file": Path(name).name}
     with contextlib.suppress(OSError, ValueError):
-        return transformers.AutoConfig.from_pretrained(path, **more)
+        config = transformers.AutoConfig.from_pretrained(path, **more)
+        if config.model_type not in ("llama", "qwen2"):
+            raise UserError(f"--model {name}: a {config.model_type}; the path is made for llama and qwen2")
+        return config
 
 
 def check_inputs(cfg: Config):
     """UserError for what a real model needs and is not there or cannot be used."""
     if cfg.model == "tiny":
         return
-    config = read_config(cfg.model)
-    if config is None:
+    if read_config(cfg.model) is None:
         raise UserError(f"--model {cfg.model!r}: neither here nor on the hub (hub id, folder or .gguf)")
-    if config.model_type not in ("llama", "qwen2"):
-        raise UserError(f"--model {cfg.model}: a {config.model_type}; the path is made for llama and qwen2")
-    load_conversations(cfg)
-    if cfg.bench:
-        common.need("lm_eval", "lm")
+    if len(load_conversations(cfg)) <= cfg.holdout:
+        raise UserError(f"{cfg.data}: --holdout {cfg.holdout} leaves no answer to train on")
     if 1 in map(BENCH_CLASSES.get, cfg.bench) and "HF_ALLOW_CODE_EVAL" not in os.environ:
         raise UserError("--bench: some tasks run what the model wrote; HF_ALLOW_CODE_EVAL=1 allows it")
+    if cfg.bench:
+        known = common.need("lm_eval.tasks", "lm").TaskManager().all_tasks
+        if unknown := set(cfg.bench).difference(known):
+            raise UserError(f"--bench: lm-eval has no task {', '.join(unknown)}")
 
 
 def dry_run(cfg: Config, run: Run):
-    """Print exact parameter counts, memory, hours at 40 % of an H100's peak if all texts had full length."""
+    """Print exact parameter counts, memory, hours at 40 % of an H100's peak if all texts had full length.
 
-    def size(model):
-        return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-    config = read_config(cfg.model)
-    if cfg.model in SIZES and config is None:
-        kind = "qwen2" if "Qwen" in cfg.model else "llama"
-        sizes = dict(zip(FIELDS, SIZES[cfg.model], strict=True))
-        config = transformers.AutoConfig.for_model(kind, **sizes)
+    Where the LM is missing they are those of Llama-3.2-1B.
+    """
+    config = read_config(cfg.model) or transformers.LlamaConfig(
+        name_or_path="Llama-3.2-1B",
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    )
     with torch.device("meta"):
-        lm = transformers.AutoModelForCausalLM.from_config(config) if config else make_tiny()
+        lm = transformers.AutoModelForCausalLM.from_config(config)
         n = size(lm)
         lm.requires_grad_(False)
         path, copies = size(DiffusionPath(lm, cfg)), size(DiffusionPath(lm, replace(cfg, rank=0)))
         lora = size(Finetuned(lm, replace(cfg, method="LoRA")))
     hours = cfg.steps * cfg.batch * cfg.context * 6 * n / 3600 / (0.4 * 989e12)  # 2 N main path, 4 N path
     run.print(
-        f"{cfg.model}: {n:,} parameters; path {path:,} ({copies:,} as full copies); LoRA baseline {lora:,}\n"
-        f"{(2 * n + 16 * path) / 1e9:.0f} GB of weights and AdamW; {hours:.1f} GPU hours for the path"
+        f"{config.name_or_path or cfg.model}: {n:,} parameters; path {path:,} ({copies:,} as full copies); "
+        f"LoRA {lora:,}\n{(2 * n + 16 * path) / 1e9:.0f} GB of weights and AdamW; {hours:.1f} GPU hours"
     )
     try:
         check_inputs(cfg)

@@ -15,7 +15,7 @@ C codes an update, each shared by G transitions; E members of F.
            - mean_i F_e(i)^T B(i)],  where i is a transition, j a next state, B(i) that of i's own next state
   eq. (2)  + mean_{i != j} (B(i)^T B(j))^2 / 2 - mean_i |B(i)|^2      orthonormal features: E[B B^T] = I
   eq. (3)  B_k(s, z) = sqrt d_k b_k / |b_k|,  b_k a network of s and sqrt d_j z_j / |z_j|, j < k
-  eq. (4)  z_k = E_rho[r B_k(s', z)], k = 1..K; then z sqrt d / |z|    prompts: rewards, goals, demonstrations
+  eq. (4)  z_k = E_rho[r B_k(s', z)], k = 1..K; then z sqrt d / |z|    a goal: r = 1 there, else 0
   eq. (5)  r_z(s') = B(s', z)^T E[B B^T]^-1 z                          a reward of which z is the code
   eq. (6)  P(Q) = mean_e Q_e - c mean_{e != e'} |Q_e - Q_e'|,  Q_e = F_e(s, a, z)^T z
   eq. (7)  TD3: loss = -mean P(Q(s, mu(s, z) + noise))
@@ -26,7 +26,7 @@ C codes an update, each shared by G transitions; E members of F.
 
 How to run
   python fb.py                                      the claim in miniature, with controls: two CPU cores
-  python fb.py --task goal:1,-0.5                   then act by a prompt; nothing is trained
+  python fb.py --reach 1 -0.5                       then act towards a goal; nothing is trained
   python fb.py --config walker                      random torques on dm_control's walker: stand, walk, ...
   torchrun --nproc_per_node=8 fb.py --config full --data exorl/walker/rnd
   python fb.py --config full --env Hopper-v4 --data hopper_medium-v2.hdf5    or minari:ID, with its rewards
@@ -51,10 +51,10 @@ Reading order: ROWS, Backward, the losses, encode, learn, act; then train_grid.
 from __future__ import annotations
 
 import copy
-import functools
 import math
+import os
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Literal, NamedTuple
 
 import gymnasium
@@ -86,7 +86,7 @@ class Config(common.Config):
     env: str = "point_mass"  # ours; a domain of dm_control; a gymnasium id, for --data with rewards; grid
     data: str = ""  # ExORL's or mood.py's folder of the domain, D4RL's .hdf5, minari:ID; empty: noise
     collect: int = 0  # episodes of noise
-    task: str = ""  # prompt for what was trained before: walker_run, goal:x,y,... or demo:EPISODE.npz
+    reach: tuple[float, ...] = ()  # a goal, as B sees it, for what was trained before; nothing is trained
     seen: int = 0  # first coordinates of an observation, which B sees; 0: all
     goals: int = 32  # of the point mass, drawn for each seed
     # representation
@@ -108,7 +108,6 @@ class Config(common.Config):
     noise_clip: float = 0.3  # of the policy's noise, but for eqs. (8) and (11)
     actor: Literal["td3", "aw"] = "td3"  # eq. (7) or (10)
     beta: float = 0.25  # temperature of eq. (9) for rewards of mean square 1; that of eq. (5) is about d
-    improved: bool = True  # eq. (9)'s 1 - p
     updates: int = 1200  # gradient updates
     block: int = 50  # updates a step: their transitions are drawn together
     batch: int = 128  # transitions an update
@@ -120,13 +119,16 @@ class Config(common.Config):
 
     def check(self):
         super().check()
-        if self.dim % self.groups or self.batch % self.codes or self.batch <= self.codes:
-            raise UserError("--dim must be a multiple of --groups, --batch of --codes (twice or more)")
+        few = self.batch <= self.codes or self.updates < 2 * self.block
+        if few or self.dim % self.groups or self.batch % self.codes:
+            raise UserError(
+                "--dim: a multiple of --groups; --batch: of --codes, two or more; --updates: two --block"
+            )
 
     def missing(self) -> str:
         """What there is to learn from and is not there, if anything."""
-        there = self.data.startswith("minari:") or Path(self.data).exists()
-        if there if self.data else self.collect and self.env in (*DOMAINS, "point_mass", "grid"):
+        made = not self.data and self.collect and self.env in (*DOMAINS, "point_mass")
+        if made or self.data.startswith("minari:") or os.path.exists(self.data):
             return ""
         return f"--data {self.data}: not there; ExORL's or mood.py's folder of {self.env}, .hdf5, minari:ID"
 
@@ -257,15 +259,26 @@ def make_env(cfg: Config, task: str):
         if own:
             env.env.task.get_reward = own
         return env
-    env = gymnasium.wrappers.FlattenObservation(gymnasium.make(cfg.env))
-    return gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
+    try:
+        env = gymnasium.wrappers.FlattenObservation(gymnasium.make(cfg.env))
+        return gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
+    except (gymnasium.error.Error, ImportError, TypeError) as e:
+        raise UserError(f"--env {cfg.env}: {e}") from None
+
+
+def widths(cfg: Config) -> tuple[int, ...]:
+    """Numbers in an observation, an action, and a physics state if rewards are computed from it."""
+    if cfg.env == "point_mass":
+        return 4, 8, 0
+    env = make_env(cfg, task_names(cfg)[0])
+    return *env.observation_space.shape, *env.action_space.shape, len(env.reset()[1].get("physics", ()))
 
 
 def make_envs(cfg: Config, tasks: list[str], count: int):
     """`count` environments of each task, one task after the other."""
     if cfg.env == "point_mass":
         return PointMass(len(tasks) * count, cfg.seed)
-    makers = [functools.partial(make_env, cfg, task) for task in tasks for _ in range(count)]
+    makers = [partial(make_env, cfg, task) for task in tasks for _ in range(count)]
     return gymnasium.vector.SyncVectorEnv(makers)
 
 
@@ -299,23 +312,31 @@ def load_data(cfg: Config, run: Run) -> Data:
     """The transitions of --data, or of episodes that are collected once a seed."""
     source = cfg.data or str(run.once(f"data {cfg.env}", collect))
     raw = common.load_episodes(source)
-    if raw["action"].abs().max() > 1.001:
-        raise UserError(f"{source}: actions beyond [-1, 1]")
+    found = tuple(raw[key].shape[1] if key in raw else 0 for key in ("observation", "action", "physics"))
+    if found != widths(cfg) or cfg.seen > found[0] or raw["action"].abs().max() > 1.001:
+        wanted = f"{widths(cfg)} numbers, --seen at most the first, actions in [-1, 1]"
+        raise UserError(f"{source}: observation, action, physics have {found} numbers, in {cfg.env} {wanted}")
     next_s, live = raw["next_observation"], 1 - raw["terminated"][:, 0]
     columns = raw["observation"], raw["action"], next_s, live, next_s[:, : cfg.seen or None]
     return Data(*(x.to(run.device) for x in columns), raw)
 
 
 def label(raw: dict[str, Tensor], rows: Tensor, cfg: Config) -> Tensor:
-    """Rewards of all tasks at the next states of `rows` (n,): (tasks, n)."""
+    """Rewards of all tasks at the next states of `rows` (n,): (tasks, n), on the CPU."""
     if cfg.env == "point_mass":
         places = raw["next_observation"][rows, :2].numpy() * UNITS[:2]
         distance = np.linalg.norm(places - point_goals(cfg)[:, None], axis=-1)
         return torch.tensor(near(distance)).float()
     if cfg.env not in DOMAINS:
         return raw["reward"][rows].T
-    if "physics" not in raw:
-        raise UserError(f"{cfg.data}: no physics to compute rewards from; --task goal: and demo: need none")
+    found = torch.utils.data.DataLoader(  # a tenth of a millisecond a row: a process for each million
+        rows.split(10**5), None, collate_fn=partial(label_physics, raw, cfg), num_workers=len(rows) // 10**6
+    )
+    return torch.cat(list(found)).T
+
+
+def label_physics(raw, cfg, rows):
+    """Rewards (n, tasks) of a domain of dm_control, from physics."""
     envs = [make_env(cfg, name) for name in task_names(cfg)]
     physics, found = envs[0].env.physics, []
     for state, action in zip(raw["physics"][rows].numpy(), raw["action"][rows].numpy(), strict=True):
@@ -323,7 +344,7 @@ def label(raw: dict[str, Tensor], rows: Tensor, cfg: Config) -> Tensor:
         physics.set_control(envs[0].low + (action + 1) / 2 * envs[0].span)  # humanoids pay for it
         physics.forward()
         found.append([float(env.env.task.get_reward(physics)) for env in envs])
-    return torch.tensor(found).T
+    return torch.tensor(found)
 
 
 def collect(run: Run):
@@ -371,7 +392,7 @@ class TwoStreams(nn.Module):
 
     def __init__(self, members, left, right, outputs, width):
         super().__init__()
-        linear, half = functools.partial(EnsembleLinear, members), width // 2
+        linear, half = partial(EnsembleLinear, members), width // 2
         self.left = nn.Sequential(linear(left, width), *bent(members, width, half))
         self.right = nn.Sequential(linear(right, width), *bent(members, width, half))
         self.head = nn.Sequential(linear(2 * half, width), nn.ReLU(), linear(width, outputs))
@@ -425,8 +446,9 @@ class Agent(nn.Module):
     def __init__(self, cfg, obs, actions):
         super().__init__()
         self.members, self.own = cfg.members, cfg.codes if cfg.method == "single" else 1
-        sizes = obs + cfg.dim, obs + actions, cfg.dim, cfg.width
-        self.forward_map = TwoStreams(cfg.members * self.own, *sizes)
+        self.forward_map = TwoStreams(
+            cfg.members * self.own, obs + cfg.dim, obs + actions, cfg.dim, cfg.width
+        )
         self.backward_map = Backward(cfg.seen or obs, cfg)
         self.actor = TwoStreams(self.own, obs + cfg.dim, obs, actions, cfg.width)
         self.maps = nn.ModuleList([self.forward_map, self.backward_map])  # for one optimizer
@@ -538,9 +560,8 @@ def noisy(mean: Tensor, std: float, clip: float = math.inf) -> Tensor:
 def advantage_weights(advantage: Tensor, cfg: Config) -> Tensor:
     """Eq. (9): (C, G) -> (C, G), of sum 1."""
     log_p = (advantage / (cfg.beta * math.sqrt(cfg.dim))).log_softmax(-1)
-    if cfg.improved:
-        log_p = (log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))).log_softmax(-1)
-    return log_p.exp() / len(advantage)
+    log_w = (log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))).log_softmax(-1)
+    return log_w.exp() / len(advantage)
 
 
 def by_advantage(agent: Agent, batch: Batch, z: Tensor, cfg: Config) -> Tensor:
@@ -576,21 +597,17 @@ def gather(data: Data, index: Tensor, cfg: Config) -> Batch:
     return Batch(*(x[mine] for x in data[:4]), data.goal[met], data.goal[index[:, :1]], own)
 
 
-def representation_loss(agent: Agent, batch: Batch, next_a: Tensor, z: Tensor, cfg: Config) -> Tensor:
-    """Eqs. (1) and (2) on a batch."""
-    with torch.no_grad():
-        slow = agent.features(agent.slow_forward, batch.next_s, next_a, z).mean(0, keepdim=True)
-        target = measure(slow, agent.slow_backward(batch.met, z))[0]
+def representation_loss(agent: Agent, batch: Batch, slow: Tensor, z: Tensor, cfg: Config) -> Tensor:
+    """Eqs. (1) and (2) on a batch; slow: Fbar(s', a', z) (E, C, G, d)."""
+    target = measure(slow.mean(0, keepdim=True), agent.slow_backward(batch.met, z))[0]
     b = agent.backward_map(batch.met, z)
     m = measure(agent.features(agent.forward_map, batch.s, batch.a, z), b)
     return fb_loss(m, target, cfg.discount * batch.live, batch.own) + cfg.ortho * ortho_loss(b)
 
 
-def critic_loss(agent: Agent, batch: Batch, next_a: Tensor, z: Tensor, reward: Tensor, cfg: Config) -> Tensor:
+def critic_loss(agent: Agent, batch: Batch, slow: Tensor, z: Tensor, reward: Tensor, cfg: Config) -> Tensor:
     """TD3's, for agents of a single task: squared errors to r + gamma P(Q'(s', a')), reward (C, G)."""
-    with torch.no_grad():
-        future = agent.features(agent.slow_forward, batch.next_s, next_a, z)[..., 0]
-        y = reward + cfg.discount * batch.live * pessimistic(future, cfg.pessimism)
+    y = reward + cfg.discount * batch.live * pessimistic(slow[..., 0], cfg.pessimism)
     return 0.5 * (agent.q(batch.s, batch.a[None], z)[:, 0] - y).square().mean(-1).sum()
 
 
@@ -605,34 +622,35 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
 
 def learn(agent: Agent, data: Data, cfg: Config, run: Run):
     """The training loop: without rewards, but for agents of a single task."""
-    device, single, count = run.device, cfg.method == "single", 1 + cfg.batch // cfg.codes + cfg.others
-    more = dict(lr=cfg.lr, fused=True, capturable=device.type == "cuda")
-    maps = torch.optim.Adam(agent.maps.parameters(), **more)
-    actor = torch.optim.Adam(agent.actor.parameters(), **more)
+    single = cfg.method == "single"
+    maps, actor = (
+        torch.optim.Adam(network.parameters(), cfg.lr, fused=True, capturable=data.s.is_cuda)
+        for network in (agent.maps, agent.actor)
+    )
     if single:  # rewards of mean square 1, for which beta is meant
-        earned = nn.functional.normalize(label(data.raw, torch.arange(len(data.s)), cfg)[: cfg.codes])
-        earned = earned.to(device) * math.sqrt(len(data.s))
+        earned = sphere(label(data.raw, torch.arange(len(data.s)), cfg)[: cfg.codes]).to(run.device)
 
     def update(index):
         batch = gather(data, index, cfg)
         z = torch.ones_like(batch.live[:, :1]) if single else sample_z(agent.backward_map, batch.goal, cfg)
         with torch.no_grad():
             next_a = noisy(agent.mean(batch.next_s, z), cfg.std, cfg.noise_clip)
+            slow = agent.features(agent.slow_forward, batch.next_s, next_a, z)
         if single:
-            loss = critic_loss(agent, batch, next_a, z, earned.gather(1, index[:, 1:]), cfg)
+            loss = critic_loss(agent, batch, slow, z, earned.gather(1, index[:, 1:]), cfg)
         else:
-            loss = representation_loss(agent, batch, next_a, z, cfg)
-        losses = dict(loss=descend(maps, loss))
-        losses["actor_loss"] = descend(actor, ACTOR_LOSS[cfg.actor](agent, batch, z, cfg))
+            loss = representation_loss(agent, batch, slow, z, cfg)
+        loss = descend(maps, loss)
         common.soft_update(agent.slow, agent.maps, cfg.tau)
-        return losses
+        return loss, descend(actor, ACTOR_LOSS[cfg.actor](agent, batch, z, cfg))
 
     update = common.graphed(update)  # on a GPU one CUDA graph
     # a single task needs half of the updates
     for step in run.steps(cfg.updates // cfg.block // (1 + single), agent=agent, maps=maps, actor=actor):
-        for index in torch.randint(len(data.s), (cfg.block, cfg.codes, count), device=device):
-            losses = update(index)
-        run.log(step, **losses)
+        shape = cfg.block, cfg.codes, 1 + cfg.batch // cfg.codes + cfg.others
+        for index in torch.randint(len(data.s), shape, device=run.device):
+            loss, actor_loss = update(index)
+        run.log(step, loss=loss, actor_loss=actor_loss)
 
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
@@ -644,17 +662,15 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
         codes = min(cfg.codes, len(names))
         cfg = replace(cfg, codes=codes, batch=cfg.batch // codes * codes)
     if cfg.method == "fixed":
-        size = data.a.shape[1]
-        return evaluate(lambda obs: np.random.uniform(-cfg.std, cfg.std, (len(obs), size)), names, cfg, run)
-    agent = make_agent(data, cfg)
+        return evaluate(
+            lambda obs: np.random.uniform(-cfg.std, cfg.std, (len(obs), data.a.shape[1])), names, cfg, run
+        )
+    agent = Agent(cfg, *widths(cfg)[:2]).to(run.device)
+    prompt(agent, data, cfg)  # tasks that cannot be coded end here, not after learning
     learn(agent, data, cfg, run)
     torch.save(agent.state_dict(), run.folder / "agent.pt")
-    z = prompt(agent, data, cfg) if cfg.method == "fb" else torch.ones(cfg.codes, 1, device=run.device)
-    return evaluate(functools.partial(act, agent, z, cfg), names[: len(z)], cfg, run)
-
-
-def make_agent(data, cfg):
-    return Agent(cfg, data.s.shape[1], data.a.shape[1]).to(data.s.device)
+    z = prompt(agent, data, cfg)
+    return evaluate(partial(act, agent, z, cfg), names[: len(z)], cfg, run)
 
 
 # --- acting and evaluation ---
@@ -662,12 +678,14 @@ def make_agent(data, cfg):
 
 @torch.no_grad()
 def prompt(agent: Agent, data: Data, cfg: Config) -> Tensor:
-    """Codes of all tasks, from their rewards at some states of the data: (tasks, d)."""
+    """Codes of all tasks, from their rewards at some states of the data: (tasks, d); 1 for single tasks."""
+    if cfg.method == "single":
+        return data.goal.new_ones(cfg.codes, 1)
     rows = torch.randperm(len(data.s))[: cfg.prompt]
     reward = label(data.raw, rows, cfg).to(data.goal)
     z = encode(agent.backward_map, data.goal[rows][None], reward)
-    if (z.norm(dim=1) <= math.sqrt(cfg.dim / len(rows)) * reward.abs().mean(1)).any():  # |B| = sqrt d
-        raise UserError("a task has no code beyond chance; --prompt takes more states")
+    if z.norm(dim=1).min() < 1e-6:
+        raise UserError("a task's rewards in the data have no code; --prompt takes more states")
     return sphere(z)
 
 
@@ -707,29 +725,23 @@ def evaluate(policy, names: list[str], cfg: Config, run: Run) -> dict[str, float
 
 
 def answer(cfg: Config, run: Run):
-    """--task: act by a prompt with the finished agent of the first of --rows; nothing is trained."""
+    """--reach: act towards a goal with the finished agent of the first of --rows; nothing is trained."""
     row = [*cfg.rows, *ROWS][0]
     cfg = replace(cfg, **ROWS.get(row, {}))
     file = run.root / common.slug(f"{row}-s{cfg.seed}") / "agent.pt"
     if not file.is_file() or cfg.method != "fb":
-        raise UserError(f"--task: no {file}; first run without --task, then name an FB row in --rows")
-    data, names = load_data(cfg, run), task_names(cfg)
-    agent, n = make_agent(data, cfg), data.goal.shape[1]
-    agent.load_state_dict(torch.load(file, map_location=run.device, weights_only=True))
-    kind, _, what = cfg.task.partition(":")
-    task = names[0] if what else cfg.task.removeprefix(f"{cfg.env}_")
+        raise UserError(f"--reach: no {file}; first run without --reach, then name an FB row in --rows")
+    obs, actions, _ = widths(cfg)
+    agent, seen = Agent(cfg, obs, actions).to(run.device), cfg.seen or obs
     try:
-        if what:
-            rows = [what.split(",")] if kind == "goal" else next(common.read_exorl(Path(what)))[0][:, :n]
-            states = torch.tensor(np.array(rows, np.float32)[None], device=run.device)
-            z = sphere(encode(agent.backward_map, states, torch.ones_like(states[..., 0])))
-        else:
-            z = prompt(agent, data, cfg)[[names.index(task)]]
-    except Exception as e:  # files from outside raise a dozen kinds
-        raise UserError(f"--task: {e}; there are {names}, goal: and {n} numbers, demo:FILE.npz") from None
-    envs = make_envs(cfg, [task], cfg.episodes)
-    returns, obs, _ = roll(envs, functools.partial(act, agent, z, cfg), cfg.seed)
-    run.print(f"{cfg.task}: return {returns.mean():.2f}, ends at {obs[-1, :, :n].mean(0).round(2)}")
+        agent.load_state_dict(torch.load(file, map_location=run.device, weights_only=True))
+        goal = torch.tensor(cfg.reach, device=run.device).view(1, 1, seen)
+    except RuntimeError:
+        raise UserError(f"--reach takes {seen} numbers, and the sizes that {file} was trained with") from None
+    z = sphere(encode(agent.backward_map, goal, torch.ones_like(goal[..., 0])))
+    envs = make_envs(cfg, task_names(cfg)[:1], cfg.episodes)
+    _, path, _ = roll(envs, partial(act, agent, z, cfg), cfg.seed)
+    run.print(f"{cfg.reach}: ends at {path[-1, :, :seen].mean(0).round(2)}")
 
 
 # --- part A: exact measures on a grid ---
@@ -824,8 +836,8 @@ def draw(figure, run):
 
 
 def dry_run(cfg, run):
-    """Parameters and hours of a cell with walker's observations, and what is missing."""
-    size = sum(p.numel() for p in Agent(cfg, 24, 6).parameters() if p.requires_grad)
+    """Parameters and hours of a cell, and what is missing."""
+    size = sum(p.numel() for p in Agent(cfg, *widths(cfg)[:2]).parameters() if p.requires_grad)
     hours = cfg.updates * 12 * size * cfg.batch / 3.6e17
     run.print(f"{size:,} parameters, {hours:.1f} hours a cell at 100 TFLOP/s. {cfg.missing()}")
 
@@ -837,11 +849,11 @@ def main():
             return dry_run(cfg, run)
         if cfg.missing():
             raise UserError(cfg.missing())
-        if cfg.task:
+        if cfg.reach:
             return answer(cfg, run)
         table = run.grid(ROWS, train)
         run.check(CLAIMS, table)
-        if set(table) >= set(ROWS):
+        if set(table) >= set(ROWS) and cfg.env == "point_mass":
             run.figure(draw, run, size=(9, 9))
 
 

@@ -14,7 +14,6 @@ from conftest import ROOT
 
 import common
 import fb
-from common import UserError
 
 SMOKE = fb.CONFIGS["smoke"]
 CLOSE = torch.testing.assert_close
@@ -39,9 +38,10 @@ def agent_and_batch(cfg, n=400):
 def test_loss_is_a_loop_over_codes_transitions_and_next_states_in_both_layouts(others, groups):
     cfg = replace(SMOKE, groups=groups, codes=4, batch=12, others=others, ortho=0.7)
     agent, batch = agent_and_batch(cfg)
-    z, next_a = fb.sample_z(agent.backward_map, batch.goal, cfg), torch.rand(4, 3, 3)
+    z = fb.sample_z(agent.backward_map, batch.goal, cfg)
     f = agent.features(agent.forward_map, batch.s, batch.a, z)
-    slow = agent.features(agent.slow_forward, batch.next_s, next_a, z).mean(0)
+    members = agent.features(agent.slow_forward, batch.next_s, torch.rand(4, 3, 3), z)
+    slow = members.mean(0)
     squares, diagonal, products, norms = [], [], [], []
     for c, g in itertools.product(range(4), range(3)):
         met = batch.met[c % len(batch.met)]
@@ -55,7 +55,7 @@ def test_loss_is_a_loop_over_codes_transitions_and_next_states_in_both_layouts(o
             products += [(b[i] @ b[j]) ** 2 for i in range(j)]
             norms.append(b[j] @ b[j])
     mean = [torch.stack(x).mean() for x in (squares, diagonal, products, norms)]
-    found = fb.representation_loss(agent, batch, next_a, z, cfg)
+    found = fb.representation_loss(agent, batch, members, z, cfg)
     CLOSE(found, mean[0] / 2 - mean[1] + 0.7 * (mean[2] / 2 - mean[3]))
 
 
@@ -153,9 +153,9 @@ def test_improved_weights_are_p_over_1_minus_p_and_each_code_counts_alike():
 
 def test_improved_weights_halve_the_bias_of_self_normalised_importance_sampling():
     x = torch.randn(100_000, 4)  # E[x e^x] / E[e^x] = 1
-    for flag, wanted in ((False, 0.607), (True, 0.748)):
-        weights = fb.advantage_weights(x, replace(SMOKE, improved=flag))
-        assert (weights * x).sum().item() == pytest.approx(wanted, abs=0.01)
+    weights = fb.advantage_weights(x, SMOKE)
+    assert (weights * x).sum().item() == pytest.approx(0.748, abs=0.01)
+    assert (x.softmax(-1) * x).sum(-1).mean().item() == pytest.approx(0.607, abs=0.01)
 
 
 @pytest.mark.parametrize("method", ["fb", "single"])
@@ -175,11 +175,11 @@ def test_an_actor_s_step_moves_the_actor_alone_and_a_hot_one_clones(method, acto
 def test_agents_of_a_single_task_share_nothing_and_learn_td3_s_targets():
     cfg = replace(SMOKE, **fb.SINGLE | dict(batch=20))
     agent, batch = agent_and_batch(cfg)
-    z, reward, next_a = torch.ones(4, 1), torch.randn(4, 5), torch.rand(4, 5, 3)
-    future = agent.features(agent.slow_forward, batch.next_s, next_a, z)[..., 0].amin(0)
+    z, reward = torch.ones(4, 1), torch.randn(4, 5)
+    slow = agent.features(agent.slow_forward, batch.next_s, torch.rand(4, 5, 3), z)
     q = agent.q(batch.s, batch.a[None], z)[:, 0]
-    error = q - reward - cfg.discount * batch.live * future
-    CLOSE(fb.critic_loss(agent, batch, next_a, z, reward, cfg), 0.5 * error.square().sum() / 5)
+    error = q - reward - cfg.discount * batch.live * slow[..., 0].amin(0)
+    CLOSE(fb.critic_loss(agent, batch, slow, z, reward, cfg), 0.5 * error.square().sum() / 5)
     (gradient,) = torch.autograd.grad(q[1, 2].sum(), agent.forward_map.head[0].weight)
     assert gradient.abs().sum((1, 2)).count_nonzero() == 1
 
@@ -249,7 +249,7 @@ def table(folder):
     return json.loads((folder / "results.json").read_text())["table"]
 
 
-def test_smoke_resumes_bitwise_answers_prompts_and_is_the_same_on_two_ranks(run_main, run_script, tmp_path):
+def test_smoke_resumes_bitwise_reaches_goals_and_is_the_same_on_two_ranks(run_main, run_script, tmp_path):
     line, folder = ["--config", "smoke"], tmp_path / "out" / "fb-smoke-s0"
     run_main(fb, *line)
     before = table(folder)
@@ -259,19 +259,17 @@ def test_smoke_resumes_bitwise_answers_prompts_and_is_the_same_on_two_ranks(run_
         shutil.rmtree(max((folder / f"{row}-s0").glob("step*")))
     run_main(fb, *line, "--resume")
     assert table(folder) == before
-    episode = next((folder / "data_point_mass-s0").glob("*.npz"))
-    for task in ("goal:0.5,-0.5", f"demo:{episode}", "goal 2"):
-        code, out, _ = run_main(fb, *line, "--task", task)
-        assert code == 0 and "ends at" in out
-    for task, words in {"goal:1": "2 numbers", "fly": "goal"}.items():
-        code, _, err = run_main(fb, *line, "--task", task)
-        assert code == 2 and words in err
+    assert "hours" in run_main(fb, *line, "--dry_run")[1]
+    assert "ends at" in run_main(fb, *line, "--reach", "0.5", "-0.5")[1]
+    for words in ("--reach 1", "--reach 1 2 --width 8"):
+        code, _, err = run_main(fb, *line, *words.split())
+        assert code == 2 and "takes 2 numbers, and the sizes" in err
     run_script(ROOT / "fb.py", *line, "--rows", "FB", "FB-ARE", "--out", "two", ranks=2)
     assert table(tmp_path / "two" / "fb-smoke-s0") == {row: before[row] for row in ("FB", "FB-ARE")}
 
 
 def test_a_domain_of_dm_control_is_collected_coded_and_acted_on(run_main, tmp_path):
-    size = "--seeds 1 --ranks 1 --collect 2 --updates 50 --width 16 --batch 16 --prompt 50 --episodes 1"
+    size = "--seeds 1 --ranks 1 --collect 2 --updates 100 --width 16 --batch 16 --prompt 50 --episodes 1"
     run_main(fb, "--config", "walker", *size.split(), "--rows", "FB-AWARE", "random actions")
     for cells in table(tmp_path / "out" / "fb-walker-s0").values():
         assert 0 < cells[0]["stand"] < 1000
@@ -289,16 +287,25 @@ def test_a_d4rl_file_is_learned_from_and_acted_on_in_gymnasium(run_main, tmp_pat
     assert score == pytest.approx((reward + 20.27) / 32.5457)
 
 
-def test_what_makes_no_sense_or_is_missing_is_one_line_before_anything_is_computed(run_main):
-    with pytest.raises(UserError, match="multiple"):
-        replace(SMOKE, groups=3).check()
-    assert "not there" in replace(SMOKE, data="nowhere.hdf5").missing()
-    assert "folder of walker" in run_main(fb, "--config", "full")[2]
-    assert "hours" in run_main(fb, "--config", "full", "--dry_run")[1]
-    orthogonal = {"reward": torch.tensor([[1.0], [-1.0]])}  # at two equal states
-    with pytest.raises(UserError, match="no code"):
-        data = fb.Data(*[torch.zeros(2, 2)] * 5, orthogonal)
-        fb.prompt(fb.Agent(SMOKE, 2, 2), data, replace(SMOKE, env="Hopper-v4"))
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ("--config full", "folder of walker"),
+        ("--data nowhere.hdf5", "not there"),
+        ("--groups 3", "multiple of --groups"),
+        ("--updates 19", "two --block"),
+        ("--reach 1 -1", "first run without --reach"),
+        ("--data . --env foo", "doesn't exist"),
+        ("--data . --env walker", "(11, 3, 0) numbers, in walker (24, 6, 18)"),
+        ("--data . --env Hopper-v4 --seen 12", "--seen at most the first"),
+        ("--data . --env Hopper-v4", "no code"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_learned(words, line, run_main, tmp_path):
+    none, file = np.zeros(9), tmp_path / "0.npz"
+    np.savez(file, observation=np.ones((9, 11)), action=np.ones((9, 3)), reward=none, discount=none)
+    code, _, err = run_main(fb, "--config", "smoke", "--rows", "FB", *words.split())
+    assert code == 2 and line in err and not list(tmp_path.rglob("metrics.jsonl"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
