@@ -15,7 +15,7 @@ C codes an update, each shared by G transitions; E members of F.
            - mean_i F_e(i)^T B(i)],  where i is a transition, j a next state, B(i) that of i's own next state
   eq. (2)  + mean_{i != j} (B(i)^T B(j))^2 / 2 - mean_i |B(i)|^2      orthonormal features: E[B B^T] = I
   eq. (3)  B_k(s, z) = sqrt d_k b_k / |b_k|,  b_k a network of s and sqrt d_j z_j / |z_j|, j < k
-  eq. (4)  z_k = E_rho[r B_k(s', z)], k = 1..K; then z sqrt d / |z|    a goal: r = 1 there, else 0
+  eq. (4)  z_k = E_rho[r B_k(s', z)], k = 1..K; then z sqrt d / |z|    prompts: rewards, goals, demonstrations
   eq. (5)  r_z(s') = B(s', z)^T E[B B^T]^-1 z                          a reward of which z is the code
   eq. (6)  P(Q) = mean_e Q_e - c mean_{e != e'} |Q_e - Q_e'|,  Q_e = F_e(s, a, z)^T z
   eq. (7)  TD3: loss = -mean P(Q(s, mu(s, z) + noise))
@@ -26,7 +26,7 @@ C codes an update, each shared by G transitions; E members of F.
 
 How to run
   python fb.py                                      the claim in miniature, with controls: two CPU cores
-  python fb.py --reach 1 -0.5                       then act towards a goal; nothing is trained
+  python fb.py --task goal:1,-0.5                   then act by a prompt; nothing is trained
   python fb.py --config walker                      random torques on dm_control's walker: stand, walk, ...
   torchrun --nproc_per_node=8 fb.py --config full --data exorl/walker/rnd
   python fb.py --config full --env Hopper-v4 --data hopper_medium-v2.hdf5    or minari:ID, with its rewards
@@ -86,7 +86,7 @@ class Config(common.Config):
     env: str = "point_mass"  # ours; a domain of dm_control; a gymnasium id, for --data with rewards; grid
     data: str = ""  # ExORL's or mood.py's folder of the domain, D4RL's .hdf5, minari:ID; empty: noise
     collect: int = 0  # episodes of noise
-    reach: tuple[float, ...] = ()  # a goal, as B sees it, for what was trained before; nothing is trained
+    task: str = ""  # prompt for what was trained before: walker_run, goal:x,y,... or demo:EPISODE.npz
     seen: int = 0  # first coordinates of an observation, which B sees; 0: all
     goals: int = 32  # of the point mass, drawn for each seed
     # representation
@@ -262,16 +262,16 @@ def make_env(cfg: Config, task: str):
     try:
         env = gymnasium.wrappers.FlattenObservation(gymnasium.make(cfg.env))
         return gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
-    except (gymnasium.error.Error, ImportError, TypeError) as e:
+    except Exception as e:  # gymnasium's and the environments' own
         raise UserError(f"--env {cfg.env}: {e}") from None
 
 
 def widths(cfg: Config) -> tuple[int, ...]:
-    """Numbers in an observation, an action, and a physics state if rewards are computed from it."""
+    """Numbers in an observation and in an action."""
     if cfg.env == "point_mass":
-        return 4, 8, 0
+        return 4, 8
     env = make_env(cfg, task_names(cfg)[0])
-    return *env.observation_space.shape, *env.action_space.shape, len(env.reset()[1].get("physics", ()))
+    return *env.observation_space.shape, *env.action_space.shape
 
 
 def make_envs(cfg: Config, tasks: list[str], count: int):
@@ -312,10 +312,14 @@ def load_data(cfg: Config, run: Run) -> Data:
     """The transitions of --data, or of episodes that are collected once a seed."""
     source = cfg.data or str(run.once(f"data {cfg.env}", collect))
     raw = common.load_episodes(source)
-    found = tuple(raw[key].shape[1] if key in raw else 0 for key in ("observation", "action", "physics"))
+    found = tuple(raw[key].shape[1] for key in ("observation", "action"))
     if found != widths(cfg) or cfg.seen > found[0] or raw["action"].abs().max() > 1.001:
-        wanted = f"{widths(cfg)} numbers, --seen at most the first, actions in [-1, 1]"
-        raise UserError(f"{source}: observation, action, physics have {found} numbers, in {cfg.env} {wanted}")
+        raise UserError(
+            f"{source}: observation and action have {found} numbers, in {cfg.env} {widths(cfg)}; "
+            "--seen at most the first, actions in [-1, 1]"
+        )
+    if cfg.env in DOMAINS and "physics" not in raw:
+        raise UserError(f"{source}: no physics to compute rewards from")
     next_s, live = raw["next_observation"], 1 - raw["terminated"][:, 0]
     columns = raw["observation"], raw["action"], next_s, live, next_s[:, : cfg.seen or None]
     return Data(*(x.to(run.device) for x in columns), raw)
@@ -329,14 +333,6 @@ def label(raw: dict[str, Tensor], rows: Tensor, cfg: Config) -> Tensor:
         return torch.tensor(near(distance)).float()
     if cfg.env not in DOMAINS:
         return raw["reward"][rows].T
-    found = torch.utils.data.DataLoader(  # a tenth of a millisecond a row: a process for each million
-        rows.split(10**5), None, collate_fn=partial(label_physics, raw, cfg), num_workers=len(rows) // 10**6
-    )
-    return torch.cat(list(found)).T
-
-
-def label_physics(raw, cfg, rows):
-    """Rewards (n, tasks) of a domain of dm_control, from physics."""
     envs = [make_env(cfg, name) for name in task_names(cfg)]
     physics, found = envs[0].env.physics, []
     for state, action in zip(raw["physics"][rows].numpy(), raw["action"][rows].numpy(), strict=True):
@@ -344,7 +340,7 @@ def label_physics(raw, cfg, rows):
         physics.set_control(envs[0].low + (action + 1) / 2 * envs[0].span)  # humanoids pay for it
         physics.forward()
         found.append([float(env.env.task.get_reward(physics)) for env in envs])
-    return torch.tensor(found)
+    return torch.tensor(found).T
 
 
 def collect(run: Run):
@@ -665,7 +661,7 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
         return evaluate(
             lambda obs: np.random.uniform(-cfg.std, cfg.std, (len(obs), data.a.shape[1])), names, cfg, run
         )
-    agent = Agent(cfg, *widths(cfg)[:2]).to(run.device)
+    agent = Agent(cfg, *widths(cfg)).to(run.device)
     prompt(agent, data, cfg)  # tasks that cannot be coded end here, not after learning
     learn(agent, data, cfg, run)
     torch.save(agent.state_dict(), run.folder / "agent.pt")
@@ -725,23 +721,31 @@ def evaluate(policy, names: list[str], cfg: Config, run: Run) -> dict[str, float
 
 
 def answer(cfg: Config, run: Run):
-    """--reach: act towards a goal with the finished agent of the first of --rows; nothing is trained."""
+    """--task: act by a prompt with the finished agent of the first of --rows; nothing is trained."""
     row = [*cfg.rows, *ROWS][0]
     cfg = replace(cfg, **ROWS.get(row, {}))
     file = run.root / common.slug(f"{row}-s{cfg.seed}") / "agent.pt"
     if not file.is_file() or cfg.method != "fb":
-        raise UserError(f"--reach: no {file}; first run without --reach, then name an FB row in --rows")
-    obs, actions, _ = widths(cfg)
-    agent, seen = Agent(cfg, obs, actions).to(run.device), cfg.seen or obs
+        raise UserError(f"--task: no {file}; first run without --task, then name an FB row in --rows")
+    data, names = load_data(cfg, run), task_names(cfg)
+    agent, n = Agent(cfg, *widths(cfg)).to(run.device), data.goal.shape[1]
+    kind, _, what = cfg.task.partition(":")
+    task = names[0] if what else cfg.task.removeprefix(f"{cfg.env}_")
     try:
         agent.load_state_dict(torch.load(file, map_location=run.device, weights_only=True))
-        goal = torch.tensor(cfg.reach, device=run.device).view(1, 1, seen)
-    except RuntimeError:
-        raise UserError(f"--reach takes {seen} numbers, and the sizes that {file} was trained with") from None
-    z = sphere(encode(agent.backward_map, goal, torch.ones_like(goal[..., 0])))
-    envs = make_envs(cfg, task_names(cfg)[:1], cfg.episodes)
-    _, path, _ = roll(envs, partial(act, agent, z, cfg), cfg.seed)
-    run.print(f"{cfg.reach}: ends at {path[-1, :, :seen].mean(0).round(2)}")
+        if what:
+            rows = [what.split(",")] if kind == "goal" else next(common.read_exorl(what))[0][:, :n]
+            states = torch.tensor(np.array(rows, np.float32)[None], device=run.device)
+            z = sphere(encode(agent.backward_map, states, torch.ones_like(states[..., 0])))
+        else:
+            z = prompt(agent, data, cfg)[[names.index(task)]]
+    except Exception as e:  # files from outside raise a dozen kinds
+        raise UserError(
+            f"--task: {str(e)[:90]!r}; there are {names}, goal: and {n} numbers, demo:FILE.npz, for {file}"
+        ) from None
+    returns, obs, _ = roll(make_envs(cfg, [task], cfg.episodes), partial(act, agent, z, cfg), cfg.seed)
+    found = f"ends at {obs[-1, :, :n].mean(0).round(2)}" if what else f"return {returns.mean():.2f}"
+    run.print(f"{cfg.task}: {found}")
 
 
 # --- part A: exact measures on a grid ---
@@ -837,7 +841,7 @@ def draw(figure, run):
 
 def dry_run(cfg, run):
     """Parameters and hours of a cell, and what is missing."""
-    size = sum(p.numel() for p in Agent(cfg, *widths(cfg)[:2]).parameters() if p.requires_grad)
+    size = sum(p.numel() for p in Agent(cfg, *widths(cfg)).parameters() if p.requires_grad)
     hours = cfg.updates * 12 * size * cfg.batch / 3.6e17
     run.print(f"{size:,} parameters, {hours:.1f} hours a cell at 100 TFLOP/s. {cfg.missing()}")
 
@@ -849,7 +853,7 @@ def main():
             return dry_run(cfg, run)
         if cfg.missing():
             raise UserError(cfg.missing())
-        if cfg.reach:
+        if cfg.task:
             return answer(cfg, run)
         table = run.grid(ROWS, train)
         run.check(CLAIMS, table)

@@ -29,7 +29,7 @@ def one_thread_a_fixed_seed_and_no_gpu(request, monkeypatch):
 
 @pytest.fixture
 def run_script(tmp_path):
-    """run_script(*arguments, ranks=0): a command in tmp_path, with ranks under torchrun; no GPU unless asked."""
+    """run_script(*arguments, ranks=0): a command in tmp_path, under torchrun with ranks, on CPU or GPU."""
 
     def start(*arguments, ranks: int = 0, check: bool = True, gpu: bool = False):
         launcher = (

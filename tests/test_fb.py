@@ -260,10 +260,10 @@ def test_smoke_resumes_bitwise_reaches_goals_and_is_the_same_on_two_ranks(run_ma
     run_main(fb, *line, "--resume")
     assert table(folder) == before
     assert "hours" in run_main(fb, *line, "--dry_run")[1]
-    assert "ends at" in run_main(fb, *line, "--reach", "0.5", "-0.5")[1]
-    for words in ("--reach 1", "--reach 1 2 --width 8"):
-        code, _, err = run_main(fb, *line, *words.split())
-        assert code == 2 and "takes 2 numbers, and the sizes" in err
+    episode = next((folder / "data_point_mass-s0").glob("*.npz"))
+    for task in ("goal:0.5,-0.5", f"demo:{episode}", "goal 2"):
+        assert f"{task}: {'ends at' if ':' in task else 'return'}" in run_main(fb, *line, "--task", task)[1]
+    assert "2 numbers" in run_main(fb, *line, "--task", "goal:1")[2]
     run_script(ROOT / "fb.py", *line, "--rows", "FB", "FB-ARE", "--out", "two", ranks=2)
     assert table(tmp_path / "two" / "fb-smoke-s0") == {row: before[row] for row in ("FB", "FB-ARE")}
 
@@ -294,9 +294,9 @@ def test_a_d4rl_file_is_learned_from_and_acted_on_in_gymnasium(run_main, tmp_pat
         ("--data nowhere.hdf5", "not there"),
         ("--groups 3", "multiple of --groups"),
         ("--updates 19", "two --block"),
-        ("--reach 1 -1", "first run without --reach"),
+        ("--task goal:1,-1", "first run without --task"),
         ("--data . --env foo", "doesn't exist"),
-        ("--data . --env walker", "(11, 3, 0) numbers, in walker (24, 6, 18)"),
+        ("--data . --env walker", "(11, 3) numbers, in walker (24, 6)"),
         ("--data . --env Hopper-v4 --seen 12", "--seen at most the first"),
         ("--data . --env Hopper-v4", "no code"),
     ],
