@@ -31,7 +31,7 @@ def run(tmp_path):
 def tiny(cfg=SMOKE, dtype=torch.float32):
     """A model whose v_proj has fewer outputs than inputs, with the tokenizer of the words."""
     torch.manual_seed(3)
-    tokenizer = common.CharTokenizer(t2l.ALPHABET + "=$", eos="$")
+    tokenizer = common.CharTokenizer(t2l.ALPHABET + "=", eos="$")
     tokenizer.chat_template = "{{ messages[0].content }}"
     lm = common.tiny_lm(len(tokenizer), 32, 2, heads=8, num_key_value_heads=4, initializer_range=0.2)
     return t2l.Base(lm.to(dtype), tokenizer, "tiny", cfg)
@@ -226,7 +226,7 @@ def test_a_description_that_a_task_is_trained_on_is_not_unseen_for_another(tmp_p
     file = tmp_path / "t1/metadata.yaml"
     texts = json.loads(file.read_text())["descriptions"]
     file.write_text(json.dumps({"descriptions": [*texts, "Add 0, now"]}))
-    assert t2l.load_tasks(cfg)[1][0].descriptions == texts[3:]
+    assert t2l.load_tasks(cfg)[1][0].descriptions == texts
 
 
 # --- training and evaluation
@@ -238,7 +238,7 @@ def test_oracles_trained_side_by_side_are_those_trained_with_other_mates(run):
         run.folder = run.folder / "next"
         torch.manual_seed(5)
         net = t2l.Table(t2l.lora_start(base.form).repeat(2, 1).double())
-        t2l.fit(net, base, mates, torch.zeros(2, 1, 1), run, 4, 1e-2)
+        t2l.fit(base, mates, torch.zeros(2, 1, 1), run, net, 4, 1e-2, clip=math.inf)
         trained.append(net.adapters.detach())
     torch.testing.assert_close(trained[0][0], trained[1][0], atol=1e-10, rtol=0)
     assert not torch.allclose(trained[0][0], trained[0][1])
