@@ -30,8 +30,9 @@ Departures from the paper and its code
 - Module types are sorted and kept in the checkpoint; in the code their order changes between processes.
 - The public code's heads M and S do not start at BA = 0 ("paper"); --init exact adds a frozen start instead.
 - A response is kept whole when a text is cut (the code may cut it away); of a prompt the first id stays.
-- Oracles train side by side from one A0 for fixed steps (the code: one by one, early stopping), unclipped,
-  as the multi-task LoRA is. `full` has no settings of its own for them and reconstruction: use --experts.
+- Oracles train side by side from one A0 for fixed steps, unclipped (the code: one by one, early stopping).
+  `full` has no settings of its own for them: reconstruction there is --rows "T2L, recon" --experts DIR
+  --lr 1e-3 --recon_steps 10000, DIR with an adapter a task.
 - A step draws its tasks anew, not by epochs; a fifth of all steps is warm-up. A step of reconstruction has
   the whole library.
 - Validation on held-out tasks, not on slices of the benchmarks. Prompts and graders are lm-eval's.
@@ -71,7 +72,7 @@ from common import Claim, Run, UserError
 class Config(common.Config):
     # model and tasks
     base: str = "tiny"  # frozen model: hub id, folder or .gguf; tiny: trained here, for built-in tasks
-    data: str = ""  # folder with a folder for each task of another model than the tiny one
+    data: str = ""  # folder with a folder for each task of another model than the tiny one; see EXCLUDED
     heldout: tuple[str, ...] = ()  # folders whose tasks are never trained on
     bench: tuple[str, ...] = ()  # folders named as lm-eval's task to evaluate on; only descriptions are read
     examples: int = 384  # of a task for training, at most
@@ -118,7 +119,7 @@ class Config(common.Config):
 # lm-eval's tasks that the paper evaluates on; the last two run what the model writes
 BENCHMARKS = "arc_challenge arc_easy boolq gsm8k hellaswag openbookqa piqa winogrande humaneval mbpp"
 SNI_HELDOUT = "lol_701 lol_706 lol_710 lol_726 lol_035 lol_039 lol_202 lol_304 lol_362 lol_614 lol_1557"
-# parts of the benchmarks: like those themselves never trained on
+# what has parts of the benchmarks: folders of these names, and of theirs, are never trained on
 EXCLUDED = "magicoder lol_033 lol_034 lol_080 lol_081 lol_228 lol_380 lol_381 lol_1286 lol_1389 lol_1391"
 
 # a library of adapters, recovered from the descriptions of its own tasks

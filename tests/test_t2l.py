@@ -232,7 +232,7 @@ def test_an_sni_row_becomes_definition_problem_and_answers():
 
 def test_a_description_that_a_task_is_trained_on_is_not_unseen_for_another(tmp_path):
     task_folders(tmp_path, "t0", "t1")
-    cfg = replace(CONFIGS["text"], data=str(tmp_path), heldout=("t1",), descriptions=3, tests=4)
+    cfg = replace(CONFIGS["text"], data=str(tmp_path), heldout=("t1",), tests=4)
     texts = t2l.load_tasks(cfg)[1][0].descriptions
     assert len(texts) == 5 and all("Add 1" in text for text in texts)  # not "Add", nor an empty one
 
@@ -309,8 +309,7 @@ def table(folder):
     return {row: cell for row, (cell,) in found.items()}
 
 
-TEXT = "--config text --base lm --data tasks --heldout t1 --descriptions 3 --tests 4 --encoder hash --steps 3"
-TEXT += " --tasks 2"
+TEXT = "--config text --base lm --data tasks --heldout t1 --tests 4 --encoder hash --steps 3 --tasks 2"
 
 
 def test_a_model_tasks_and_a_benchmark_from_folders_then_an_adapter_for_a_sentence(
