@@ -107,7 +107,7 @@ class Config(common.Config):
     # reconstruction
     experts: str = ""  # folder of PEFT adapters by task name; empty: the oracles trained here
     adapters: int = 0  # train and evaluate on so many tasks; 0: train on all, evaluate on those held out
-    recon_steps: int = 200  # optimizer steps of T2L on a library
+    recon_steps: int = 280  # optimizer steps of T2L on a library
     # evaluation
     describe: Literal["own", "wrong", "random"] = "own"  # whose descriptions T2L reads
     # using a trained hypernetwork
