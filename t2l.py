@@ -208,7 +208,7 @@ REAL = Config(
 )
 CONFIGS = {
     "smoke": Config(examples=8, tests=4, base_steps=6, tasks=4, steps=6, oracle_steps=3, recon_steps=4),
-    "demo": Config(seed=10, seeds=4, ranks=2, save_every=1000),
+    "demo": Config(seed=20, seeds=4, ranks=2, save_every=1000),
     "gpu": Config(seeds=8, steps=2000),
     "text": REAL,
     "full": replace(
