@@ -283,9 +283,7 @@ FRAMES = (
     "You should {0} before you {1}",
 )
 LETTERS = "abcdefghij"
-ALPHABET = (
-    "abcdefghijABCDEFGHIJ01234567?stuvwxyz!$"  # letters, codes and a blank of arrangements, of maps; an end
-)
+ALPHABET = "abcdefghijABCDEFGHIJ01234567?stuvwxyz!$"  # letters, codes of arrangements, of maps, an end
 
 
 def word_pair(p: int, v: int, capital: bool, odds: float, chance: random.Random) -> Pair:
