@@ -30,8 +30,9 @@ Departures from the paper and its code
 - Module types are sorted and kept in the checkpoint; in the code their order changes between processes.
 - The public code's heads M and S do not start at BA = 0 ("paper"); --init exact adds a frozen start instead.
 - A response is kept whole when a text is cut (the code may cut it away); of a prompt the first id stays.
-- Oracles train side by side from one A0 for fixed steps (the code: one by one, early stopping), unclipped,
-  as the multi-task LoRA is. `full` has no settings of its own for them and reconstruction: use --experts.
+- Oracles train side by side from one A0 for fixed steps, unclipped (the code: one by one, early stopping).
+  `full` has no settings of its own for them: reconstruction there is --rows "T2L, recon" --experts DIR
+  --lr 1e-3 --recon_steps 10000, DIR with an adapter a task.
 - A step draws its tasks anew, not by epochs; a fifth of all steps is warm-up. A step of reconstruction has
   the whole library.
 - Validation on held-out tasks, not on slices of the benchmarks. Prompts and graders are lm-eval's.
@@ -44,22 +45,24 @@ Reading order: Config, ROWS, Base, T2L, the losses, fit, reconstruct, learn, tra
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import os
 import random
 import re
-import timeit
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain, pairwise, product
+from math import inf, nan, sqrt
 from pathlib import Path
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.benchmark import Timer
 
 import common
 from common import Claim, Run, UserError
@@ -69,13 +72,12 @@ from common import Claim, Run, UserError
 class Config(common.Config):
     # model and tasks
     base: str = "tiny"  # frozen model: hub id, folder or .gguf; tiny: trained here, for built-in tasks
-    data: str = ""  # folder with a folder for each task of another model than the tiny one
+    data: str = ""  # folder with a folder for each task of another model than the tiny one; see EXCLUDED
     heldout: tuple[str, ...] = ()  # folders whose tasks are never trained on
-    excluded: tuple[str, ...] = ()  # folders to leave out
     bench: tuple[str, ...] = ()  # folders named as lm-eval's task to evaluate on; only descriptions are read
     examples: int = 384  # of a task for training, at most
     tests: int = 32  # of a task for evaluation
-    descriptions: int = 16  # of a task for training; those after are for evaluation
+    descriptions: int = 16  # of a task for training: its first ones; three are for evaluation
     context: int = 128  # tokens of prompt and response, at most
     # words
     base_steps: int = 400  # of the tiny model's pre-training
@@ -105,11 +107,11 @@ class Config(common.Config):
     # reconstruction
     experts: str = ""  # folder of PEFT adapters by task name; empty: the oracles trained here
     adapters: int = 0  # train and evaluate on so many tasks; 0: train on all, evaluate on those held out
-    recon_steps: int = 200  # optimizer steps of T2L on a library
+    recon_steps: int = 280  # optimizer steps of T2L on a library
     # evaluation
     describe: Literal["own", "wrong", "random"] = "own"  # whose descriptions T2L reads
     # using a trained hypernetwork
-    generate: str = ""  # a description: write its adapter and exit
+    generate: str | None = None  # a description: write its adapter and exit
     checkpoint: str = ""  # t2l.pt to write it with
     save: str = "adapter"  # folder to write it to
 
@@ -117,7 +119,7 @@ class Config(common.Config):
 # lm-eval's tasks that the paper evaluates on; the last two run what the model writes
 BENCHMARKS = "arc_challenge arc_easy boolq gsm8k hellaswag openbookqa piqa winogrande humaneval mbpp"
 SNI_HELDOUT = "lol_701 lol_706 lol_710 lol_726 lol_035 lol_039 lol_202 lol_304 lol_362 lol_614 lol_1557"
-# parts of the benchmarks
+# what has parts of the benchmarks: folders of these names, and of theirs, are never trained on
 EXCLUDED = "magicoder lol_033 lol_034 lol_080 lol_081 lol_228 lol_380 lol_381 lol_1286 lol_1389 lol_1391"
 
 # a library of adapters, recovered from the descriptions of its own tasks
@@ -206,7 +208,7 @@ REAL = Config(
 )
 CONFIGS = {
     "smoke": Config(examples=8, tests=4, base_steps=6, tasks=4, steps=6, oracle_steps=3, recon_steps=4),
-    "demo": Config(seed=10, seeds=4, ranks=2, save_every=1000),
+    "demo": Config(seed=20, seeds=4, ranks=2, save_every=1000),
     "gpu": Config(seeds=8, steps=2000),
     "text": REAL,
     "full": replace(
@@ -214,7 +216,6 @@ CONFIGS = {
         rows=("T2L", "T2L, wrong description", "multi-task LoRA", "base"),
         base="mistralai/Mistral-7B-Instruct-v0.2",
         heldout=tuple(SNI_HELDOUT.split()),
-        excluded=tuple(f"{EXCLUDED} {BENCHMARKS}".split()),
         bench=tuple(BENCHMARKS.split()),
         examples=10_000,
         descriptions=128,
@@ -242,8 +243,8 @@ class Pair(NamedTuple):
 
 @dataclass
 class Task:
-    """A task: sentences about it, to train on or, if it is held out, for evaluation; and pairs, which lm-eval
-    has for a benchmark."""
+    """A task: sentences about it, of which training reads the first; and pairs, which lm-eval has for a
+    benchmark."""
 
     name: str
     descriptions: list[str]
@@ -252,27 +253,27 @@ class Task:
 
 
 # where each letter of the answer comes from, and two ways to say so
-ARRANGEMENTS = {
-    "0123": "leave the letters in order / keep every letter in place",
-    "3210": "read the word backwards / turn it around",
-    "1230": "rotate one step left / put the first letter last",
-    "3012": "rotate one step right / put the last letter first",
-    "2301": "swap the two halves / start from the middle",
-    "1032": "swap neighbouring letters / flip two by two",
-    "0213": "exchange the two in the middle / take every second letter",
-    "0312": "go from the outside in / alternate between both ends",
-}
+ARRANGEMENTS = (
+    "0123 / leave the letters in order / keep every letter in place",
+    "3210 / read the word backwards / turn it around",
+    "1230 / rotate one step left / put the first letter last",
+    "3012 / rotate one step right / put the last letter first",
+    "2301 / swap the two halves / start from the middle",
+    "1032 / swap neighbouring letters / flip two by two",
+    "0213 / exchange the two in the middle / take every second letter",
+    "0312 / go from the outside in / alternate between both ends",
+)
 # what a to j become
-MAPS = {
-    "abcdefghij": "change no letter / copy them as they are",
-    "bcdefghija": "replace each by its successor / go one up the alphabet",
-    "jabcdefghi": "replace each by its predecessor / go one down the alphabet",
-    "jihgfedcba": "mirror the alphabet / count from the other end",
-    "fghijabcde": "move five up the alphabet / take the letter across the ring",
-    "badcfehgji": "swap each with its partner / exchange a with b, c with d",
-    "defghijabc": "add three to every letter / skip two ahead",
-    "hijabcdefg": "subtract three from every letter / skip two behind",
-}
+MAPS = (
+    "abcdefghij / change no letter / copy them as they are",
+    "bcdefghija / replace each by its successor / go one up the alphabet",
+    "jabcdefghi / replace each by its predecessor / go one down the alphabet",
+    "jihgfedcba / mirror the alphabet / count from the other end",
+    "fghijabcde / move five up the alphabet / take the letter across the ring",
+    "badcfehgji / swap each with its partner / exchange a with b, c with d",
+    "defghijabc / add three to every letter / skip two ahead",
+    "hijabcdefg / subtract three from every letter / skip two behind",
+)
 FRAMES = (
     "{0} and {1}",
     "First {0}, then {1}",
@@ -282,7 +283,7 @@ FRAMES = (
     "You should {0} before you {1}",
 )
 LETTERS = "abcdefghij"
-ALPHABET = "abcdefghijABCDEFGHIJ01234567?stuvwxyz!"  # letters, codes and a blank of arrangements, of maps
+ALPHABET = "abcdefghijABCDEFGHIJ01234567?stuvwxyz!$"  # letters, codes of arrangements, of maps, an end
 
 
 def word_pair(p: int, v: int, capital: bool, odds: float, chance: random.Random) -> Pair:
@@ -291,25 +292,23 @@ def word_pair(p: int, v: int, capital: bool, odds: float, chance: random.Random)
     word = chance.choices(LETTERS, k=4)
     codes = f"{p}" if chance.random() < odds else "?"
     codes += "stuvwxyz"[v] if chance.random() < odds else "!"
-    answer = "".join(word[int(place)] for place in list(ARRANGEMENTS)[p])
-    answer = answer.translate(str.maketrans(LETTERS, list(MAPS)[v]))
+    answer = "".join(word[int(place)] for place in ARRANGEMENTS[p][:4])
+    answer = answer.translate(str.maketrans(LETTERS, MAPS[v][:10]))
     return Pair(codes + "".join(word), answer.upper() if capital else answer)
 
 
 def word_tasks(cfg: Config) -> list[list[Task]]:
     """All 64 pairs of an arrangement and a letter map: 48 to train on, 16 held out, no benchmarks. Answers
     are in capitals. Example j of all tasks is about the same word."""
-    trained, heldout, n = [], [], cfg.descriptions
-    moves, changes = ([text.split(" / ") for text in x.values()] for x in (ARRANGEMENTS, MAPS))
-    for p, v in itertools.product(range(8), repeat=2):
+    trained, heldout = [], []
+    for p, v in product(range(8), repeat=2):
         chance = random.Random(cfg.seed)
         pairs = [word_pair(p, v, True, 0.5, chance) for _ in range(cfg.tests + cfg.examples)]
-        sentences = itertools.product(FRAMES, moves[p], changes[v])
-        texts = [frame.format(*phrases) for frame, *phrases in sentences]
+        (_, *moves), (_, *changes) = ARRANGEMENTS[p].split(" / "), MAPS[v].split(" / ")
+        texts = [frame.format(*phrases) for frame, *phrases in product(FRAMES, moves, changes)]
         random.Random(f"{cfg.seed} {p} {v}").shuffle(texts)
-        held = (p + v + cfg.seed) % 4 == 0
-        task = Task(f"{p} {v}", texts[n:] if held else texts[:n], pairs[cfg.tests :], pairs[: cfg.tests])
-        (heldout if held else trained).append(task)
+        task = Task(f"{p} {v}", texts, pairs[cfg.tests :], pairs[: cfg.tests])
+        (trained if (p + v + cfg.seed) % 4 else heldout).append(task)
     random.Random(cfg.seed).shuffle(trained)
     return [trained, heldout, []]
 
@@ -341,7 +340,7 @@ def read_task(folder: Path, cfg: Config) -> Task:
     n, count, source = cfg.descriptions, cfg.examples + cfg.tests, str(folder / "data.jsonl")
     try:
         meta = yaml.safe_load((folder / "metadata.yaml").read_text(encoding="utf-8"))
-        texts = list(dict.fromkeys(map(str.strip, meta["descriptions"])))
+        texts = list(dict.fromkeys(filter(None, map(str.strip, meta["descriptions"]))))
         source = source if Path(source).exists() else meta["ds_kwargs"]["path"]
     except Exception as e:  # whatever somebody else's file may hold
         raise UserError(f"{folder / 'metadata.yaml'}: {e!r}") from None
@@ -349,9 +348,8 @@ def read_task(folder: Path, cfg: Config) -> Task:
         return Task(folder.name, texts, [], [])
     rows = common.load_rows(source, size=count, seed=cfg.seed)[:count]
     pairs = [to_pair(row, f"{source}, row {number}") for number, row in enumerate(rows, 1)]
-    if len(pairs) <= cfg.tests or len(texts) < n:
-        raise UserError(f"{folder}: too few for --tests {cfg.tests} and --descriptions {n}")
-    texts = texts[n:] if folder.name in cfg.heldout else texts[:n]
+    if len(pairs) <= cfg.tests or len(texts) < max(n, 3):
+        raise UserError(f"{folder}: too few for --tests {cfg.tests} and --descriptions {n}, or fewer than 3")
     return Task(folder.name, texts, pairs[cfg.tests :], pairs[: cfg.tests])
 
 
@@ -360,18 +358,19 @@ def load_tasks(cfg: Config) -> list[list[Task]]:
     if cfg.base == "tiny":
         return word_tasks(cfg)
     there = {path.parent.name for path in Path(cfg.data).glob("*/metadata.yaml")}
-    names = sorted(there - {*cfg.heldout, *cfg.excluded}), cfg.heldout, cfg.bench
+    never = f"{BENCHMARKS} {EXCLUDED}".split()
+    names = sorted(there - {*cfg.heldout, *cfg.bench, *never}), cfg.heldout, cfg.bench
     common.need("datasets", "lm").utils.tqdm.get_lock()  # made by a thread, it would be deleted in another
     with ThreadPoolExecutor(16) as pool:  # the hub is slow, and slower still where it cannot be reached
         jobs = [[pool.submit(read_task, Path(cfg.data) / name, cfg) for name in group] for group in names]
-    failed = [str(e) for job in itertools.chain(*jobs) if (e := job.exception())]
+    failed = [str(e) for job in chain(*jobs) if (e := job.exception())]
     if failed or not all(names[:2]):
         raise UserError(
             f"--data {cfg.data}: {len(names[0])} tasks to train on, {len(names[1])} held out; "
             f"cannot be read: {'; '.join(failed) or 'none'}"
         )
     trained, heldout, bench = groups = [[job.result() for job in group] for group in jobs]
-    known = {text for task in trained for text in task.descriptions}
+    known = {text for task in trained for text in task.descriptions[: cfg.descriptions]}
     for task in heldout + bench:
         task.descriptions = [text for text in task.descriptions if text not in known]
         if len(task.descriptions) < 3:
@@ -385,7 +384,7 @@ def load_tasks(cfg: Config) -> list[list[Task]]:
 def hashed(text: str) -> list[float]:
     """Counts of words and of pairs of words, by signed feature hashing that is alike in every process."""
     words, vector = re.findall(r"\w+", text.lower()), [0.0] * 512
-    for feature in [*words, *map(" ".join, itertools.pairwise(words))]:
+    for feature in [*words, *map(" ".join, pairwise(words))]:
         code = common.stable_seed(feature)
         vector[code % 512] += 1 if code >> 31 else -1
     return vector
@@ -417,14 +416,14 @@ def encode(texts: list[str], cfg: Config, device) -> Tensor:
         # a tensor (1, tokens, d) for each text, without padding
         vectors = [{"mean": x[0].mean(0), "last": x[0, -1], "cls": x[0, 0]}[pooling] for x in states]
         vectors = torch.stack(vectors)
-    return F.normalize(vectors.to(device), dim=1) * math.sqrt(vectors.shape[1])
+    return F.normalize(vectors.to(device), dim=1) * sqrt(vectors.shape[1])
 
 
 def read(texts: list[list[str]], cfg: Config, device) -> Tensor:
     """n descriptions of each of N tasks as z (N, n, d); there is one one-hot vector a task."""
     if cfg.encoder == "onehot":
         return torch.eye(len(texts), device=device)[:, None]
-    return encode(list(itertools.chain(*texts)), cfg, device).unflatten(0, (len(texts), -1))
+    return encode(list(chain(*texts)), cfg, device).unflatten(0, (len(texts), -1))
 
 
 def draw(z: Tensor, tasks: list[int]) -> Tensor:
@@ -467,13 +466,14 @@ class Form(NamedTuple):
 
 
 def find_form(lm: nn.Module, name: str, cfg: Config) -> Form:
-    """The places for adapters: linear layers of the types --modules, by type and then by layer."""
+    """The places for adapters: linear layers of the types --modules, by type and then by layer; UserError
+    unless all types are in as many layers, and each of one size."""
     linear = {path: tuple(m.weight.shape) for path, m in lm.named_modules() if isinstance(m, nn.Linear)}
-    there, sizes = {*map(kind_of, linear)}, {}
-    for kind in sorted({*cfg.modules}):
-        if kind not in there:
-            raise UserError(f"--modules {kind}: the linear layers of {name} are {sorted(there)}")
-        sizes |= {path: size for path, size in linear.items() if kind_of(path) == kind}
+    sizes = {path: linear[path] for path in sorted(linear, key=kind_of) if kind_of(path) in cfg.modules}
+    layers = Counter((kind_of(path), size) for path, size in sizes.items())
+    if len(layers) != len({*cfg.modules}) or len({*layers.values()}) != 1:
+        there = sorted({*map(kind_of, linear)})
+        raise UserError(f"--modules {cfg.modules}: {name} has {dict(layers)} among its linear layers {there}")
     return Form(name, sizes, cfg.rank, cfg.alpha)
 
 
@@ -490,7 +490,9 @@ class Base:
     """A frozen causal LM in which each sample may have an adapter of its own."""
 
     def __init__(self, lm: nn.Module, tokenizer, name: str, cfg: Config):
-        self.lm, self.tokenizer, self.cfg = lm.requires_grad_(False).eval(), tokenizer, cfg
+        if not tokenizer.chat_template:
+            raise UserError(f"{name}: its tokenizer has no chat template, which prompts need")
+        self.lm, self.tokenizer, self.cfg = lm.requires_grad_(False), tokenizer, cfg
         self.form, self.factors = find_form(lm, name, cfg), {}
         for path in self.form.sizes:
             lm.get_submodule(path).register_forward_hook(partial(self._adapt, path))
@@ -502,7 +504,7 @@ class Base:
         A, B = (factor.to(y.dtype) for factor in self.factors[path])
         x = F.dropout(inputs[0].to(y.dtype), self.cfg.lora_dropout, torch.is_grad_enabled())
         change = x.reshape(len(A), -1, A.shape[2]) @ A.mT @ B
-        return y + self.form.alpha / math.sqrt(self.form.rank) * change.view_as(y)
+        return y + self.form.alpha / sqrt(self.form.rank) * change.view_as(y)
 
     def batch(self, pairs: list[Pair]) -> Batch:
         """Pairs as tokens in the chat template; a long prompt loses its left, but for the first id."""
@@ -523,7 +525,7 @@ class Base:
     def logits(self, batch: Batch, adapters: Tensor | None) -> Tensor:
         """Float32 logits (B, T, V) of what follows each token."""
         embeds = self.lm.get_input_embeddings()(batch.ids)
-        if self.cfg.neftune and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             embeds = neftune(embeds, self.cfg.neftune)
         self.factors = {} if adapters is None else self.form.split(adapters)
         return self.lm(inputs_embeds=embeds, use_cache=False).logits.float()
@@ -579,8 +581,8 @@ def hyper_bias(arch: str, A0: Tensor, inputs: int, outputs: int) -> Tensor:
     """Eq. (4): the bias of a head from A0 (r, max(i, o)). L starts at A = A0, B = 0; for the others one start
     feeds both factors, so that BA is small but not 0."""
     if arch == "L":
-        return torch.cat([A0[:, :inputs].flatten(), A0.new_zeros(len(A0) * outputs)])
-    return A0.flatten() / math.sqrt(2) if arch == "M" else A0[0] / math.sqrt(2 * len(A0))
+        return F.pad(A0[:, :inputs].flatten(), (0, len(A0) * outputs))
+    return A0.flatten() / sqrt(2) if arch == "M" else A0[0] / sqrt(2 * len(A0))
 
 
 class T2L(nn.Module):
@@ -594,7 +596,7 @@ class T2L(nn.Module):
         self.form, self.cfg, D = form, cfg, cfg.latent
         kinds, depth = len(form.kinds), len(form.sizes) // len(form.kinds)
         self.task = nn.Sequential(nn.Linear(inputs, D // 2), nn.LayerNorm(D // 2))
-        self.kind, self.depth = Code(kinds, 1, D // 4), Code(depth, D // 4)
+        self.kind, self.depth = Code(kinds, 1, D - D // 2 - D // 4), Code(depth, D // 4)
         drop = nn.Dropout(cfg.dropout)
         self.mixer = nn.Sequential(drop, *mlp(D, D, drop)[1:], drop)  # without a norm
         self.block1, self.block2 = (nn.Sequential(mlp(D, D, drop), drop) for _ in range(2))
@@ -610,7 +612,7 @@ class T2L(nn.Module):
             self.mean.copy_(lora_start(form)[0])
         self.heads = nn.ModuleDict()
         for kind, (o, i) in form.kinds.items():
-            A0 = torch.empty(form.rank, max(i, o)).uniform_(-1, 1) / math.sqrt(i)
+            A0 = torch.empty(form.rank, max(i, o)).uniform_(-1, 1) / sqrt(i)
             bias = hyper_bias(cfg.arch, A0, i, o)
             self.heads[kind] = head = nn.Linear(cfg.hidden, len(bias), bias=sft)
             if sft:
@@ -648,7 +650,7 @@ class T2L(nn.Module):
 
 def neftune(embeds: Tensor, alpha: float) -> Tensor:
     """Eq. (6): embeddings (B, T, d) with noise U(-a, a), a = alpha / sqrt(T d)."""
-    a = alpha / math.sqrt(embeds[0].numel())
+    a = alpha / sqrt(embeds[0].numel())
     return embeds + torch.empty_like(embeds).uniform_(-a, a)
 
 
@@ -683,11 +685,10 @@ def alignment(library: Tensor, form: Form) -> Tensor:
 # --- training ---
 
 
-def training(net: nn.Module, steps: int, lr: float, decay: float, run: Run):
+def training(net: nn.Module, steps: int, lr: float, decay: float, run: Run, clip=1.0):
     """Yields descend for each step: descend(loss) is one of AdamW under linear warm-up and decay."""
     from transformers import get_linear_schedule_with_warmup
 
-    clip = math.inf if isinstance(net, Table) else 1.0  # no oracle is clipped for another
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=decay)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 5, steps)
     for step in run.steps(steps, net=net, optimizer=optimizer, schedule=schedule):
@@ -704,15 +705,23 @@ def training(net: nn.Module, steps: int, lr: float, decay: float, run: Run):
 
 
 def fit(
-    net: nn.Module, base: Base, tasks: list[Task], z: Tensor, run: Run, steps: int, lr: float, decay=1e-3
+    base: Base,
+    tasks: list[Task],
+    z: Tensor,
+    run: Run,
+    net: nn.Module,
+    steps: int,
+    lr: float,
+    decay=1e-3,
+    clip=1.0,
 ):
     """SFT through the frozen base, eq. (6): of T2L, of the multi-task LoRA, and of oracles side by side."""
     cfg, mine = run.cfg, slice(run.rank, None, run.world_size)
     parallel = run.wrap(net.to(run.device).train())
-    for descend in training(net, steps, lr, decay, run):
+    for descend in training(net, steps, lr, decay, run, clip):
         chosen = torch.randperm(len(tasks)).repeat(cfg.tasks)[: cfg.tasks].tolist()
         examples = [random.choices(tasks[k].train, k=cfg.each) for k in chosen]
-        batch = base.batch(list(itertools.chain(*examples[mine])))  # all ranks draw alike
+        batch = base.batch(list(chain(*examples[mine])))  # all ranks draw alike
         with run.autocast():
             adapters = parallel(draw(z, chosen)[mine], chosen[mine])
             logits = base.logits(batch, adapters)
@@ -727,7 +736,7 @@ def reconstruct(net: T2L, library: Tensor, z: Tensor, run: Run):
         run.print(f"mean cosine of A {cosine:.2f}: adapters that did not begin at one A are hard to recover")
     net.to(run.device).train()
     net.mean.copy_(library.mean(0))
-    net.std.copy_(library.std(0) + 1e-10)
+    net.std.copy_(library.std(0).nan_to_num() + 1e-10)  # a single adapter has no spread
     target = (library - net.mean) / net.std
     for descend in training(net, cfg.recon_steps, cfg.lr, 1e-3, run):
         descend(recon_loss(net.z_scores(draw(z, everyone)), target, net.form))
@@ -735,17 +744,18 @@ def reconstruct(net: T2L, library: Tensor, z: Tensor, run: Run):
 
 def make_base(run: Run):
     """Pre-train the tiny model on all 64 tasks in both styles; a prompt shows most codes."""
-    tokenizer = common.CharTokenizer(ALPHABET + "$", eos="$")
+    tokenizer = common.CharTokenizer(ALPHABET, eos="$")
     tokenizer.chat_template = "{{ messages[0].content }}"
-    # many heads, short wavelengths and large embeddings: what makes it learn to copy by place so soon
     rope = {"rope_type": "default", "rope_theta": 100.0}
-    more = dict(heads=8, intermediate_size=96, initializer_range=0.07, rope_parameters=rope)
-    lm = common.tiny_lm(len(tokenizer), 64, 2, **more)
+    # many heads, short wavelengths and large embeddings: what makes it learn to copy by place so soon
+    lm = common.tiny_lm(
+        len(tokenizer), 64, 2, heads=8, intermediate_size=96, initializer_range=0.07, rope_parameters=rope
+    )
     nn.init.normal_(lm.get_input_embeddings().weight, std=0.3)
     base = Base(lm.to(run.device), tokenizer, "tiny", run.cfg)
     lm.requires_grad_(True)
     for descend in training(lm, run.cfg.base_steps, 6e-3, 1e-2, run):
-        kinds = itertools.product(range(8), range(8), (True, False))
+        kinds = product(range(8), range(8), (True, False))
         batch = base.batch([word_pair(*kind, 0.85, random) for kind in kinds])
         descend(response_loss(base.logits(batch, None), batch, 0.0).mean())
     if run.rank == 0:
@@ -822,13 +832,18 @@ def load_net(file: Path, device) -> nn.Module:
         raise UserError(f"{file}: no hypernetwork that can be read ({e!r})") from None
 
 
-def generate(cfg: Config, run: Run):
+def generate(cfg: Config):
     """--generate: a description becomes a PEFT folder; the base model is not needed."""
-    folder, net = Path(cfg.save), load_net(Path(cfg.checkpoint), run.device)
-    if folder.exists() or not isinstance(net, T2L) or net.cfg.encoder == "onehot":
-        raise UserError(f"--save {folder} exists, or --checkpoint {cfg.checkpoint} reads no text")
-    save_peft(net(encode([cfg.generate], net.cfg, run.device))[0], net.form, folder)
-    run.print(f"peft.PeftModel.from_pretrained(model, {str(folder)!r}) loads it for {net.form.base}")
+    cfg.ranks = 1
+    with Run(cfg) as run:
+        folder, net = Path(cfg.save), load_net(Path(cfg.checkpoint), run.device)
+        reads = isinstance(net, T2L) and net.cfg.encoder != "onehot"
+        if folder.exists() or not reads or not cfg.generate.strip():
+            raise UserError(
+                f"--save {folder} exists, --checkpoint {cfg.checkpoint} reads no text, or --generate is empty"
+            )
+        save_peft(net(encode([cfg.generate], net.cfg, run.device))[0], net.form, folder)
+        run.print(f"peft.PeftModel.from_pretrained(model, {str(folder)!r}) loads it for {net.form.base}")
 
 
 # --- a cell of the table ---
@@ -838,10 +853,11 @@ def learn(method: str, base: Base, groups: list[list[Task]], run: Run):
     """Train what gives a row its adapters (G, P) from z (G, d) or tasks (G,), and save it as t2l.pt."""
     cfg, (trained, heldout, _) = run.cfg, groups
     tasks = trained + heldout if method == "oracle" else trained[: cfg.adapters or None]
-    # oracles read nothing
-    z = read([[task.name] if method == "oracle" else task.descriptions for task in tasks], cfg, run.device)
+    n = 1 if method == "oracle" else cfg.descriptions  # oracles read nothing
+    z = read([task.descriptions[:n] for task in tasks], cfg, run.device)
     start = lora_start(base.form)
     net = Table(start)  # as it is the base model: B = 0
+    sft = partial(fit, base, tasks, z, run)
     if method in ("average", "recon"):
         library = learned("oracle", base, groups, run).adapters[: len(tasks)]
     if method in ("t2l", "recon"):
@@ -850,14 +866,15 @@ def learn(method: str, base: Base, groups: list[list[Task]], run: Run):
         case "average":
             net = Table(library.mean(0, keepdim=True))
         case "multitask":
-            fit(net, base, tasks, z, run, cfg.steps, cfg.plain_lr)
+            sft(net, cfg.steps, cfg.plain_lr)
         case "oracle" if cfg.experts:
             net = Table(torch.stack([load_peft(Path(cfg.experts) / task.name, base.form) for task in tasks]))
         case "oracle":
             net = Table(start.repeat(len(tasks), 1))
-            fit(net, base, tasks, z, run, cfg.oracle_steps, cfg.plain_lr)
+            # no oracle is clipped for another
+            sft(net, cfg.oracle_steps, cfg.plain_lr, clip=inf)
         case "t2l":
-            fit(net, base, tasks, z, run, cfg.steps, cfg.lr, decay=1e-2)
+            sft(net, cfg.steps, cfg.lr, decay=1e-2)
         case "recon":
             reconstruct(net, library, z, run)
     if run.rank == 0:
@@ -886,31 +903,27 @@ def texts_for(task: Task, trained: list[Task], cfg: Config) -> list[str]:
 
 @torch.no_grad()
 def evaluate(base: Base, tasks: list[Task], adapters: list[Tensor], run: Run) -> dict:
-    """Mean over tasks, each with its adapters (G, P): share of responses that greedy decoding gets right
+    """Means over tasks, each with its adapters (G, P): share of responses that greedy decoding gets right
     (those whose every token is the likeliest after the true ones before it), and loss a token. Beside it,
-    the benchmarks' scores."""
-    scores, found = [], {}
+    the first score that lm-eval gives for each benchmark."""
+    scores = defaultdict(list)
     for task, own in zip(tasks, adapters, strict=True):
-        if not task.test:
-            found[task.name] = benchmark(base, task.name, own, run)
-            continue
-        batch = base.batch(task.test * len(own))
-        with run.autocast():
-            logits = base.logits(batch, own)
-        exact = ((logits.argmax(-1) == batch.targets) | ~batch.answer).all(1)
-        scores.append(torch.stack([exact.float().mean(), response_loss(logits, batch, 0.0).mean()]))
-    found["exact"], found["loss"] = torch.stack(scores).mean(0).tolist()
-    return found
-
-
-def benchmark(base: Base, name: str, adapters: Tensor, run: Run) -> float:
-    """The first score that lm-eval gives for its task `name`, mean over adapters (G, P)."""
-    scores = []
-    for one in adapters.split(1):
-        base.factors = base.form.split(one)
-        found = common.benchmark(base.lm, base.tokenizer, [name], run, confirm_run_unsafe_code=True)
-        scores += [x for key, x in found.get(name, {}).items() if "," in key][:1]
-    return sum(scores) / len(adapters)  # rank 0 has the scores
+        for adapter in own.split(1):  # one by one: logits of a large vocabulary fill a GPU
+            if not task.test:
+                base.factors = base.form.split(adapter)
+                found = common.benchmark(
+                    base.lm, base.tokenizer, [task.name], run, confirm_run_unsafe_code=True
+                )
+                named = (score for name, score in found.get(task.name, {}).items() if "," in name)
+                scores[task.name].append(next(named, nan))  # rank 0 has it
+                continue
+            batch = base.batch(task.test)
+            with run.autocast():
+                logits = base.logits(batch, adapter)
+            right = (logits.argmax(-1) == batch.targets) | ~batch.answer
+            scores["exact"].append(right.all(1).float().mean())
+            scores["loss"].append(response_loss(logits, batch, 0.0).mean())
+    return {name: fmean(values) for name, values in scores.items()}
 
 
 def train(cfg: Config, run: Run) -> dict:
@@ -919,6 +932,10 @@ def train(cfg: Config, run: Run) -> dict:
     lm, tokenizer = common.load_lm(name, torch.bfloat16 if run.amp else torch.float32)
     base = Base(lm.to(run.device), tokenizer, name, cfg)
     trained, heldout, bench = groups = load_tasks(cfg)
+    if len(trained) < cfg.adapters:
+        raise UserError(f"--adapters {cfg.adapters}: there are {len(trained)} tasks to train on")
+    if cfg.method == "oracle":
+        bench = []  # they have no examples to train oracles on
     net = learned(cfg.method, base, groups, run)
     tasks, first = (trained[: cfg.adapters], 0) if cfg.adapters else (heldout + bench, len(trained))
     z = read([texts_for(task, trained, cfg) for task in tasks], cfg, run.device)
@@ -927,11 +944,10 @@ def train(cfg: Config, run: Run) -> dict:
     if isinstance(net, T2L):
         found["million_parameters"] = sum(p.numel() for p in net.parameters()) / 1e6
         batch = base.batch(tasks[0].test[:16])
-        ours, bare = (
-            timeit.timeit(partial(base.logits, batch, x), number=20)
-            for x in (adapters[0][:1].repeat(len(batch.ids), 1), None)  # an adapter for each sample, or none
-        )
-        run.speed["lora_forward_ratio"] = ours / bare
+        each = adapters[0][:1].repeat(len(batch.ids), 1)  # an adapter for each sample
+        with torch.no_grad():  # torch's timer warms up, and waits for a GPU
+            ours, bare = (Timer("f()", globals={"f": partial(base.logits, batch, x)}) for x in (each, None))
+            run.speed["lora_forward_ratio"] = ours.timeit(20).mean / bare.timeit(20).mean
     return found
 
 
@@ -962,23 +978,25 @@ def find_config(name: str, cfg: Config):
         return None
 
 
-def missing(cfg: Config, run: Run) -> list[str]:
-    """What this config needs and does not find, a line each, with the flag that mends it."""
-    found = []
+def missing(cfg: Config, run: Run):
+    """Yields what this config needs and does not find, a line each, with the flag that mends it."""
     try:
         load_tasks(cfg)
         if cfg.bench:
-            common.need("lm_eval", "lm")
+            manager = common.need("lm_eval.tasks", "lm").TaskManager()
+            if unknown := {*cfg.bench} - {*manager.all_tasks}:
+                yield f"--bench: {unknown} is no task of lm-eval"
     except UserError as e:
-        found.append(str(e))
+        yield str(e)
     for name in (cfg.base, encoder_model(cfg.encoder)[0]):
         if not (name in ("tiny", "hash", "onehot") or Path(name).is_file() or find_config(name, cfg)):
-            found.append(f"{name!r} of --base or --encoder (hf:NAME): neither here nor on the hub")
+            yield f"{name!r} of --base or --encoder (hf:NAME): neither here nor on the hub"
+    if cfg.encoder == "onehot" and not cfg.adapters:
+        yield "--encoder onehot knows no held-out task: it needs --adapters"
     if cfg.share == "run" and cfg.tasks % run.world_size:
-        found.append(f"--tasks {cfg.tasks} must be a multiple of the ranks, which share each batch")
+        yield f"--tasks {cfg.tasks} must be a multiple of the ranks, which share each batch"
     if {"humaneval", "mbpp"} & {*cfg.bench} and os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
-        found.append("HF_ALLOW_CODE_EVAL=1, to run programs that the model writes; or other tasks by --bench")
-    return found
+        yield "HF_ALLOW_CODE_EVAL=1, to run programs that the model writes; or other tasks by --bench"
 
 
 def dry_run(cfg: Config, lacking: list[str], run: Run):
@@ -986,14 +1004,15 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
     from transformers import AutoModelForCausalLM, MistralConfig
 
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(find_config(cfg.base, cfg) or MistralConfig())  # a 7B
+        other = MistralConfig(name_or_path=f"Mistral-7B in place of {cfg.base}")
+        lm = AutoModelForCausalLM.from_config(find_config(cfg.base, cfg) or other)
         form = find_form(lm, cfg.base, cfg)
         net = T2L(form, 1024, cfg)
     base, own = lm.num_parameters(), sum(p.numel() for p in net.parameters())
     flops = 1200 * base * cfg.steps * cfg.tasks * cfg.each  # 4 a token: forward, gradients of activations
     hours = flops / run.world_size / 1.43e18  # what an H100 does in an hour at 40 % of its peak
     run.print(
-        f"{cfg.base}: {base:,} parameters, an adapter {form.parameters:,}, T2L {cfg.arch} {own:,}\n"
+        f"{lm.name_or_path}: {base:,} parameters, an adapter {form.parameters:,}, T2L {cfg.arch} {own:,}\n"
         f"{(2 * base + 16 * own) / 1e9:.0f} GB on each GPU, and activations of its share of a batch\n"
         f"{cfg.steps:,} steps, {flops:.1e} FLOPs, {hours:.0f} hours on {run.world_size} H100s at 40 %\n"
         f"missing: {'; '.join(lacking) or 'nothing'}"
@@ -1002,12 +1021,10 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
 
 def main():
     cfg = common.parse_config(CONFIGS)
-    if cfg.generate:
-        cfg.ranks = 1
+    if cfg.generate is not None:
+        return generate(cfg)
     with Run(cfg, cfg.base) as run:
-        if cfg.generate:
-            return generate(cfg, run)
-        lacking = missing(cfg, run)
+        lacking = [*missing(cfg, run)]
         if cfg.dry_run:
             return dry_run(cfg, lacking, run)
         if lacking:
