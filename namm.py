@@ -86,7 +86,9 @@ SHORTEST = 96  # tokens of which a quarter has room for all keys of any built-in
 @dataclass
 class Config(common.Config):
     # the memory
-    policy: Literal["namm", "full", "h2o", "snapkv", "l2", "recency", "random"] = "namm"  # decides what stays
+    policy: Literal["namm", "full", "h2o", "snapkv", "l2", "recency", "random"] = (
+        "namm"  # decides what stays; rows set it
+    )
     scorer: Literal["bam", "mlp"] = "bam"  # network that scores tokens
     update: int = 32  # tokens between two evictions (U)
     cap: int = 0  # most tokens that a head keeps; 0: the scores alone decide
@@ -102,7 +104,7 @@ class Config(common.Config):
     tasks: tuple[str, ...] = ("dense", "sparse")  # of evolution: these, lm-eval tasks, or .jsonl files
     tests: tuple[str, ...] = ()  # of the table; none: those of evolution
     sequences: int = 4  # ledgers in a prompt of a built-in task
-    test: int = 48  # ledgers of its test
+    test: int = 72  # ledgers of its test
     length: int = 256  # their tokens
     steps: int = 300  # optimizer steps that train a built-in model
     # a model of your own
@@ -128,9 +130,9 @@ class Config(common.Config):
 
 # a row of the table is the settings that it changes
 ROWS = {
-    "NAMM": {},
+    "NAMM": dict(policy="namm"),
     "full cache": dict(policy="full"),
-    "MLP scorer": dict(scorer="mlp"),
+    "MLP scorer": dict(policy="namm", scorer="mlp"),
     "H2O": dict(policy="h2o"),
     "SnapKV": dict(policy="snapkv"),
     "L2": dict(policy="l2"),
@@ -138,7 +140,7 @@ ROWS = {
     "random": dict(policy="random"),
 }
 DEMO = Config(
-    seed=20, seeds=5, ranks=2, cap=48, validation=4, tests=("dense", "sparse", "other LM", "corridor")
+    seed=30, seeds=5, ranks=2, cap=48, validation=4, tests=("dense", "sparse", "other LM", "corridor")
 )
 TEXT = Config(
     share="run",
@@ -571,7 +573,7 @@ def corridors(count: int, length: int, world: World):
     """
     state, right = ledgers(0.2, 0.3, count, length // 3, world)
     earned = (right >= 0) & (torch.rand(right.shape) > 0.15)
-    action = torch.where(right >= 0, right ^ (~earned).long(), 2)
+    action = torch.where(right >= 0, right ^ ~earned, 2)
     to_go = earned.flip(1).cumsum(1).flip(1).clamp(max=4)
     ids = torch.stack([VOCABULARY - 1 - to_go, state, VOCABULARY - 10 + action], 2)
     return ids.flatten(1), F.pad(right[..., None], (1, 1), value=-1).flatten(1)
@@ -624,7 +626,7 @@ def train_lm(world: World, run: Run):
     """
     cfg = run.cfg
     model = new_lm(world).to(run.device)
-    optimizer = torch.optim.AdamW(model.parameters(), 4e-3, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=cfg.steps + 1, pct_start=0.11)
     for step in run.steps(cfg.steps, model=model, optimizer=optimizer, schedule=schedule):
         parts = [drill(8, cfg.length // 4, world) for drill in world.drills]
@@ -766,7 +768,7 @@ def fitness_of(theta: Tensor, moments: Tensor, tasks: list[Task], draws: list, r
     A task that the full cache scores 0 on is left out; NaN without any.
     """
     cfg, ratios = run.cfg, []
-    groups = theta.float().split(cfg.members)
+    groups = theta.split(cfg.members)
     policies = [
         Policy(),
         *(Policy("namm", cfg.update, cfg.cap, cfg.scorer, group, moments) for group in groups),
@@ -859,7 +861,7 @@ def load_memory(file: str | Path, cfg: Config) -> tuple[Tensor, Tensor]:
             raise ValueError("a number is not finite, or a frequency has no variance")
     except Exception as e:  # files from outside raise a dozen kinds
         raise UserError(f"{file}: no memory of {n} parameters ({cfg.scorer}): {str(e)[:99]}") from None
-    return theta.float(), moments
+    return theta, moments
 
 
 # --- a cell of the table ---
