@@ -27,6 +27,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from ctypes.util import find_library
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -193,8 +194,9 @@ class Run:
             local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
             self.device = torch.device("cuda", local)  # ranks that make other cells may share one
             torch.cuda.set_device(self.device)
-        if "RANK" in os.environ:
-            dist.init_process_group(timeout=datetime.timedelta(days=1))  # Gloo for the CPU, NCCL for GPUs
+        if "RANK" in os.environ:  # Gloo for the CPU and for ranks that share a GPU, which NCCL refuses
+            crowded = gpu and int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count()
+            dist.init_process_group("gloo" if crowded else None, timeout=datetime.timedelta(days=1))
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.amp = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu)
         torch.set_float32_matmul_precision("high" if self.amp else "highest")  # TF32
@@ -676,11 +678,12 @@ class DmControl(gymnasium.Env):
     """dm_control's task as a gymnasium environment: flat float32 observations, actions scaled to [-1, 1].
 
     Observations keep the suite's order. A time limit truncates, a discount of 0 terminates. info["physics"]
-    is the physics state (float64). UserError for a task that the suite does not have.
+    is the physics state (float64). Pictures need OpenGL: by EGL where there is one, else set MUJOCO_GL before.
+    UserError for a task that the suite does not have.
     """
 
     def __init__(self, domain: str, task: str):
-        os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
+        os.environ.setdefault("MUJOCO_GL", "egl" if find_library("EGL") else "disable")
         logging.getLogger("absl").setLevel(logging.ERROR)  # MuJoCo's deprecations in the suite's own files
         from dm_control import suite
 

@@ -190,15 +190,15 @@ CONFIGS = {
     "gpu": replace(
         DEMO,
         rows=(),
-        ranks=8,
+        seeds=4,
+        ranks=4,
         tasks=("cheetah_run_backward", "cheetah_run"),
         large_actor=256,
         updates=20_000,
         batch=256,
         lr=1e-3,
         collect_episodes=200,
-        generations=40,
-        population=64,
+        generations=20,
     ),
     "full": replace(
         DEMO,

@@ -20,8 +20,9 @@ Question q, solution s, explanation t; teacher pi_T, frozen student pi_S; log-pr
 How to run
   python rlt.py                                     the effect in miniature, with baselines, on two CPU cores
   python rlt.py --config text --teacher M --data F  a real model: hub id, folder, .gguf; F: .jsonl or gym:NAME
-  python rlt.py --show                              the best explanation of the trained teacher, by tokens
-  python rlt.py --score F                           rank (question, solution, reasoning_trace) lines
+  python rlt.py --score F                           rank (question, solution, reasoning_trace) lines by the
+                                                    trained teacher's reward, print the best by tokens; those
+                                                    it wrote are in out/rlt-*/traces_*/traces.jsonl
   torchrun --nproc_per_node=8 rlt.py --config full  Qwen2.5-7B on Bespoke-Stratos-17k, the paper's setting
 
 Departures from the paper and its code
@@ -31,8 +32,9 @@ Departures from the paper and its code
   that the teacher's prompt ends with is not scored. The code looks for its ids, and finds the question where
   the explanation only repeats that.
 - Float32 log-softmax, no pad in any loss. The teacher's system prompt is ours, one explanation a question is
-  collected, problems that may exceed --context are dropped instead of cut, a warm-up's first step has rate 0.
-  lm-eval's prompts and graders, where the paper used SkyThought's.
+  collected, problems that may exceed --context are dropped instead of cut (of its 32,768 tokens an answer of
+  `full` has 30,720), a warm-up's first step has rate 0. lm-eval's prompts and graders, where the paper used
+  SkyThought's.
 - Samples are an inverse CDF of numbers that all ranks draw alike, so their number changes no result; vLLM
   draws its own.
 - The demo's task, pointer chasing, is ours and was selected: exploration must fail. With two chains it
@@ -112,20 +114,20 @@ class Config(common.Config):
     sample_batch: int = 1024  # sequences decoded together on a rank
     sampler: Literal["hf", "vllm"] = "hf"  # transformers' loop, or a vLLM engine on each GPU
     recompute: bool = False  # activations in the backward pass, to save memory
-    # looking instead of training
-    show: bool = False  # print the best explanation of the trained teacher, token by token, and exit
+    # instead of training
     score: str = ""  # .jsonl with question, solution, reasoning_trace: rank it by the reward, print the best
 
     def check(self):
         super().check()
-        if self.group < 2:
-            raise UserError("--group must be 2 or more: the advantage compares completions of one question")
+        if self.group < 2 or not self.temperature:
+            raise UserError("--group must be 2 or more (completions are compared), and --temperature not 0")
         if not self.chains <= self.symbols <= len(SYMBOLS):
             raise UserError(f"--chains <= --symbols <= {len(SYMBOLS)} is needed")
         if self.share == "run" and self.prompts % int(os.environ.get("WORLD_SIZE", self.ranks)):
             raise UserError(f"--prompts {self.prompts} must be a multiple of the ranks: groups stay whole")
-        if (self.teacher == "tiny") != (self.data == "pointers"):
-            raise UserError("--data pointers goes with --teacher tiny, other data with another teacher")
+        tiny = self.teacher == "tiny"
+        if tiny != (self.data == "pointers") or (tiny and self.bench):
+            raise UserError("--data pointers goes with --teacher tiny, other data and --bench with others")
 
 
 DEMO = Config(seeds=3, ranks=2, save_every=1000)
@@ -196,7 +198,7 @@ CONFIGS = {
         prompts=16,
         group=64,
         max_new=16384,
-        eval_new=32768,
+        eval_new=30720,
         context=32768,
         micro_tokens=32768,
         sampler="vllm",
@@ -260,7 +262,7 @@ def share_right(solution: str, text: str) -> float:
 
 def right_box(solution: str, text: str) -> float:
     """1 if the last box of the answer agrees with that of the solution (or with all of it), else 0."""
-    return float(common.last_box(text) is not None and common.answers_agree(solution, text))
+    return float("box" in text and common.answers_agree(solution, text))
 
 
 def gym_score(score: Callable, solution: str, text: str) -> float:
@@ -278,7 +280,7 @@ class Example:
     question: str
     solution: str
     trace: str = ""
-    system: str = ""  # prompt of the student
+    system: str = ""  # prompt of the student, where its format has none
     judge: Callable = right_box  # (solution, text) -> credit in [0, 1]; 1 is right
 
 
@@ -297,11 +299,10 @@ def make_problems(n: int, cfg: Config, generator: torch.Generator, p_write: floa
     elided = torch.rand(chains.shape, generator=generator) >= p_write
     elided[..., [0, 3]] = False
     columns = torch.cat([f, hops[0]], 1), hops[3], chains.masked_fill(elided, len(SYMBOLS)).flatten(1)
-    rows = zip(*(letters(x) for x in columns), strict=True)
-    return [Example(*row, "?", share_right) for row in rows]
+    return [Example(*row, judge=share_right) for row in zip(*map(letters, columns), strict=True)]
 
 
-def letters(rows: Tensor) -> list:
+def letters(rows: Tensor):
     """Symbols by their numbers (n, L), a text a row."""
     return ["".join((SYMBOLS + "~")[i] for i in row) for row in rows.tolist()]
 
@@ -311,17 +312,18 @@ def load_examples(cfg: Config, run: Run) -> list:
     source = cfg.data
     if source == "pointers":
         return make_problems(cfg.problems, cfg, run.generator("problems"), cfg.p_write)
-    gym = dict(size=cfg.problems, seed=cfg.seed) if source.startswith("gym:") else {}
-    rows = common.load_rows(source, subset="main" if "gsm8k" in source else None, **gym)
+    rows = common.load_rows(
+        source, subset="main" if "gsm8k" in source else None, size=cfg.problems, seed=cfg.seed
+    )
     rows = [row | sections(row) for row in rows]
     common.need_text(source, rows, ["question", "solution"])
-    gap, system = ("", "?") if cfg.teacher == "tiny" else ("\n\n", STRATOS_SYSTEM)
-    examples = []
+    gap, examples = "" if cfg.teacher == "tiny" else "\n\n", []
     for row in rows:
         trace = str(row.get("reasoning_trace") or "").strip()
         solution, trace = gap + row["solution"].strip() + gap, trace and trace + gap
-        judge = partial(gym_score, row["score"]) if gym else right_box
-        examples.append(Example(row["question"], solution, trace, row.get("system") or system, judge))
+        judge = partial(gym_score, row["score"]) if source.startswith("gym:") else right_box
+        system = row.get("system") or STRATOS_SYSTEM
+        examples.append(Example(row["question"], solution, trace, system, judge))
     return examples
 
 
@@ -403,7 +405,7 @@ TEXT = (
         own="<|begin_of_thought|>\n\n",
     ),
 )
-POINTERS = Prompt("!", ("[", "s", "]{", "t", "}"), own="t"), Prompt("", ("(", "t", ")[", "s", "]"), own="(")
+POINTERS = Prompt("!", ("[", "s", "]{", "t", "}"), own="t"), Prompt("?", ("(", "t", ")[", "s", "]"), own="(")
 # for a model without a chat template; its end of turn is whatever token ends its texts
 CHAT = """\
 {% for m in messages %}<|im_start|>{{ m.role }}
@@ -502,9 +504,14 @@ class LogProbLM(nn.Module):
         return common.token_logprobs(self.lm, ids, mask, temperature)
 
 
-def load(name: str, run: Run, trainable=False) -> LogProbLM:
-    """A model on this rank's device, or sharded: float32 if it is trained, else bfloat16 on GPUs."""
-    lm, tokenizer = common.load_lm(name, torch.bfloat16 if run.amp and not trainable else torch.float32)
+def load(name: str | Path, run: Run, trainable=False) -> LogProbLM:
+    """A model on this rank's device, or sharded: float32 if it is trained, else bfloat16 on GPUs.
+
+    The tiny one is trained when somebody asks for it first.
+    """
+    if name == "tiny":
+        name = run.once(f"base chains={run.cfg.chains}", make_base)
+    lm, tokenizer = common.load_lm(str(name), torch.bfloat16 if run.amp and not trainable else torch.float32)
     tokenizer.chat_template = tokenizer.chat_template or CHAT
     if trainable and run.cfg.recompute:
         lm.gradient_checkpointing_enable()
@@ -656,22 +663,23 @@ def vllm_sampler(model: LogProbLM, run: Run):
     size = model.lm.num_parameters()
     if size not in ENGINES:
         launcher = "external_launcher" if "RANK" in os.environ else None
-        more = dict(distributed_executor_backend=launcher, max_model_len=run.cfg.context, dtype="bfloat16")
-        more |= dict(gpu_memory_utilization=0.4, enable_sleep_mode=True, seed=run.rank)
-        ENGINES[size] = vllm.LLM(model.lm.name_or_path, **more)
+        ENGINES[size] = vllm.LLM(
+            model.lm.name_or_path,
+            distributed_executor_backend=launcher,
+            max_model_len=run.cfg.context,
+            dtype="bfloat16",
+            gpu_memory_utilization=0.4,
+            enable_sleep_mode=True,
+            seed=run.rank,
+        )
     engine = ENGINES[size]
 
     def sample(ids, uniforms, temperature):
         engine.wake_up()
         engine.apply_model(lambda served: served.load_weights(full_weights(model)))
         engine.reset_prefix_cache()
-        params = vllm.SamplingParams(
-            temperature=temperature,
-            top_p=1.0,
-            top_k=0,
-            repetition_penalty=1.0,
-            max_tokens=uniforms.shape[1],
-            stop_token_ids=ends,
+        params = vllm.SamplingParams(  # of the whole distribution: no top_p, no penalty
+            temperature=temperature, max_tokens=uniforms.shape[1], stop_token_ids=ends
         )
         outputs = engine.generate([{"prompt_token_ids": x} for x in ids], params, use_tqdm=False)
         engine.sleep(level=1)
@@ -703,13 +711,16 @@ def rollout(sample, explain: bool, examples, temperature, prompts, run, chance=N
 
 
 def distinct(items: list, count: int, run: Run, step: int) -> list:
-    """`count` different items for a step, on a walk through all of them in a new order every epoch."""
+    """`count` different items for a step, on a walk through all of them in a new order every epoch.
+
+    What is left of an epoch, fewer than `count`, is skipped.
+    """
     a_epoch = len(items) // count
     order = torch.randperm(len(items), generator=run.generator(f"epoch {step // a_epoch}"))
     return [items[i] for i in order[step % a_epoch * count :][:count]]
 
 
-def train_grpo(start: str, examples: list[Example], updates: int, explain: bool, prompts, run) -> str:
+def train_grpo(start: str | Path, examples: list[Example], updates: int, explain: bool, prompts, run) -> str:
     """`updates` steps of GRPO from the model `start`; returns the trained one's folder.
 
     One loop for the paper and its baseline. `explain`: the policy explains given solutions, rewarded by eq.
@@ -717,10 +728,11 @@ def train_grpo(start: str, examples: list[Example], updates: int, explain: bool,
     """
     cfg = run.cfg
     policy, reference = (load(start, run, trainable=True) for _ in range(2))
-    student = load(cfg.student, run) if explain else None
+    student = load(cfg.student or cfg.teacher, run) if explain else None
     sample = SAMPLERS[cfg.sampler](policy, run)
-    more = dict(weight_decay=0.0, fused=run.device.type == "cuda")
-    optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, **more)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), cfg.lr, weight_decay=0.0, fused=run.device.type == "cuda"
+    )
     for step in run.steps(updates, model=policy, optimizer=optimizer, reference=reference):
         batch = [e for e in distinct(examples, cfg.prompts, run, step) for _ in range(cfg.group)]
         episodes = rollout(sample, explain, batch, cfg.temperature, prompts, run)
@@ -765,8 +777,7 @@ def sft(model, stage: str, steps: int, batch_of, lr, run, warmup=0.0, floor=0.0,
     schedule = cosine(optimizer, round(warmup * steps), steps, min_lr_rate=floor)
     for step in run.steps(steps, stage, model=model, optimizer=optimizer, schedule=schedule):
         batch = batch_of(step)[run.rank :: run.world_size]
-        supervised = sum(len(x.ids) - x.first for x in batch)
-        supervised = run.mean(float(supervised))  # of a rank: gradients are averaged
+        supervised = run.mean(sum(len(x.ids) - x.first for x in batch))  # of a rank: gradients are averaged
         total = 0.0
         for _, logp, mask in log_probs(model, batch, 1.0, run):
             loss = -(logp * mask).sum() / supervised
@@ -787,31 +798,35 @@ def fine_tune(name: str, texts: list, batch: int, steps: int, run: Run, **recipe
     if texts:
         batch_of = partial(distinct, texts, min(batch, len(texts)), run)
         sft(model, "sft", steps, batch_of, run.cfg.sft_lr, run, **recipe)
+    else:
+        run.print(f"{run.folder.name}: no reasoning_trace to learn from, so the model stays as it is")
     return export(model, run)
 
 
-def collect(name: str, examples: list[Example], prompts, run):
+def collect(name: Path, examples: list[Example], prompts, run):
     """One raw explanation of each example, with its reward and the numbers of each token: traces.jsonl."""
-    teacher, student = load(name, run), load(run.cfg.student, run)
-    sample, chance = SAMPLERS[run.cfg.sampler](teacher, run), run.generator("collect 0")
+    teacher, chance = load(name, run), run.generator("collect 0")
+    sample = SAMPLERS[run.cfg.sampler](teacher, run)
     episodes = rollout(sample, True, examples, run.cfg.temperature, prompts, run, chance)
-    scored = rewards(episodes, teacher, student, prompts, run)
-    write_explanations(run.folder / "traces.jsonl", scored, prompts, run)
+    write_explanations(run.folder / "traces.jsonl", episodes, teacher, prompts, run)
 
 
-def write_explanations(file: Path, scored: list[tuple], prompts, run):
-    """A line for each: texts, reward with parts, and each token with its d_j (of t) or l_k (of s)."""
-    rows = []
-    for e, parts, ell, d in scored:
+def write_explanations(file: Path, episodes: list[Episode], teacher, prompts, run, best_first=False):
+    """A line for each, of all ranks: texts, reward with parts, tokens with d_j (of t) or l_k (of s)."""
+    student, rows = load(run.cfg.student or run.cfg.teacher, run), []
+    for e, parts, ell, d in rewards(episodes, teacher, student, prompts, run):
         told = e.example
         row = {"question": told.question, "solution": told.solution, "reasoning_trace": told.trace} | parts
         for key, tokens, values in (("l", e.student.s, ell), ("d", e.shared, d)):
             words = prompts.tokenizer.batch_decode([[x] for x, _ in tokens])
             row[key] = list(zip(words, values.tolist(), strict=True))
         rows.append(row)
-    everyone = itertools.chain(*run.gather(rows))
+    everyone = [*itertools.chain(*run.gather(rows))]
+    if best_first:
+        everyone.sort(key=lambda row: -float(row["reward"]))  # they may be on several GPUs
     if run.rank == 0:
         common.write_atomic(file, "".join(common.to_json(row) + "\n" for row in everyone))
+    return everyone
 
 
 def read_lines(file: Path) -> list[dict]:
@@ -879,10 +894,10 @@ def make_base(run: Run):
         return min(lowest) >= 0.95
 
     lr, steps, adam = cfg.base_lr, cfg.base_steps, dict(betas=(0.9, 0.98), weight_decay=0.01)
-    textbook, web = partial(batch_of, 1.0), partial(batch_of, cfg.p_write)
+    textbook = partial(batch_of, 1.0)
     if not sft(model, "textbook", steps, textbook, lr, run, 30 / steps, floor=1.0, stop=learned, **adam):
         run.print(f"{run.folder.name}: the model does not hop yet; it needs more --base_steps")
-    sft(model, "web", cfg.web_steps, web, lr, run, floor=0.05, **adam)
+    sft(model, "web", cfg.web_steps, partial(batch_of, cfg.p_write), lr, run, floor=0.05, **adam)
     export(model, run)
 
 
@@ -892,30 +907,36 @@ EVAL_TEMPERATURE = 0.7  # of sampled answers
 
 
 def open_task(cfg: Config, run: Run):
-    """The prompts, and the problems that fit; run.cfg gets the names of all models, the tiny one is made.
+    """The prompts, the held-out problems and the others (with --score: all), where they fit.
 
-    UserError if models and data do not go together.
+    UserError if models and data do not go together or are too few; no weights are needed.
     """
     from transformers import AutoTokenizer
 
-    base = cfg.teacher
-    if base == "tiny":
-        base = str(run.once(f"base chains={cfg.chains}", make_base))
-    run.cfg = replace(cfg, teacher=base, student=cfg.student or base, learner=cfg.learner or base)
-    examples = load_examples(cfg, run)
-    names = {base, run.cfg.student, run.cfg.learner}
-    tokenizers = {name: pretrained(AutoTokenizer, name) for name in names}
-    if any(x.get_vocab() != tokenizers[base].get_vocab() for x in tokenizers.values()):
+    tiny, examples, fitting = cfg.teacher == "tiny", load_examples(cfg, run), []
+    names = [name for name in (cfg.teacher, cfg.student, cfg.learner) if name]
+    tokenizers = [hop_model(cfg).tokenizer if x == "tiny" else pretrained(AutoTokenizer, x) for x in names]
+    known = tokenizers[0].get_vocab()
+    if any(x.get_vocab() != known for x in tokenizers):
         raise UserError(f"{', '.join(names)} tokenize differently; d_j compares the same tokens in both")
-    prompts = Prompts(tokenizers[base], *(POINTERS if cfg.teacher == "tiny" else TEXT))
-    fitting = []
+    prompts = Prompts(tokenizers[0], *(POINTERS if tiny else TEXT))
     for e in examples:
+        if tiny and {*e.question + e.solution + e.trace} - known.keys():
+            raise UserError(f"{cfg.data}: {e.question[:60]!r} has characters unknown to the tiny teacher")
         told, shown = (prompts.write(x, e) for x in (prompts.teacher, prompts.student))
-        if max(len(told.ids), len(shown.ids)) + cfg.max_new <= cfg.context and shown.s:
+        longest = max(len(told.ids), len(shown.ids)) + max(0, cfg.max_new - len(shown.t))
+        if max(longest, shown.first + cfg.eval_new) <= cfg.context and shown.s:
             fitting.append(e)
     if dropped := len(examples) - len(fitting):
         run.print(f"{dropped} problems dropped: beyond --context {cfg.context}, or no solution to score")
-    return prompts, fitting
+    heldout, examples = fitting[-cfg.holdout :], fitting[: -cfg.holdout]
+    if cfg.score:
+        examples = fitting
+    elif len(examples) < cfg.prompts:
+        raise UserError(f"{cfg.data}: {len(examples)} problems are too few for --holdout and --prompts")
+    if (cfg.score or cfg.source == "corpus") and not any(e.trace for e in examples):
+        raise UserError(f"{cfg.data}: no problem has a reasoning_trace to rank or to distil")
+    return prompts, heldout, examples
 
 
 def evaluate(name: str, examples: list[Example], prompts, run):
@@ -938,11 +959,12 @@ def benchmarks(name: str, system: str, prompts, run):
         lm = vllm.VLLM(name, max_model_len=cfg.context, gpu_memory_utilization=0.4)
     else:
         lm = common.load_lm(name)[0].to(run.device)
-    more = dict(max_gen_toks=cfg.eval_new, do_sample=True, temperature=EVAL_TEMPERATURE)
-    more = dict(system_instruction=system, gen_kwargs=more)
-    found = {}
-    for task, scores in common.benchmark(lm, prompts.tokenizer, cfg.bench, run=run, **more).items():
-        found |= {f"{task} {key}": value for key, value in scores.items() if "exact_match," in key}
+    found, gen = {}, dict(max_gen_toks=cfg.eval_new, do_sample=True, temperature=EVAL_TEMPERATURE)
+    scores = common.benchmark(
+        lm, prompts.tokenizer, cfg.bench, run, system_instruction=system, gen_kwargs=gen
+    )
+    for task, numbers in scores.items():
+        found |= {f"{task} {key}": value for key, value in numbers.items() if "exact_match," in key}
     return found
 
 
@@ -956,15 +978,23 @@ def explanations(examples: list[Example], prompts, run):
     if cfg.source == "corpus":
         return traced[: cfg.traces], {}
     texts = [prompts.write(prompts.teacher, e) for e in traced]
-    recipe = dict(warmup=0.05, betas=(0.9, 0.95), weight_decay=1e-4)
-    warm_up = partial(fine_tune, cfg.teacher, texts, cfg.warmup_batch, cfg.warmup_steps, **recipe)
+    warm_up = partial(
+        fine_tune,
+        cfg.teacher,
+        texts,
+        cfg.warmup_batch,
+        cfg.warmup_steps,
+        warmup=0.05,
+        betas=(0.9, 0.95),
+        weight_decay=1e-4,
+    )
     teacher = run.once(f"warm {kind}", warm_up)
     if cfg.source == "teacher":
         kind = f"lam={cfg.lam} {kind}"
-        reinforce = partial(train_grpo, str(teacher), examples, cfg.updates, True, prompts)
+        reinforce = partial(train_grpo, teacher, examples, cfg.updates, True, prompts)
         teacher = run.once(f"teacher {kind}", reinforce)
     examples = examples[: cfg.traces]
-    folder = run.once(f"traces {kind}", partial(collect, str(teacher), examples, prompts))
+    folder = run.once(f"traces {kind}", partial(collect, teacher, examples, prompts))
     rows = read_lines(folder / "traces.jsonl")
     numbers = {key: np.mean([row[key] for row in rows]) for key in ("r_ss", "r_kl")}
     return [replace(e, trace=row["reasoning_trace"]) for e, row in zip(examples, rows, strict=True)], numbers
@@ -972,15 +1002,12 @@ def explanations(examples: list[Example], prompts, run):
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
     """One cell of the table: teacher, explanations, distilled student, correctness RL, as settings say."""
-    prompts, examples = open_task(cfg, run)
-    heldout, examples = examples[-cfg.holdout :], examples[: -cfg.holdout]
-    if len(examples) < cfg.prompts:
-        raise UserError(f"{cfg.data}: {len(examples)} problems are too few for --holdout and --prompts")
-    numbers, learner = {}, run.cfg.learner
+    prompts, heldout, examples = open_task(cfg, run)
+    numbers, learner = {}, cfg.learner or cfg.teacher
     if cfg.distil:
         traces, numbers = explanations(examples, prompts, run)
-        traces = traces[: math.ceil(cfg.distil * len(traces))]
-        texts = [prompts.write(prompts.student, e) for e in traces]
+        some = traces[: math.ceil(cfg.distil * len(traces))]
+        texts = [prompts.write(prompts.student, e) for e in some]
         steps = math.ceil(cfg.distil * cfg.distil_steps)
         learner = fine_tune(learner, texts, cfg.distil_batch, steps, run, warmup=0.1, weight_decay=0.0)
     if cfg.solve:
@@ -991,26 +1018,19 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
 # --- looking at explanations ---
 
 
-def look(cfg: Config, run: Run):
-    """Print the best explanation, token by token: of those that --show finds collected, or of a file's.
+def rank_file(cfg: Config, run: Run):
+    """Rank (question, solution, reasoning_trace) rows by the trained teacher's reward: --score.
 
-    --score ranks (question, solution, reasoning_trace) rows by the trained teacher's reward.
+    Prints the best one, token by token.
     """
-    where = f"lam={cfg.lam}_chains={cfg.chains}-s{cfg.seed}"
-    file, teacher = run.root / f"traces_{where}" / "traces.jsonl", run.root / f"teacher_{where}"
-    if not file.exists():
-        raise UserError(f"there is no {file}: train without --show and --score first")
-    if cfg.score:
-        prompts, examples = open_task(replace(cfg, data=cfg.score), run)
-        episodes = [Episode(e, [], 0, e.trace + prompts.teacher.answer[-1]) for e in examples if e.trace]
-        if not episodes:
-            raise UserError(f"{cfg.score}: no row has a reasoning_trace that fits")
-        scored = rewards(episodes, load(str(teacher), run), load(run.cfg.student, run), prompts, run)
-        scored.sort(key=lambda found: -found[1]["reward"])
-        file = Path(cfg.score).with_suffix(".scored.jsonl")
-        write_explanations(file, scored, prompts, run)
-    best = max(read_lines(file), key=lambda row: row["reward"])
-    for key, value in best.items():
+    teacher = run.root / f"teacher_lam={cfg.lam}_chains={cfg.chains}-s{cfg.seed}"
+    if not (teacher / "result.json").exists():
+        raise UserError(f"there is no {teacher}: train without --score first")
+    prompts, _, examples = open_task(cfg, run)
+    episodes = [Episode(e, [], 0, e.trace + prompts.teacher.answer[-1]) for e in examples if e.trace]
+    file, mine = Path(cfg.score).with_suffix(".scored.jsonl"), episodes[run.rank :: run.world_size]
+    rows = write_explanations(file, mine, load(teacher, run), prompts, run, best_first=True)
+    for key, value in rows[0].items():
         run.print(f"{key}: {value}")
     run.print(f"the best of {file}; d: log teacher - log student, l: log-prob of s")
 
@@ -1039,7 +1059,7 @@ def missing(cfg: Config, run: Run) -> list[str]:
     """What this config needs and does not find or cannot use, a line each, with the flag that mends it."""
     from transformers import AutoConfig
 
-    found, data = [], cfg.score or cfg.data
+    found = []
 
     def check(flag, look, *args):
         try:
@@ -1047,16 +1067,18 @@ def missing(cfg: Config, run: Run) -> list[str]:
         except (UserError, OSError, ValueError) as e:
             found.append(f"{flag}: {str(e).splitlines()[0]}")
 
-    check(f"--data {data}", load_examples, replace(cfg, data=data), run)
     for flag in ("teacher", "student", "learner"):
         name = getattr(cfg, flag)
-        if name not in ("", "tiny"):
+        if name != getattr(Config, flag):
             check(f"--{flag} {name}", pretrained, AutoConfig, name)
+    for row in cfg.rows or ROWS:
+        look = load_examples if found else open_task
+        check("--data and models", look, replace(cfg, **ROWS.get(row, {})), run)
     if cfg.bench:
         check("--bench", common.need, "lm_eval", "lm")
     if cfg.sampler == "vllm":
         check("--sampler vllm", common.need, "vllm", "vllm")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def dry_run(cfg: Config, lacking: list[str], run: Run):
@@ -1070,8 +1092,13 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
     try:
         config = hop_model(cfg).lm.config if cfg.teacher == "tiny" else pretrained(AutoConfig, cfg.teacher)
     except (OSError, ValueError):
-        size = dict(hidden_size=3584, intermediate_size=18944, num_key_value_heads=4)
-        config = Qwen2Config(num_hidden_layers=28, num_attention_heads=28, **size)
+        config = Qwen2Config(
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+        )
     with torch.device("meta"):
         n = AutoModelForCausalLM.from_config(config).num_parameters()
     heads = config.num_attention_heads
@@ -1094,16 +1121,16 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
 
 def main():
     cfg = common.parse_config(CONFIGS)
-    if cfg.show or cfg.score:
-        cfg = replace(cfg, ranks=1)
-    with Run(cfg, "" if cfg.teacher == "tiny" else cfg.teacher) as run:
+    if cfg.score:
+        cfg = replace(cfg, ranks=1, data=cfg.score, rows=("RLT",))
+    with Run(cfg, cfg.teacher) as run:
         lacking = missing(cfg, run)
         if cfg.dry_run:
             return dry_run(cfg, lacking, run)
         if lacking:
             raise UserError("; ".join(lacking))
-        if cfg.score or cfg.show:
-            return look(cfg, run)
+        if cfg.score:
+            return rank_file(cfg, run)
         table = run.grid(ROWS, train)
         run.check(CLAIMS, table)
         run.figure(draw, table)

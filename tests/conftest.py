@@ -20,25 +20,27 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_fixed_seed():
+def one_thread_a_fixed_seed_and_no_gpu(request, monkeypatch):
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if "cuda" not in request.node.name:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture
 def run_script(tmp_path):
-    """run_script(*arguments, ranks=0) starts a command in tmp_path; with ranks through torchrun (Gloo)."""
+    """run_script(*arguments, ranks=0) starts a command in tmp_path, with ranks under torchrun; no GPU unless asked."""
 
-    def start(*arguments, ranks: int = 0, check: bool = True):
+    def start(*arguments, ranks: int = 0, check: bool = True, gpu: bool = False):
         launcher = (
             ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
         )
         command = [sys.executable, *launcher, *map(str, arguments)]
         environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": "1",
         }
+        environment |= {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
         )

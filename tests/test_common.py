@@ -525,3 +525,14 @@ def test_episodes_of_which_some_lack_physics_are_refused(tmp_path):
     np.savez(tmp_path / "b.npz", **rows)
     with pytest.raises(UserError, match="no physics"):
         common.load_episodes(str(tmp_path))
+
+
+SCRIPTS = "rlt t2l sudoku_bench diffusion_lm transformer2 fb namm mood rmc hyperbolic_rl".split()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_cuda_smoke_of_a_script_whose_two_ranks_share_the_gpu(script, run_script, tmp_path):
+    run_script(ROOT / f"{script}.py", "--config", "smoke", "--device", "cuda", "--ranks", 2, gpu=True)
+    found = results(next((tmp_path / "out").iterdir()), "results.json")
+    assert found["device"] != "cpu" and found["world_size"] == 2 and found["table"]

@@ -338,7 +338,7 @@ def test_smoke_makes_all_rows_and_resume_repeats_them(run_main, tmp_path):
 
 
 def test_two_ranks_train_the_expert_that_one_trains(run_script, tmp_path):
-    words = ["--config", "smoke", "--rows", "SVF", "--share", "run", "--temperature", "0", "--out"]
+    words = ["--config", "smoke", "--rows", "SVF", "--share", "run", "--batch", "1", "--out"]
     run_script(ROOT / "transformer2.py", *words, "one")
     run_script(ROOT / "transformer2.py", *words, "two", ranks=2)
     one, two = (load_file(*(tmp_path / out).rglob("max.safetensors")) for out in ("one", "two"))
@@ -389,11 +389,11 @@ def test_full_says_in_one_line_what_is_missing_and_what_it_would_take(run_main, 
         ("--tasks art=toy:add", "CATEGORY=SOURCE"),
         ("--elites 1", "2 <= --elites"),
         ("--shots 2000", "<= --sample_batch"),
-        ("--modules nothing", "no such linear layers"),
+        ("--modules (", "no such linear layers"),
+        ("--tasks", "one expert a category"),
+        ("--bench math=toy:add", "CATEGORY=SOURCE"),
     ],
 )
 def test_bad_input_is_one_line_with_exit_code_2(run_main, words, message):
-    code, _, err = run_main(
-        transformer2, "--config", "smoke", "--base_steps", "1", "--rows", "SVF", *words.split()
-    )
+    code, _, err = run_main(transformer2, "--config", "smoke", *words.split())
     assert code == 2 and message in err.split("\n")[-2]
