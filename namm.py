@@ -86,9 +86,7 @@ SHORTEST = 96  # tokens of which a quarter has room for all keys of any built-in
 @dataclass
 class Config(common.Config):
     # the memory
-    policy: Literal["namm", "full", "h2o", "snapkv", "l2", "recency", "random"] = (
-        "namm"  # decides what stays; rows set it
-    )
+    policy: Literal["namm", "full", "h2o", "snapkv", "l2", "recency", "random"] = "namm"  # what stays, by row
     scorer: Literal["bam", "mlp"] = "bam"  # network that scores tokens
     update: int = 32  # tokens between two evictions (U)
     cap: int = 0  # most tokens that a head keeps; 0: the scores alone decide
