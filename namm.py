@@ -37,8 +37,8 @@ Departures from the paper and its code
   of its members and replayed from seeds: 32 numbers a generation.
 - A task that the full cache scores 0 on is left out of that generation's fitness. `full` runs 300 + 150 + 150
   generations; the paper stops by eye. Prompts and metrics are lm-eval's; the middle is cut by tokens.
-- The size held is a mean over the updates that dropped something (the whole length where none did), so
-  without a cap it is no mean over time.
+- A memory's size counts every update: it is the cap at which a rule, which holds at most what was seen, holds
+  as many tokens in the mean. That cap is what rules get, so all sizes are of one kind.
 - SnapKV is added: the last 8 queries, pooled over 5 neighbours. The MLP is 25 -> 32 ReLU -> 1 on the same
   features; the code's is linear. The demo's cap is ours. Its decision transformer reads discrete tokens and
   is judged with the expert's history; the paper's MuJoCo, video and Japanese tasks are not here.
@@ -64,8 +64,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, GenerationConfig
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    Cache,
+    DynamicLayer,
+    GenerationConfig,
+)
 
 import common
 from common import Claim, Run, UserError
@@ -74,12 +80,13 @@ HOP, DECAY = 16, 0.99  # s, queries between two frames, which are twice as long;
 BINS, HIDDEN = HOP + 1, 32  # frequencies of a frame, width of the network
 INPUTS = 8 + BINS  # features of eq. (3)
 BLOCK = 128  # queries whose attention is held at a time
+SHORTEST = 96  # tokens of which a quarter has room for all keys of any built-in task, and questions
 
 
 @dataclass
 class Config(common.Config):
     # the memory
-    policy: Literal["namm", "full", "h2o", "snapkv", "l2", "recency", "random"] = "namm"  # decides what stays
+    policy: Literal["namm", "full", "h2o", "snapkv", "l2", "recency", "random"] = "namm"  # what stays, by row
     scorer: Literal["bam", "mlp"] = "bam"  # network that scores tokens
     update: int = 32  # tokens between two evictions (U)
     cap: int = 0  # most tokens that a head keeps; 0: the scores alone decide
@@ -95,7 +102,7 @@ class Config(common.Config):
     tasks: tuple[str, ...] = ("dense", "sparse")  # of evolution: these, lm-eval tasks, or .jsonl files
     tests: tuple[str, ...] = ()  # of the table; none: those of evolution
     sequences: int = 4  # ledgers in a prompt of a built-in task
-    test: int = 48  # ledgers of its test
+    test: int = 72  # ledgers of its test
     length: int = 256  # their tokens
     steps: int = 300  # optimizer steps that train a built-in model
     # a model of your own
@@ -107,19 +114,23 @@ class Config(common.Config):
 
     def check(self):
         super().check()
-        if self.update % HOP or self.population < 4 or not 0 < len(self.stages) <= len(self.tasks):
-            raise UserError(
-                f"--update is a multiple of {HOP}, --population 4 or more, each of --stages has a task"
-            )
-        if not (self.model or {*self.tasks, *self.tests} <= {*TASKS}):
+        if self.update % HOP or self.population < 4:
+            raise UserError(f"--update is a multiple of {HOP}, --population 4 or more")
+        if not 0 < len(self.stages) <= len(self.tasks) or min(self.stages) < 1:
+            raise UserError("each of --stages is 1 or more and has one of --tasks")
+        if self.model:
+            return
+        if not {*self.tasks, *self.tests} <= {*TASKS}:
             raise UserError(f"without --model tasks are {', '.join(TASKS)}")
+        if self.length < max(SHORTEST, self.update):
+            raise UserError(f"--length is {SHORTEST} or more, and no less than --update")
 
 
 # a row of the table is the settings that it changes
 ROWS = {
-    "NAMM": {},
+    "NAMM": dict(policy="namm"),
     "full cache": dict(policy="full"),
-    "MLP scorer": dict(scorer="mlp"),
+    "MLP scorer": dict(policy="namm", scorer="mlp"),
     "H2O": dict(policy="h2o"),
     "SnapKV": dict(policy="snapkv"),
     "L2": dict(policy="l2"),
@@ -127,7 +138,7 @@ ROWS = {
     "random": dict(policy="random"),
 }
 DEMO = Config(
-    seed=20, seeds=5, ranks=2, cap=48, validation=4, tests=("dense", "sparse", "other LM", "corridor")
+    seed=30, seeds=5, ranks=2, cap=48, validation=4, tests=("dense", "sparse", "other LM", "corridor")
 )
 TEXT = Config(
     share="run",
@@ -139,7 +150,7 @@ TEXT = Config(
     save_every=1,
 )
 CONFIGS = {
-    "smoke": replace(DEMO, seed=0, seeds=1, ranks=1, population=4, stages=(2, 1), test=8, length=96, steps=5),
+    "smoke": replace(DEMO, seed=0, seeds=1, ranks=1, population=4, stages=(2, 1), test=8, length=96, steps=9),
     "demo": DEMO,
     "gpu": replace(DEMO, ranks=1, update=512, cap=512, population=32, stages=(40, 60), length=4096),
     "text": TEXT,
@@ -234,8 +245,9 @@ def affine(x: Tensor, layer: Tensor) -> Tensor:
 
 def score_tokens(theta: Tensor, u: Tensor, scorer: str) -> Tensor:
     """Eq. (4): theta (N, parameters), features u (N, H, n, 25), oldest first -> (N, H, n)."""
-    parts = zip(SHAPES[scorer], theta.split([*map(math.prod, SHAPES[scorer])], 1), strict=True)
-    first, second, *last = (x.view(-1, 1, *shape) for shape, x in parts)
+    shapes = SHAPES[scorer]
+    layers = theta.split([*map(math.prod, shapes)], 1)
+    first, second, *last = (x.view(-1, 1, *shape) for x, shape in zip(layers, shapes, strict=True))
     if scorer == "mlp":  # each token alone
         return affine(affine(u, first).relu(), second)[..., 0]
     # reversed in time, attention to newer tokens is causal attention: no n x n mask is made
@@ -248,8 +260,8 @@ def score_tokens(theta: Tensor, u: Tensor, scorer: str) -> Tensor:
 # --- selection: eq. (5) ---
 
 
-def select(score: Tensor, valid: Tensor, cap: int) -> tuple[Tensor, Tensor]:
-    """Eq. (5): scores and valid places (N, H, n) -> places that each head keeps and which are real (N, H, k).
+def select(score: Tensor, valid: Tensor, cap: int) -> Tensor:
+    """Eq. (5): scores and valid places (N, H, n) -> places that each head keeps (N, H, k), -1 where none.
 
     Every head of a sequence keeps as many as its most generous head has scores >= 0, at most `cap`; the
     newest stays. Sequences that keep fewer are padded in front, where backward attention, which looks at
@@ -260,8 +272,7 @@ def select(score: Tensor, valid: Tensor, cap: int) -> tuple[Tensor, Tensor]:
     count = (score >= 0).sum(-1).amax(-1).clamp(max=cap)  # (N,)
     place = score.topk(int(count.max()), -1).indices
     real = torch.arange(place.shape[-1], device=score.device) < count[:, None, None]
-    place = place.masked_fill(~real, -1).sort(-1).values
-    return place.clamp(min=0), place >= 0
+    return place.masked_fill(~real, -1).sort(-1).values
 
 
 # --- policies: a rule for forgetting is one score; those that are never negative leave all to the cap ---
@@ -331,7 +342,9 @@ class LayerMemory(DynamicLayer):
         self.policy, self.cap = policy, round(cap) or sys.maxsize
         self.seen, self.store = 0, {}
         self.widths = {"mass": 1, "tail": HOP, "omega": BINS}  # of statistics of the attention to a token
-        self.held = []  # mean tokens a head held after each eviction
+        self.held = [
+            (0, 0)
+        ]  # tokens seen and mean of those that a head holds, at first and after each update
 
     def update(self, k: Tensor, v: Tensor, *args, **kwargs):
         """Mark the new keys, by which `namm_attention` finds this layer."""
@@ -352,8 +365,10 @@ class LayerMemory(DynamicLayer):
             end = min(begin + BLOCK, begin + interval - self.seen % interval, q.shape[2])
             self.append(k[:, :, begin:end], v[:, :, begin:end])
             out.append(self.attention(q[:, :, begin:end], scale))
-            if self.policy.kind != "full" and self.seen % interval == 0:
-                self.forget()
+            if self.seen % interval == 0:
+                if self.policy.kind != "full":
+                    self.forget()
+                self.held.append((self.seen, self.store["valid"].float().sum(-1).mean().item()))
             begin = end
         return torch.cat(out, 2)
 
@@ -394,12 +409,10 @@ class LayerMemory(DynamicLayer):
     def forget(self):
         """Score every token, choose and keep, eqs. (3) to (5): everything held moves by one index."""
         score = SCORES[self.policy.kind](self).nan_to_num(nan=-math.inf)  # such a member fails by itself
-        place, valid = select(score, self.store["valid"], self.cap)
-        if not torch.equal(valid, self.store["valid"]):  # a row that keeps all must not spare the others
-            n, heads = (torch.arange(size, device=place.device) for size in place.shape[:2])
-            at = n[:, None, None], heads[:, None], place
-            self.store = {name: x[at] for name, x in self.store.items()} | {"valid": valid}
-            self.held.append(valid.sum(-1).float().mean().item())
+        place = select(score, self.store["valid"], self.cap)
+        n, heads = (torch.arange(size, device=place.device) for size in place.shape[:2])
+        at = n[:, None, None], heads[:, None], place
+        self.store = {name: x[at] for name, x in self.store.items()} | {"valid": place >= 0}
 
 
 class Memory(Cache):
@@ -409,9 +422,16 @@ class Memory(Cache):
         caps = np.broadcast_to(policy.cap, model.config.get_text_config().num_hidden_layers)
         super().__init__(layers=[LayerMemory(policy, cap) for cap in caps])
 
-    def sizes(self) -> list[float]:
-        """Mean number of tokens that a head of each layer held after evictions; all seen, without any."""
-        return [np.mean(layer.held or [layer.seen]) for layer in self.layers]
+
+def size_of(*held: list[tuple]) -> float:
+    """The size of a memory from what a layer `held` in each of some prompts.
+
+    A rule holds min(seen, cap) tokens after an update. The size is the cap of the rule that holds as many in
+    the mean over all updates; 0, any number, if there are none.
+    """
+    seen, tokens = np.concatenate(held).T
+    caps = np.unique(seen)  # between two of them a rule's mean is linear in its cap
+    return np.interp(tokens.mean(), np.minimum(seen, caps[:, None]).mean(1), caps)
 
 
 def namm_attention(module, query, key, value, attention_mask, scaling, **kwargs):
@@ -494,13 +514,15 @@ class CMAES:
         step = positive @ y
         self.mean = self.mean + self.sigma * step
         # step-size control
-        c, cc, mu_eff = self.c_sigma, self.cc, self.mu_eff
-        self.path_sigma = (1 - c) * self.path_sigma + math.sqrt(c * (2 - c) * mu_eff) * (positive @ white)
+        c, cc = self.c_sigma, self.cc
+        self.path_sigma = (1 - c) * self.path_sigma + math.sqrt(c * (2 - c) * self.mu_eff) * (
+            positive @ white
+        )
         length = float(self.path_sigma.norm()) / self.chi_n
         self.sigma *= math.exp(c / self.d_sigma * (length - 1))
         # covariance matrix adaptation
         h = length / math.sqrt(1 - (1 - c) ** (2 * self.generation)) < 1.4 + 2 / (self.n + 1)
-        self.path_c = (1 - cc) * self.path_c + h * math.sqrt(cc * (2 - cc) * mu_eff) * step
+        self.path_c = (1 - cc) * self.path_c + h * math.sqrt(cc * (2 - cc) * self.mu_eff) * step
         w = torch.where(self.weights < 0, self.weights * self.n / white.square().sum(1), self.weights)
         decay = 1 + self.c1 * (1 - h) * cc * (2 - cc) - self.c1 - self.cmu * float(self.weights.sum())
         rates = torch.cat([self.cmu * w, w.new_tensor([self.c1])])
@@ -531,7 +553,8 @@ def ledgers(sets: float, asks: float, count: int, length: int, world: World):
     key, value, filler = (torch.randint(n, shape) for n in (keys, values, FILLERS))
     u[:, 0], u[:, 1 : keys + 1] = 1.0, 0.0
     key[:, 1 : keys + 1] = torch.rand(count, keys).argsort(1)
-    is_set, is_ask = u < sets, (u >= sets) & (u < sets + asks)
+    is_set = u < sets
+    is_ask = ~is_set & (u < sets + asks)
     ids = torch.where(is_ask, FILLERS + key, filler)
     ids = torch.where(is_set, FILLERS + keys + key * values + value, ids)
     written = is_set[..., None] & (key[..., None] == torch.arange(keys))  # (count, length, keys)
@@ -548,7 +571,7 @@ def corridors(count: int, length: int, world: World):
     """
     state, right = ledgers(0.2, 0.3, count, length // 3, world)
     earned = (right >= 0) & (torch.rand(right.shape) > 0.15)
-    action = torch.where(right >= 0, right ^ (~earned).long(), 2)
+    action = torch.where(right >= 0, right ^ ~earned, 2)
     to_go = earned.flip(1).cumsum(1).flip(1).clamp(max=4)
     ids = torch.stack([VOCABULARY - 1 - to_go, state, VOCABULARY - 10 + action], 2)
     return ids.flatten(1), F.pad(right[..., None], (1, 1), value=-1).flatten(1)
@@ -569,12 +592,12 @@ class World:
     drills: tuple[Callable, ...] = (partial(ledgers, 0.12, 0.4), partial(ledgers, 0.03, 0.4))
 
 
-DENSE, SPARSE = partial(ledgers, 0.12, 0.15), partial(ledgers, 0.03, 0.08)
+DENSE = partial(ledgers, 0.12, 0.15)
 LM, OTHER = World("LM", 64, 2, 8, 8), World("other LM", 48, 3, 10, 5)
 DT = World("decision transformer", 48, 2, 6, 2, 5 * (corridors,))
 TASKS = {
     "dense": (LM, DENSE),
-    "sparse": (LM, SPARSE),
+    "sparse": (LM, partial(ledgers, 0.03, 0.08)),
     "other LM": (OTHER, DENSE),
     "corridor": (DT, corridors),
 }
@@ -601,8 +624,8 @@ def train_lm(world: World, run: Run):
     """
     cfg = run.cfg
     model = new_lm(world).to(run.device)
-    optimizer = torch.optim.AdamW(model.parameters(), 4e-3, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=cfg.steps + 1, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3, betas=(0.9, 0.98), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=cfg.steps + 1, pct_start=0.11)
     for step in run.steps(cfg.steps, model=model, optimizer=optimizer, schedule=schedule):
         parts = [drill(8, cfg.length // 4, world) for drill in world.drills]
         ids, target = (torch.cat(x).to(run.device) for x in zip(*parts, strict=True))
@@ -625,7 +648,8 @@ def open_task(name: str, part: str, run: Run) -> Task:
 
     A prompt of it is a few sequences, which run in one batch; each `part`, evolve or test, has others.
     """
-    cfg, testing = run.cfg, part == "test"
+    cfg = run.cfg
+    prompts, count = (1, cfg.test) if part == "test" else (1000, cfg.sequences)
     if cfg.model:
         return text_task(name, run)
     world, make = TASKS[name]
@@ -636,7 +660,6 @@ def open_task(name: str, part: str, run: Run) -> Task:
     @torch.inference_mode()
     def attempt(policy, place):
         torch.manual_seed(common.stable_seed(cfg.seed, part, name, place))  # alike for all memories
-        count = cfg.test if testing else cfg.sequences
         ids, target = (x.to(run.device) for x in make(count, cfg.length, world))
         target[:, : cfg.length // 4] = -1
         memory = Memory(policy, model)
@@ -644,7 +667,7 @@ def open_task(name: str, part: str, run: Run) -> Task:
         right = answer.view(-1, *ids.shape) == target
         return right.sum((1, 2)) / (target >= 0).sum(), memory
 
-    return Task(1 if testing else 1000, attempt)
+    return Task(prompts, attempt)
 
 
 # --- tasks for a language model of your own: lm-eval's, or lines of a .jsonl ---
@@ -680,7 +703,8 @@ def read_questions(name: str, cfg: Config) -> tuple[list, list, dict]:
     local = {"dataset_path": cfg.data} if cfg.data else {}
     try:  # a member of a group can be loaded with another path
         task = manager.load([{"group": "local", "task": [{"task": name} | local]}])["tasks"][name]
-        docs = list(task.eval_docs)
+        docs, more = list(task.eval_docs), task.config.generation_kwargs
+        settings = dict(max_new_tokens=more["max_gen_toks"], stop_strings=more["until"] or None)
     except Exception as e:  # lm-eval and datasets raise a dozen kinds
         raise UserError(
             f"--tasks {name}: {repr(e)[:99]} (--data takes a local copy, .[longbench] the metrics)"
@@ -689,8 +713,6 @@ def read_questions(name: str, cfg: Config) -> tuple[list, list, dict]:
     def judge(doc, said):
         return float(next(iter(task.process_results(doc, [said]).values())))
 
-    settings = task.config.generation_kwargs
-    settings = dict(max_new_tokens=settings["max_gen_toks"], stop_strings=settings["until"] or None)
     return [task.doc_to_text(doc) for doc in docs], [partial(judge, doc) for doc in docs], settings
 
 
@@ -725,17 +747,17 @@ def text_task(name: str, run: Run) -> Task:
 
 
 def collect(task: Task, places, policies: list, run: Run) -> tuple[Tensor, list]:
-    """Scores (P, prompts) of the members of all policies, and the last's mean size of each layer.
+    """Scores (P, prompts) of the members of all policies, and the last's size in each layer.
 
     Ranks share the prompts.
     """
     mine = {}
     for place in places[run.rank :: run.world_size]:
         scores, memories = zip(*(task.attempt(policy, place) for policy in policies), strict=True)
-        mine[place] = torch.cat(scores).cpu(), memories[-1].sizes()
+        mine[place] = torch.cat(scores).cpu(), [layer.held for layer in memories[-1].layers]
     done = reduce(dict.__or__, run.gather(mine))
-    scores, sizes = zip(*(done[place] for place in places), strict=True)
-    return torch.stack(scores, 1), np.mean(sizes, 0).tolist()
+    scores, held = zip(*(done[place] for place in places), strict=True)
+    return torch.stack(scores, 1), [*map(size_of, *held)]
 
 
 def fitness_of(theta: Tensor, moments: Tensor, tasks: list[Task], draws: list, run: Run) -> Tensor:
@@ -744,7 +766,7 @@ def fitness_of(theta: Tensor, moments: Tensor, tasks: list[Task], draws: list, r
     A task that the full cache scores 0 on is left out; NaN without any.
     """
     cfg, ratios = run.cfg, []
-    groups = theta.float().split(cfg.members)
+    groups = theta.split(cfg.members)
     policies = [
         Policy(),
         *(Policy("namm", cfg.update, cfg.cap, cfg.scorer, group, moments) for group in groups),
@@ -758,9 +780,9 @@ def fitness_of(theta: Tensor, moments: Tensor, tasks: list[Task], draws: list, r
 def learn_moments(task: Task, run: Run) -> Tensor:
     """The mean and variance of eq. (3), (2, F): with theta 0 all scores are 0, and nothing is forgotten."""
     cfg, sums = run.cfg, torch.zeros(3, BINS).double()
-    zeros = torch.zeros(1, parameters(cfg.scorer))
-    policy = Policy("namm", cfg.update, 0, cfg.scorer, zeros, torch.ones(2, BINS), sums)
-    collect(task, range(cfg.validation or task.prompts), [policy], run)
+    theta = torch.zeros(1, parameters(cfg.scorer))
+    policy = Policy("namm", cfg.update, 0, cfg.scorer, theta, torch.ones(2, BINS), sums)
+    collect(task, range(task.prompts)[: cfg.validation or None], [policy], run)
     count, total, squares = sum(run.gather(sums))
     if not count[0]:
         raise UserError(f"no prompt reaches --update {cfg.update} tokens: there is nothing to forget")
@@ -801,7 +823,7 @@ def evolve(cfg: Config, run: Run):
             es.tell(theta, fitness)
 
         if (g + 1) % cfg.validate_every == 0 or g + 1 in ends:
-            draws = [range(cfg.validation or task.prompts) for task in now]
+            draws = [range(task.prompts)[: cfg.validation or None] for task in now]
             score = fitness_of(es.mean[None], moments, now, draws, run).item()
             if score > state["best"]:
                 state |= {"best": score, "best_at": g + 1}
@@ -823,36 +845,42 @@ def save_memory(file: Path, theta: Tensor, moments: Tensor, run: Run):
 def load_memory(file: str | Path, cfg: Config) -> tuple[Tensor, Tensor]:
     """theta (1, parameters), mean and variance (2, F); UserError for what is no such memory."""
     scalar, n = np.float64(0).__reduce__()[0], parameters(cfg.scorer)
-    known = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # of the reference
+    known = [  # the reference's files hold a number of numpy's
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        np.dtypes.Float64DType,
+    ]
     try:
-        with torch.serialization.safe_globals([*known, np.dtype, type(np.dtype("f8"))]):
+        with torch.serialization.safe_globals(known):
             state = torch.load(file, map_location="cpu", weights_only=True)["evolution_state"]
         theta, moments = state["mean"].view(1, n), torch.stack([state[key].view(BINS) for key in MOMENTS])
         if not (theta.isfinite().all() and moments[1].min() > 0):
             raise ValueError("a number is not finite, or a frequency has no variance")
     except Exception as e:  # files from outside raise a dozen kinds
         raise UserError(f"{file}: no memory of {n} parameters ({cfg.scorer}): {str(e)[:99]}") from None
-    return theta.float(), moments
+    return theta, moments
 
 
 # --- a cell of the table ---
 
 
 def test(cfg: Config, budgets: dict, run: Run) -> dict:
-    """{test: [(mean size of each layer, score), ...]}, which is also tests.json.
+    """{test: ([(mean size, score), ...], size of each layer)}, which is also tests.json.
 
-    A network is tested with the cap and without; a rule gets `budgets`, NAMM's size in each layer.
+    A network is tested without the cap, then with it; a rule gets `budgets`, NAMM's size in each layer.
     """
     policy, found = Policy(cfg.policy, cfg.update), {}
     if cfg.policy == "namm":
-        file = cfg.memory or run.once(f"evolve {cfg.scorer}", partial(evolve, cfg)) / "namm.pt"
-        policy = Policy("namm", cfg.update, cfg.cap, cfg.scorer, *load_memory(file, cfg))
+        given = cfg.scorer == "bam" and cfg.memory  # an MLP is always evolved
+        file = given or run.once(f"evolve {cfg.scorer}", partial(evolve, cfg)) / "namm.pt"
+        policy = Policy("namm", cfg.update, 0, cfg.scorer, *load_memory(file, cfg))
     for name in cfg.tests or cfg.tasks:
-        task, found[name] = open_task(name, "test", run), []
-        caps = sorted({cfg.cap, 0}, reverse=True) if cfg.policy == "namm" else [budgets[name]]
-        for cap in caps:
+        task, points = open_task(name, "test", run), []
+        for cap in sorted({0, cfg.cap}) if cfg.policy == "namm" else [budgets[name]]:
             scores, sizes = collect(task, range(task.prompts), [replace(policy, cap=cap)], run)
-            found[name].append((sizes, scores.mean().item()))
+            points.append((np.mean(sizes), scores.mean().item()))
+        found[name] = points, sizes
     if run.rank == 0:
         common.write_atomic(run.folder / "tests.json", json.dumps(found))
     return found
@@ -866,13 +894,11 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     namm = replace(cfg, policy="namm", scorer="bam")
     found = json.loads((run.once("NAMM's tests", partial(test, namm, {})) / "tests.json").read_text())
     if cfg != namm:
-        found = test(cfg, {name: points[0][0] for name, points in found.items()}, run)
-    for file in run.root.glob(f"evolve_{cfg.scorer}-s{cfg.seed}/result.json"):
-        run.speed = json.loads(file.read_text())["speed"]  # generations a second
-    scores = {name: points[0][1] for name, points in found.items()}
-    points = next(iter(found.values()))
-    held, free = np.mean(points[0][0]), np.mean(points[-1][0])
-    return scores | {"held": held, "free": points[-1][1], "free size": free}
+        found = test(cfg, {name: sizes for name, (_, sizes) in found.items()}, run)
+    scores = {name: points[-1][1] for name, (points, _) in found.items()}
+    points, _ = next(iter(found.values()))
+    (free_size, free), (held, _) = points[0], points[-1]
+    return scores | {"held": held, "free": free, "free size": free_size}
 
 
 # --- figure, main ---
@@ -880,11 +906,12 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
 
 def draw(figure, table: dict, run: Run):
     """Score against cache size in each test, mean over the seeds."""
-    for axes, name in zip(figure.subplots(1, len(run.cfg.tests)), run.cfg.tests, strict=True):
+    names = run.cfg.tests or run.cfg.tasks
+    for place, name in enumerate(names, 1):
+        axes = figure.add_subplot(1, len(names), place)
         for row in table:
             files = run.root.glob(f"{common.slug(row)}*-s*/tests.json")
-            curves = [json.loads(file.read_text())[name] for file in files]
-            points = [sorted((np.mean(sizes), score) for sizes, score in curve) for curve in curves]
+            points = [json.loads(file.read_text())[name][0] for file in files]
             axes.plot(*np.mean(points, 0).T, ".-", label=row)
         axes.set(title=name, xlabel="tokens that a head holds")
     axes.legend(fontsize=7)
@@ -897,7 +924,8 @@ def missing(cfg: Config):
     if not cfg.model:
         return
     for name in cfg.tasks + cfg.tests:
-        read_questions(name, cfg)
+        if cfg.context < read_questions(name, cfg)[2]["max_new_tokens"] + 2:
+            raise UserError(f"--context {cfg.context} has no room for a prompt of {name} and its answer")
     try:
         if not Path(cfg.model).is_file():
             AutoConfig.from_pretrained(cfg.model)
@@ -926,9 +954,8 @@ def main():
             return dry_run(cfg, run)
         missing(cfg)
         table = run.grid(ROWS, train)
-        if not cfg.model:
-            run.check(CLAIMS, table)
-            run.figure(draw, table, run, size=(15, 4))
+        run.check(CLAIMS, table)
+        run.figure(draw, table, run, size=(15, 4))
 
 
 if __name__ == "__main__":
