@@ -414,8 +414,9 @@ def encode(texts: list[str], cfg: Config, device) -> Tensor:
         )
         states = reader(texts, return_tensors=True, truncation=True)
         # a tensor (1, tokens, d) for each text, without padding
-        vectors = [{"mean": x[0].mean(0), "last": x[0, -1], "cls": x[0, 0]}[pooling] for x in states]
-        vectors = torch.stack(vectors)
+        vectors = torch.stack(
+            [{"mean": x[0].mean(0), "last": x[0, -1], "cls": x[0, 0]}[pooling] for x in states]
+        )
     return F.normalize(vectors.to(device), dim=1) * sqrt(vectors.shape[1])
 
 
@@ -742,15 +743,16 @@ def reconstruct(net: T2L, library: Tensor, z: Tensor, run: Run):
         descend(recon_loss(net.z_scores(draw(z, everyone)), target, net.form))
 
 
+# many heads, short wavelengths and large embeddings: what makes it learn to copy by place so soon
+TINY = dict(vocab=len(ALPHABET), width=64, layers=2, heads=8, intermediate_size=96, initializer_range=0.07)
+TINY["rope_parameters"] = {"rope_theta": 100.0}
+
+
 def make_base(run: Run):
     """Pre-train the tiny model on all 64 tasks in both styles; a prompt shows most codes."""
     tokenizer = common.CharTokenizer(ALPHABET, eos="$")
     tokenizer.chat_template = "{{ messages[0].content }}"
-    rope = {"rope_type": "default", "rope_theta": 100.0}
-    # many heads, short wavelengths and large embeddings: what makes it learn to copy by place so soon
-    lm = common.tiny_lm(
-        len(tokenizer), 64, 2, heads=8, intermediate_size=96, initializer_range=0.07, rope_parameters=rope
-    )
+    lm = common.tiny_lm(**TINY)
     nn.init.normal_(lm.get_input_embeddings().weight, std=0.3)
     base = Base(lm.to(run.device), tokenizer, "tiny", run.cfg)
     lm.requires_grad_(True)
@@ -795,8 +797,8 @@ def save_peft(adapter: Tensor, form: Form, folder: Path):
     folder.mkdir(parents=True)
     tensors = {name: x.contiguous().clone() for name, x in peft_tensors(adapter.cpu(), form).items()}
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = peft_config(form) | {"target_modules": list(form.kinds)}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(peft_config(form) | {"target_modules": list(form.kinds)}))
 
 
 def load_peft(folder: Path, form: Form) -> Tensor:
@@ -818,7 +820,7 @@ def load_peft(folder: Path, form: Form) -> Tensor:
     return adapter
 
 
-def load_net(file: Path, device) -> nn.Module:
+def load_net(file: str | Path, device) -> nn.Module:
     """The Table or T2L that `learn` has saved; UserError for another file."""
     try:
         state = torch.load(file, map_location=device, weights_only=True)
@@ -836,9 +838,9 @@ def generate(cfg: Config):
     """--generate: a description becomes a PEFT folder; the base model is not needed."""
     cfg.ranks = 1
     with Run(cfg) as run:
-        folder, net = Path(cfg.save), load_net(Path(cfg.checkpoint), run.device)
+        folder, net = Path(cfg.save), load_net(cfg.checkpoint, run.device)
         reads = isinstance(net, T2L) and net.cfg.encoder != "onehot"
-        if folder.exists() or not reads or not cfg.generate.strip():
+        if folder.exists() or not reads or not cfg.generate:
             raise UserError(
                 f"--save {folder} exists, --checkpoint {cfg.checkpoint} reads no text, or --generate is empty"
             )
@@ -972,6 +974,8 @@ def find_config(name: str, cfg: Config):
     """The configuration of a model that is here or on the hub, or None."""
     from transformers import AutoConfig
 
+    if name == "tiny":
+        return common.tiny_lm(**TINY).config
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust)
     except (OSError, ValueError):
@@ -989,7 +993,7 @@ def missing(cfg: Config, run: Run):
     except UserError as e:
         yield str(e)
     for name in (cfg.base, encoder_model(cfg.encoder)[0]):
-        if not (name in ("tiny", "hash", "onehot") or Path(name).is_file() or find_config(name, cfg)):
+        if not (name in ("hash", "onehot") or Path(name).is_file() or find_config(name, cfg)):
             yield f"{name!r} of --base or --encoder (hf:NAME): neither here nor on the hub"
     if cfg.encoder == "onehot" and not cfg.adapters:
         yield "--encoder onehot knows no held-out task: it needs --adapters"
@@ -1004,15 +1008,16 @@ def dry_run(cfg: Config, lacking: list[str], run: Run):
     from transformers import AutoModelForCausalLM, MistralConfig
 
     with torch.device("meta"):
-        other = MistralConfig(name_or_path=f"Mistral-7B in place of {cfg.base}")
-        lm = AutoModelForCausalLM.from_config(find_config(cfg.base, cfg) or other)
+        lm = AutoModelForCausalLM.from_config(
+            find_config(cfg.base, cfg) or MistralConfig(name_or_path=f"Mistral-7B in place of {cfg.base}")
+        )
         form = find_form(lm, cfg.base, cfg)
         net = T2L(form, 1024, cfg)
     base, own = lm.num_parameters(), sum(p.numel() for p in net.parameters())
     flops = 1200 * base * cfg.steps * cfg.tasks * cfg.each  # 4 a token: forward, gradients of activations
     hours = flops / run.world_size / 1.43e18  # what an H100 does in an hour at 40 % of its peak
     run.print(
-        f"{lm.name_or_path}: {base:,} parameters, an adapter {form.parameters:,}, T2L {cfg.arch} {own:,}\n"
+        f"{lm.name_or_path or 'tiny'}: {base:,} parameters, adapter {form.parameters:,}, T2L {own:,}\n"
         f"{(2 * base + 16 * own) / 1e9:.0f} GB on each GPU, and activations of its share of a batch\n"
         f"{cfg.steps:,} steps, {flops:.1e} FLOPs, {hours:.0f} hours on {run.world_size} H100s at 40 %\n"
         f"missing: {'; '.join(lacking) or 'nothing'}"

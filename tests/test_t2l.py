@@ -330,7 +330,7 @@ def test_a_model_tasks_and_a_benchmark_from_folders_then_an_adapter_for_a_senten
     assert found["T2L"]["copa"] == 0.25 and "copa" not in found["oracle LoRAs"]
     # one task to train on: benchmarks never are
     words = f"--checkpoint {folder}/t2l_L_128_hash_1-s0/t2l.pt --save new --generate".split()
-    assert "or --generate is empty" in run_main(t2l, *words, " ")[2]
+    assert "or --generate is empty" in run_main(t2l, *words, "")[2]
     code, out, err = run_main(t2l, *words, "Add 3")
     assert code == 0 and "PeftModel" in out, err
     assert run_main(t2l, *words, "Add 3")[0] == 2
