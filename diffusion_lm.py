@@ -161,7 +161,7 @@ FULL = replace(
 CONFIGS = {
     "smoke": replace(DEMO, holdout=16, base_steps=6, steps=6, batch=16, micro=8),
     "demo": replace(DEMO, seed=10, seeds=5, ranks=2),
-    "gpu": replace(DEMO, ranks=8, seeds=8, base_steps=10_000, steps=10_000, holdout=20_000),
+    "gpu": replace(DEMO, ranks=4, seeds=4, base_steps=4000, steps=3000, holdout=20_000),
     "text": replace(
         FULL,
         rows=("base", "T = 1", "T = 4", "T = 16"),

@@ -163,7 +163,7 @@ CONFIGS = {
     ),
     "demo": replace(DEMO, seed=10),
     "walker": WALKER,
-    "gpu": replace(DEMO, others=0, dim=48, width=512, width_b=256, updates=100_000, block=500),
+    "gpu": replace(DEMO, ranks=8, others=0, dim=48, width=512, width_b=256, updates=20_000),
     "full": replace(
         WALKER, ranks=1, rows=("FB-AW", "FB-AWARE", "FB", "FB-ARE", "TD3-AW", "random actions"), seeds=5,
         collect=0, dim=100, codes=16, others=0, width=1024, width_b=256, updates=3_000_000, block=500,

@@ -152,7 +152,7 @@ TEXT = Config(
 CONFIGS = {
     "smoke": replace(DEMO, seed=0, seeds=1, ranks=1, population=4, stages=(2, 1), test=8, length=96, steps=9),
     "demo": DEMO,
-    "gpu": replace(DEMO, ranks=1, update=512, cap=512, population=32, stages=(40, 60), length=4096),
+    "gpu": replace(DEMO, ranks=5, update=512, cap=512, population=32, stages=(20, 30), length=4096),
     "text": TEXT,
     "full": replace(
         TEXT,

@@ -209,7 +209,7 @@ REAL = Config(
 CONFIGS = {
     "smoke": Config(examples=8, tests=4, base_steps=6, tasks=4, steps=6, oracle_steps=3, recon_steps=4),
     "demo": Config(seed=20, seeds=4, ranks=2, save_every=1000),
-    "gpu": Config(seeds=8, steps=2000),
+    "gpu": Config(ranks=8, seeds=8, steps=2000),
     "text": REAL,
     "full": replace(
         REAL,
@@ -820,8 +820,8 @@ def load_peft(folder: Path, form: Form) -> Tensor:
     return adapter
 
 
-def load_net(file: str | Path, device) -> nn.Module:
-    """The Table or T2L that `learn` has saved; UserError for another file."""
+def load_net(file, device) -> nn.Module:
+    """The Table or T2L that `learn` has saved at a path; UserError for another file."""
     try:
         state = torch.load(file, map_location=device, weights_only=True)
         if "adapters" in state["net"]:

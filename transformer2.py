@@ -158,7 +158,7 @@ REAL = Config(
 CONFIGS = {
     "smoke": replace(DEMO, ranks=1, seeds=1, base_steps=30, steps=3, batch=16, generations=2, test=24),
     "demo": DEMO,
-    "gpu": replace(DEMO, ranks=4, width=256, base_steps=4000, base_lr=1e-3, lr=0.05),
+    "gpu": replace(DEMO, ranks=5, width=256, base_steps=4000, base_lr=1e-3, lr=0.05),
     "text": REAL,
     "full": replace(
         REAL,
