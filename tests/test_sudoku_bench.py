@@ -11,13 +11,13 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from urllib.parse import quote
 
-import lzstring
+import mini_48
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from mini_48 import link_of
 
 import common
 import sudoku_bench as sb
@@ -100,23 +100,22 @@ def test_hard_9x9_are_proved_and_a_clue_that_contradicts_leaves_none():
     assert sb.solve(blank(9, givens=seventeen))[1][0].startswith("693784512487")
 
 
-def test_mini_48_is_proved_every_family_is_needed_and_told(mini):
-    assert len(mini) == 48
+def test_mini_48_has_all_families_each_puzzle_is_proved_needs_its_families_and_tells_them(mini):
+    assert len(mini) == 48 and {c.kind for p in mini.values() for c in p.clues} == {*sb.RULES}
     for p in mini.values():
         assert sb.solve(p) == ("unique", [p.solution])
-        kinds = {c.kind for c in p.clues}
-        for kind in kinds:
+        for kind in {c.kind for c in p.clues}:
             assert kind in " ".join(map(sb.element_text, p.elements))
             rest = tuple(c for c in p.clues if c.kind != kind)
-            if p.n < 9 and not any(k.startswith("no other") for k in kinds):
-                assert sb.solve(replace(p, clues=rest))[0] == "multiple", (p.id, kind)
+            assert sb.solve(replace(p, clues=rest))[0] != "unique", (p.id, kind)
+
+
+def test_the_generator_makes_mini_48():
+    lines = sb.MINI_48.read_text().splitlines()
+    assert lines[1:16:2] == [mini_48.make(4, k) for k in range(1, 16, 2)]
 
 
 # --- links
-
-
-def link_of(text, place="https://sudokupad.app/fpuz"):
-    return place + quote(lzstring.LZString().compressToBase64(text), safe="")
 
 
 @pytest.mark.parametrize("place", ["https://sudokupad.app/fpuz", "https://f-puzzles.com/?load=", ""])
@@ -214,7 +213,7 @@ def box(*lines):
 
 @pytest.fixture
 def easy(mini):
-    return mini["m4-05"]  # .....1...4.2.... : 2341412314323214
+    return mini["m4-12"]  # .1...........2.3 : 4132231434211243
 
 
 BOTH = ("ref", "robust")
@@ -223,23 +222,23 @@ BOTH = ("ref", "robust")
 @pytest.mark.parametrize(
     "mode, readings, reply, stop, correct",
     [
-        ("multi_step", BOTH, box("r1c1: 2", "r1c2: 1"), "incorrect_placement", 1),
-        ("multi_step", BOTH, box("r2c2: 2"), "action_execution_error", 0),
-        ("multi_step", ["ref"], box("r1c1: 3") + box("r1c1: 2"), "incorrect_placement", 0),
-        ("multi_step", ["robust"], box("r1c1: 3") + box("r1c1: 2"), "", 1),
-        ("multi_step", ["robust"], box("r2c2: 1", "r1c1: 2"), "", 1),
-        ("multi_step", ["robust"], box("r1c1: 2", "r1c1: 3"), "contradictory_placement", 1),
+        ("multi_step", BOTH, box("r1c1: 4", "r1c3: 1"), "incorrect_placement", 1),
+        ("multi_step", BOTH, box("r1c2: 2"), "action_execution_error", 0),
+        ("multi_step", ["ref"], box("r1c1: 3") + box("r1c1: 4"), "incorrect_placement", 0),
+        ("multi_step", ["robust"], box("r1c1: 3") + box("r1c1: 4"), "", 1),
+        ("multi_step", ["robust"], box("r1c2: 1", "r1c1: 4"), "", 1),
+        ("multi_step", ["robust"], box("r1c1: 4", "r1c1: 3"), "contradictory_placement", 1),
         (
             "multi_step",
             ["robust"],
-            "<think>" + box("r1c1: 3") + "</think>" + box("\uff32\uff11\uff23\uff11 = \uff12"),
+            "<think>" + box("r1c1: 3") + "</think>" + box("\uff32\uff11\uff23\uff11 = \uff14"),
             "",
             1,
         ),
-        ("single_step", ["ref"], box("r1c1: 2") + "<ANSWER>r1c2: 3, r1c3: 4</ANSWER>", "", 1),
-        ("single_step", BOTH, box("r1c1: 2", "r1c2: 3"), "invalid_action", 0),
-        ("single_shot", BOTH, box("2341412314323214"), "solved", 1),
-        ("single_shot", ["robust"], box("9 2341412314323214"), "bad_length", 0),
+        ("single_step", ["ref"], box("r1c1: 4") + "<ANSWER>r1c3: 3, r1c4: 2</ANSWER>", "", 1),
+        ("single_step", BOTH, box("r1c1: 4", "r1c3: 3"), "invalid_action", 0),
+        ("single_shot", BOTH, box("4132231434211243"), "solved", 1),
+        ("single_shot", ["robust"], box("9 4132231434211243"), "bad_length", 0),
     ],
 )
 def test_replies_end_episodes_as_computed_by_hand(easy, mode, readings, reply, stop, correct):
@@ -248,9 +247,9 @@ def test_replies_end_episodes_as_computed_by_hand(easy, mode, readings, reply, s
 
 
 PIECES = re.findall(
-    r"\S+", "<ANSWER> </answer> <think> </think> r1c1:2 R4C4=1 r1c1:9 ٣ ² \x00 \ud800 İ |im_start|"
+    r"\S+", "<ANSWER> </answer> <think> </think> r1c1:4 R4C3=1 r1c1:9 ٣ ² \x00 \ud800 İ |im_start|"
 )
-PIECES += ["r" + "9" * 5000 + "c1: 1", "\x1b[2J", "2341412314323214"]
+PIECES += ["r" + "9" * 5000 + "c1: 1", "\x1b[2J", "4132231434211243"]
 
 
 def test_fuzzed_replies_raise_nothing_and_place_only_right_digits(easy):
@@ -305,7 +304,7 @@ def test_bounds_the_solver_solves_all_and_random_play_has_the_acp_of_eq_1(run_ma
     for player, trials in (("random", 60), ("solver", 1)):
         run_main(sb, *words, player, "--trials", trials)
         found = results(tmp_path / "out" / f"sudoku_bench-smoke-s0-{player}")["table"][player][0]
-        wanted = sb.expected_acp(4, 13) if player == "random" else 13.94
+        wanted = sb.expected_acp(4, 13) if player == "random" else 14.12
         assert found["ACP"] == pytest.approx(wanted, abs=0.08)
         assert found["multi_step"] == found["single_step"] == (player == "solver")
 
