@@ -1037,8 +1037,8 @@ def say(game, grid):
 
 @functools.cache
 def completions(p, seed):
-    """Grids that keep givens and plain rules: all of them, or the first twenty of a random search."""
-    return solve(replace(p, clues=()), 20, seed + 1)[1]
+    """Grids that keep givens and plain rules: all or twenty of a random search; if none, the givens alone."""
+    return solve(replace(p, clues=()), 20, seed + 1)[1] or [p.givens]
 
 
 def simple_player(kind, cfg, run):
@@ -1049,7 +1049,7 @@ def simple_player(kind, cfg, run):
         if kind == "solver":
             return say(game, p.solution)
         if kind == "vanilla":
-            return say(game, chance.choice(completions(p, cfg.seed) or [p.givens]))
+            return say(game, chance.choice(completions(p, cfg.seed)))
         return say(game, "".join(str(chance.choice(p.digits)) if c == "." else c for c in p.givens))
 
     return ask
