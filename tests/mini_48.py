@@ -74,8 +74,9 @@ def to_fpuzzles(n, parts, **more):
 
 
 def solve(n, parts):
+    """(none | unique | multiple, up to two solutions)."""
     status, found = sb.solve(sb.from_fpuzzles(to_fpuzzles(n, parts)))
-    assert status != "undecided"
+    assert status != "undecided"  # else the file would depend on the solver
     return status, found
 
 
@@ -109,14 +110,16 @@ def draw_cells(family, n, free, chance):
 
 
 def clues_on(cells, family, n, chance):
-    """What a clue of this family on these cells can be."""
+    """What a clue of this family on these cells can be: one part for each number that it may have."""
     [(r, c), *_], names = cells, upper(cells)
     pair = sorted(chance.sample(range(1, n + 1), 2))
     if family == "givenPencilMarks":
         return [{names[0]: {family: pair}}]
     item = {"cells": names} if len(names) > 1 else {"cell": names[0]}
     if SHAPES[family][2] == 2:
-        item = {"lines": [names], "cells": names[:1]}
+        item = {"lines": [names]}
+    if family == "arrow":
+        item["cells"] = names[:1]
     if family == "clone":
         half = len(names) // 2
         item = {"cells": names[:half], "cloneCells": names[half:]}
@@ -136,10 +139,12 @@ def draw_clues(family, n, count, holds, chance):
     if family in OUTSIDE:
         free = {(r, c) for k in range(1, n + 1) for r, c in ((0, k), (n + 1, k), (k, 0), (k, n + 1))}
     for _ in range(200):
-        if free and len(found) < count and (cells := draw_cells(family, n, free, chance)):
+        if not free or len(found) == count:
+            break
+        if cells := draw_cells(family, n, free, chance):
             fits = [*itertools.islice(filter(holds, clues_on(cells, family, n, chance)), 1)]
-            free -= {*cells} if fits else set()
             found += fits
+            free -= {*cells} if fits else set()
     return found
 
 
