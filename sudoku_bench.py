@@ -27,8 +27,8 @@ How to run
   torchrun --nproc_per_node=8 sudoku_bench.py --config full --data challenge_100.jsonl   the paper's puzzles
 
 Departures from the paper and its code
-- The official sets were withdrawn. mini_48 is ours: generated, proved unique, every family needed; it tests
-  rule reading and deduction, not break-ins. --data plays the official files where you have them.
+- The official sets were withdrawn. mini_48 is ours: generated (tests/mini_48.py), proved unique, every family
+  needed; it tests rule reading and deduction, not break-ins. --data plays official files where you have them.
 - Prompts are in our words (--prompts FILE: the originals). --history 0 sends nothing of the past; the code's
   slice sends all. Descriptions of drawings lack the code's lone dash and "None", and keep unstyled cages.
 - Both readings are in the table: `ref` reads as the code does, `robust` cuts thoughts, reads the last answer
