@@ -27,8 +27,8 @@ How to run
   torchrun --nproc_per_node=8 sudoku_bench.py --config full --data challenge_100.jsonl   the paper's puzzles
 
 Departures from the paper and its code
-- The official sets were withdrawn. mini_48 is ours: generated, proved unique, every family needed; it tests
-  rule reading and deduction, not break-ins. --data plays the official files where you have them.
+- The official sets were withdrawn. mini_48 is ours: generated (tests/mini_48.py), proved unique, every family
+  needed; it tests rule reading and deduction, not break-ins. --data plays official files where you have them.
 - Prompts are in our words (--prompts FILE: the originals). --history 0 sends nothing of the past; the code's
   slice sends all. Descriptions of drawings lack the code's lone dash and "None", and keep unstyled cages.
 - Both readings are in the table: `ref` reads as the code does, `robust` cuts thoughts, reads the last answer
@@ -48,7 +48,6 @@ Reading order: Puzzle, Rule and RULES, solve, the protocols (Game, play), player
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import html
 import itertools
@@ -87,7 +86,7 @@ class Config(common.Config):
     # what is played
     data: str = str(MINI_48)  # .jsonl, .parquet, folder, hub id[:subset]; a link of f-puzzles or SudokuPad
     limit: int = 0  # puzzles, at most; 0: all
-    backend: str = ""  # solver, random, vanilla, neural, hf:NAME, http:URL#MODEL, scripted:FILE; empty: all
+    backend: str = ""  # solver, random, vanilla, neural, hf:NAME, http:URL#MODEL, scripted:FOLDER; empty: all
     modes: tuple[Mode, ...] = ("multi_step", "single_shot")  # protocols; single_step, too
     trials: int = 1  # episodes of each puzzle and mode
     history: int = field(default_factory=lambda: 5)  # turns of the past that a model sees (N); -1: all
@@ -248,7 +247,7 @@ def along(length):
 
 
 def mirrored(p, clue):
-    return [*zip(clue.cells, clue.cells[::-1], strict=True)]
+    return zip(clue.cells, clue.cells[::-1], strict=True)
 
 
 def within(p, clue):
@@ -281,10 +280,6 @@ def ray(p, clue):
 
 
 # small families: whether digits are allowed, v the clue's numbers; `allow` posts the table of those that are
-
-
-def equal(v, a, b):
-    return a == b
 
 
 def less(v, a, b):
@@ -326,6 +321,10 @@ def post_distinct(m, x, v):
 
 def post_total(m, x, v):
     m.add(sum(x) == v[0])
+
+
+def post_equal(m, x, v):  # as a table it ends some runs of OR-Tools 9.15
+    m.add(x[0] == x[1])
 
 
 def post_cage(m, x, v):
@@ -407,7 +406,7 @@ RULES = {
         "Digits in a circle are in the four cells around it, as often.",
         allow(lambda v, *x: all(x.count(d) >= v.count(d) for d in v)),
     ),
-    "clones": ("Lists of clones read the same from both ends.", allow(equal), mirrored),
+    "clones": ("Lists of clones read the same from both ends.", post_equal, mirrored),
     # lines
     "thermometer": ("Digits increase along a thermometer from its bulb.", allow(less), along(2)),
     "slow thermometer": (
@@ -420,7 +419,7 @@ RULES = {
         allow(lambda v, a, b: abs(a - b) >= v[0]),
         along(2),
     ),
-    "gray line": ("Grey lines read the same from both ends.", allow(equal), mirrored),
+    "gray line": ("Grey lines read the same from both ends.", post_equal, mirrored),
     "turquoise line": (
         "Three neighbours on a turquoise line leave three remainders when divided by 3.",
         allow(lambda v, *x: len({d % 3 for d in x}) == 3),
@@ -729,8 +728,8 @@ def drawing(kind, e):
     shape = "circle" if e["rounded"] else "diamond" if e["angle"] == 45 else "square"
     loc = {1: "cell", 4: "corner"}.get(len(coords), "edge")
     color, border = map(color_name, (e["color"] or e["backgroundColor"], e["borderColor"]))
-    e |= {"type": kind, "shape": shape, "loc": loc, "coords": coords}
-    return e | {"color_name": color, "border_color_name": border}
+    e |= {"type": kind, "shape": shape, "loc": loc, "coords": coords, "color_name": color}
+    return e | {"border_color_name": border}
 
 
 def from_scl(data):
@@ -794,14 +793,14 @@ def load_puzzles(data: str, limit: int) -> list:
     place = (name, KEYS[:2], "test" if subset else "train", *subset)
     try:
         found = [import_link(data)] if "://" in data else [*map(read_puzzle, common.load_rows(*place))]
+        assert len({p.id for p in found}) == len(found), "puzzles share an id"
         for p in found:
             p.solution = proof(p) or p.solution
+        playable = [p for p in found if p.solution]
+        assert playable, f"puzzle has no proof ({found[0].id})"
     except Exception as e:  # so may a set of puzzles
-        why = f"{e!s:.200} (the official sets were withdrawn in 2026, --data takes a local copy)"
+        why = f"{e!s:.200} (--data takes files, folders, links; the official sets were withdrawn in 2026)"
         raise UserError(printable(f"{data[:60]}: {why}")) from None
-    playable = [p for p in found if p.solution]
-    if not playable:
-        raise UserError(printable(f"{data[:60]}: puzzle has no proof ({found[0].id})"))
     return playable[: limit or None]
 
 
@@ -1038,8 +1037,8 @@ def say(game, grid):
 
 @functools.cache
 def completions(p, seed):
-    """Grids that keep givens and plain rules: all of them, or the first twenty of a random search."""
-    return solve(replace(p, clues=()), 20, seed + 1)[1]
+    """Grids that keep givens and plain rules: all or twenty of a random search; if none, the givens alone."""
+    return solve(replace(p, clues=()), 20, seed + 1)[1] or [p.givens]
 
 
 def simple_player(kind, cfg, run):
@@ -1048,7 +1047,7 @@ def simple_player(kind, cfg, run):
     async def ask(messages, game, key):
         p, chance = game.p, random.Random(key)
         if kind == "solver":
-            return say(game, proof(p))
+            return say(game, p.solution)
         if kind == "vanilla":
             return say(game, chance.choice(completions(p, cfg.seed)))
         return say(game, "".join(str(chance.choice(p.digits)) if c == "." else c for c in p.givens))
@@ -1113,8 +1112,11 @@ def http_player(spec, cfg, run):
 
 
 def scripted_player(place, cfg, run):
-    """Repeats episodes of a file or folder: what was said in the same one after as many messages."""
-    script = {row["key"]: row["messages"] for row in read_episodes(Path(place))}
+    """Repeats one player's episodes in a folder: what was said in the same one after as many messages."""
+    rows = read_episodes(Path(place))
+    if len({row["player"] for row in rows}) != 1:
+        raise UserError(f"{place}: not the episodes of one player")
+    script = {row["key"]: row["messages"] for row in rows}
 
     async def ask(messages, game, key):
         try:
@@ -1159,18 +1161,20 @@ async def play(p, mode, key, ask, cfg) -> dict:
 
 
 def read_episodes(place):
-    """All episodes of a file or below a folder, without torn lines.
+    """All episodes below a folder, without torn lines.
 
     Of two of one episode the last holds, but a failed one never holds against one that ended.
     """
     found = {}
-    for file in [place] if place.is_file() else sorted(place.rglob("episodes*.jsonl")):
+    for file in sorted(place.rglob("episodes*.jsonl")):
         for line in file.read_text().split("\n"):
-            with contextlib.suppress(Exception):  # a line that is torn or somebody else's
+            try:
                 row = json.loads(line)
                 episode = row["player"], row["key"]
                 if row["stop"] != "api_error" or episode not in found:
                     found[episode] = row
+            except Exception:  # a line that is torn or somebody else's
+                continue
     return [*found.values()]
 
 
@@ -1445,13 +1449,6 @@ def draw(figure, table):
             axis.plot([*SPLITS], [cell[split] for split in SPLITS], dot)
 
 
-def dry_run(cfg, run):
-    """Print what this config plays and trains."""
-    puzzles = load_puzzles(cfg.data, cfg.limit)
-    size = sum(x.numel() for x in RuleNet(cfg.width).parameters())
-    run.print(f"{len(puzzles)} puzzles; a network of {size:,} parameters, {cfg.steps} updates a seed")
-
-
 def main():
     cfg, rows = common.parse_config(CONFIGS), ROWS
     if cfg.backend:
@@ -1459,7 +1456,9 @@ def main():
     with Run(cfg, cfg.backend) as run:
         puzzles = load_puzzles(cfg.data, cfg.limit)
         if cfg.dry_run:
-            return dry_run(cfg, run)
+            size = sum(x.numel() for x in RuleNet(cfg.width).parameters())
+            run.print(f"{len(puzzles)} puzzles; a network of {size:,} parameters, {cfg.steps} updates a seed")
+            return
         table, episodes = run.grid(rows, train), read_episodes(run.root)
         scores = score_table(episodes, puzzles, cfg)
         run.print(f"\n{cfg.data}, {cfg.prompts or 'our prompts'}: ASR in % with Wilson's 95 % interval, ACP")

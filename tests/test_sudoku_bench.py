@@ -11,13 +11,13 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from urllib.parse import quote
 
-import lzstring
+import mini_48
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from mini_48 import link_of
 
 import common
 import sudoku_bench as sb
@@ -84,44 +84,42 @@ def test_numbers_of_4x4_grids_are_the_known_ones():
     for count, *clues in (
         (24, Clue("anti-knight")),
         (48, Clue("rising diagonal"), Clue("falling diagonal")),
-        (12, Clue("skyscraper", ((1, 0), (1, 1)), (4,))),
         (8, Clue("no other V or X", (), (5,))),
     ):
         assert len(sb.solve(blank(4, *clues), 999)[1]) == count
+    refused = blank(4, givens="11" + "." * 14)
+    assert sb.completions(refused, 0) == [refused.givens]
 
 
-def test_hard_9x9_are_proved_and_a_clue_that_contradicts_leaves_none():
+def test_a_hard_9x9_is_proved_and_a_clue_that_contradicts_leaves_none():
     rules = [Clue("anti-knight"), Clue("anti-king"), Clue("non-consecutive")]
     givens = "." * 38 + "1" + "." * 12 + "2" + "." * 29
     status, found = sb.solve(blank(9, *rules, givens=givens))
     assert status == "unique" and found[0].startswith("483726159726159483")
     assert sb.solve(blank(9, *rules, Clue("gray square", ((5, 3),)), givens=givens)) == ("none", [])
-    seventeen = ".......1.4.........2...........5.4.7..8...3....1.9....3..4..2...5.1........8.6..."
-    assert sb.solve(blank(9, givens=seventeen))[1][0].startswith("693784512487")
 
 
-def test_mini_48_is_proved_every_family_is_needed_and_told(mini):
-    assert len(mini) == 48
+def test_mini_48_has_all_families_each_puzzle_is_proved_needs_its_families_and_tells_them(mini):
+    assert len(mini) == 48 and {c.kind for p in mini.values() for c in p.clues} == {*sb.RULES}
     for p in mini.values():
         assert sb.solve(p) == ("unique", [p.solution])
-        kinds = {c.kind for c in p.clues}
-        for kind in kinds:
+        for kind in {c.kind[:8] for c in p.clues}:  # all that begin with "no other" are one
             assert kind in " ".join(map(sb.element_text, p.elements))
-            rest = tuple(c for c in p.clues if c.kind != kind)
-            if p.n < 9 and not any(k.startswith("no other") for k in kinds):
-                assert sb.solve(replace(p, clues=rest))[0] == "multiple", (p.id, kind)
+            rest = tuple(c for c in p.clues if c.kind[:8] != kind)
+            assert sb.solve(replace(p, clues=rest))[0] != "unique", (p.id, kind)
+
+
+def test_the_generator_makes_mini_48():
+    lines = sb.MINI_48.read_text().splitlines()
+    assert lines[1:16:2] == [mini_48.make(4, k) for k in range(1, 16, 2)]
 
 
 # --- links
 
 
-def link_of(text, place="https://sudokupad.app/fpuz"):
-    return place + quote(lzstring.LZString().compressToBase64(text), safe="")
-
-
-@pytest.mark.parametrize("place", ["https://sudokupad.app/fpuz", "https://f-puzzles.com/?load=", ""])
-def test_links_out_and_in_keep_a_puzzle(mini, place):
-    for p in [*mini.values()][::5]:
+def test_links_out_and_in_keep_a_puzzle(mini):
+    places = ("https://sudokupad.app/fpuz", "https://f-puzzles.com/?load=", "")
+    for place, p in itertools.product(places, [*mini.values()][::5]):
         again = sb.import_link(link_of(json.dumps(sb.decode_link(p.url)), place))
         assert (again.clues, again.givens, again.rules) == (p.clues, p.givens, p.rules)
 
@@ -173,9 +171,7 @@ def test_unknown_keys_at_any_depth_take_the_proof_away():
 
 
 def test_items_of_f_puzzles_say_what_their_source_means():
-    cells = {"cells": ["R1C1", "R1C2"]}
     for kind, item, numbers in (
-        ("white dot", cells | {"value": ""}, [(1,)]),
         ("sandwich", {"cell": "R0C1", "value": "0"}, [(0,)]),
         ("skyscraper", {"cell": "R5C2", "value": ""}, []),
     ):
@@ -183,10 +179,8 @@ def test_items_of_f_puzzles_say_what_their_source_means():
 
 
 def test_a_thousand_fuzzed_links_raise_nothing_but_user_errors(mini):
-    chance, links = (
-        random.Random(0),
-        [link_of(SCL, "https://sudokupad.app/scl"), *(p.url for p in mini.values())],
-    )
+    chance = random.Random(0)
+    links = [link_of(SCL, "https://sudokupad.app/scl"), *(p.url for p in mini.values())]
     for _ in range(1000):
         link = [*chance.choice(links)]
         for _ in range(chance.randint(1, 6)):
@@ -214,7 +208,7 @@ def box(*lines):
 
 @pytest.fixture
 def easy(mini):
-    return mini["m4-05"]  # .....1...4.2.... : 2341412314323214
+    return mini["m4-12"]  # .1...........2.3 : 4132231434211243
 
 
 BOTH = ("ref", "robust")
@@ -223,23 +217,23 @@ BOTH = ("ref", "robust")
 @pytest.mark.parametrize(
     "mode, readings, reply, stop, correct",
     [
-        ("multi_step", BOTH, box("r1c1: 2", "r1c2: 1"), "incorrect_placement", 1),
-        ("multi_step", BOTH, box("r2c2: 2"), "action_execution_error", 0),
-        ("multi_step", ["ref"], box("r1c1: 3") + box("r1c1: 2"), "incorrect_placement", 0),
-        ("multi_step", ["robust"], box("r1c1: 3") + box("r1c1: 2"), "", 1),
-        ("multi_step", ["robust"], box("r2c2: 1", "r1c1: 2"), "", 1),
-        ("multi_step", ["robust"], box("r1c1: 2", "r1c1: 3"), "contradictory_placement", 1),
+        ("multi_step", BOTH, box("r1c1: 4", "r1c3: 1"), "incorrect_placement", 1),
+        ("multi_step", BOTH, box("r1c2: 2"), "action_execution_error", 0),
+        ("multi_step", ["ref"], box("r1c1: 3") + box("r1c1: 4"), "incorrect_placement", 0),
+        ("multi_step", ["robust"], box("r1c1: 3") + box("r1c1: 4"), "", 1),
+        ("multi_step", ["robust"], box("r1c2: 1", "r1c1: 4"), "", 1),
+        ("multi_step", ["robust"], box("r1c1: 4", "r1c1: 3"), "contradictory_placement", 1),
         (
             "multi_step",
             ["robust"],
-            "<think>" + box("r1c1: 3") + "</think>" + box("\uff32\uff11\uff23\uff11 = \uff12"),
+            "<think>" + box("r1c1: 3") + "</think>" + box("\uff32\uff11\uff23\uff11 = \uff14"),
             "",
             1,
         ),
-        ("single_step", ["ref"], box("r1c1: 2") + "<ANSWER>r1c2: 3, r1c3: 4</ANSWER>", "", 1),
-        ("single_step", BOTH, box("r1c1: 2", "r1c2: 3"), "invalid_action", 0),
-        ("single_shot", BOTH, box("2341412314323214"), "solved", 1),
-        ("single_shot", ["robust"], box("9 2341412314323214"), "bad_length", 0),
+        ("single_step", ["ref"], box("r1c1: 4") + "<ANSWER>r1c3: 3, r1c4: 2</ANSWER>", "", 1),
+        ("single_step", BOTH, box("r1c1: 4", "r1c3: 3"), "invalid_action", 0),
+        ("single_shot", BOTH, box("4132231434211243"), "solved", 1),
+        ("single_shot", ["robust"], box("9 4132231434211243"), "bad_length", 0),
     ],
 )
 def test_replies_end_episodes_as_computed_by_hand(easy, mode, readings, reply, stop, correct):
@@ -248,9 +242,9 @@ def test_replies_end_episodes_as_computed_by_hand(easy, mode, readings, reply, s
 
 
 PIECES = re.findall(
-    r"\S+", "<ANSWER> </answer> <think> </think> r1c1:2 R4C4=1 r1c1:9 ٣ ² \x00 \ud800 İ |im_start|"
+    r"\S+", "<ANSWER> </answer> <think> </think> r1c1:4 R4C3=1 r1c1:9 ٣ ² \x00 \ud800 İ |im_start|"
 )
-PIECES += ["r" + "9" * 5000 + "c1: 1", "\x1b[2J", "2341412314323214"]
+PIECES += ["r" + "9" * 5000 + "c1: 1", "\x1b[2J", "4132231434211243"]
 
 
 def test_fuzzed_replies_raise_nothing_and_place_only_right_digits(easy):
@@ -302,10 +296,9 @@ def results(folder):
 
 def test_bounds_the_solver_solves_all_and_random_play_has_the_acp_of_eq_1(run_main, tmp_path):
     words = ["--config", "smoke", "--limit", "16", "--modes", "single_step", "multi_step", "--backend"]
-    for player, trials in (("random", 60), ("solver", 1)):
+    for player, trials, wanted in (("random", 60, sb.expected_acp(4, 13)), ("solver", 1, 14.12)):
         run_main(sb, *words, player, "--trials", trials)
         found = results(tmp_path / "out" / f"sudoku_bench-smoke-s0-{player}")["table"][player][0]
-        wanted = sb.expected_acp(4, 13) if player == "random" else 13.94
         assert found["ACP"] == pytest.approx(wanted, abs=0.08)
         assert found["multi_step"] == found["single_step"] == (player == "solver")
 
@@ -362,7 +355,7 @@ def test_an_endpoint_plays_once_without_a_token_limit_and_its_page_is_escaped(ru
 def test_a_failed_request_is_the_endpoint_s_words_and_a_dash(run_main, endpoint, says, code, shown):
     endpoint.says = staticmethod(lambda body: says)
     found, out, err = run_main(sb, "--config", "smoke", "--backend", endpoint.backend)
-    assert (1 if isinstance(found, str) else found) == code and shown in f"{found}{out}{err}"
+    assert bool(found) == code and shown in f"{found}{out}{err}"
     assert ("0.0 [" in out) == (code == 0)
     if code:  # they are asked again, and nothing else is
         endpoint.says, first = staticmethod(lambda body: (200, "x", "stop")), len(endpoint.asked)
@@ -405,6 +398,7 @@ def test_a_script_repeats_episodes_whose_replies_are_judged_anew(run_main, tmp_p
         rows = sb.read_episodes(tmp_path / folder)
         verdicts.append([(row["key"], row["messages"], row["ref"], row["robust"]) for row in rows])
     assert verdicts[0] == verdicts[1] == verdicts[2]
+    assert "one player" in run_main(sb, *words, "scripted:.")[2]
 
 
 def test_a_language_model_plays_in_batches(run_main, tmp_path, bpe_tokenizer):
@@ -497,8 +491,10 @@ def test_bad_input_is_one_line_before_anything_is_computed(run_main, tmp_path, w
 
 def test_puzzles_that_cannot_be_had_are_user_errors(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"puzzle_id": "a", "initial_board": "12", "rows": 4}\n')
+    (tmp_path / "twice.jsonl").write_text(sb.MINI_48.read_text() * 2)
     empty = {"size": 4, "grid": [[{}] * 4] * 4}
     for data, words in (
+        (tmp_path / "twice.jsonl", "puzzles share an id"),
         (tmp_path / "none.jsonl", "none.jsonl"),
         (tmp_path / "bad.jsonl", "as many digits and dots as cells"),
         ("https://sudokupad.app/abc", "no f-puzzles or SudokuPad link"),
@@ -511,4 +507,4 @@ def test_puzzles_that_cannot_be_had_are_user_errors(tmp_path):
 
 def test_dry_run_says_what_a_config_takes_and_makes_nothing(run_main, tmp_path):
     code, out, _ = run_main(sb, "--config", "gpu", "--dry_run")
-    assert code == 0 and "48 puzzles" in out and "parameters" in out and not (tmp_path / "out").exists()
+    assert code == 0 and "48 puzzles" in out and not (tmp_path / "out").exists()
