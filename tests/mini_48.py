@@ -1,8 +1,9 @@
 """Makes assets/mini_48.jsonl: python tests/mini_48.py
 
-A puzzle is a list of parts: givens, clues, rules of the whole grid. A seeded generator draws more than are
-needed, then parts are taken away while one solution is left, so that each that stays is needed. CP-SAT only
-says whether there is no solution, one, or more, so that the file is the same on every machine.
+A puzzle is a list of parts, each of which adds to a key of f-puzzles' JSON or to a cell. Parts are drawn from
+a seed, clues first, then a digit for every cell, and one is kept where a solution is left. Then they are
+taken away while it is the only one, so that each that stays is needed. CP-SAT only says whether there is no
+solution, one, or more, so that the file is the same on every machine.
 """
 
 import itertools
@@ -33,19 +34,21 @@ REGIONS = {
     6: "200111200111220333220533444535444555",
     9: "000122222000111122300111122330444555333345555334444455666678888667778888666777778",
 }
-SHAPES = {  # fewest and most cells, and the longest step between them, squared
-    "even odd minimum maximum givenPencilMarks": (1, 1, 0),
-    "sandwichsum xsum skyscraper littlekillersum": (1, 1, 0),
-    "difference ratio xv less": (2, 2, 1),
-    "clone": (2, 3, 1),
-    "quadruple": (1, 1, 0),
-    "killercage": (2, 4, 1),
-    "extraregion": (9, 9, 1),
-    "thermometer slowthermometer palindrome renban whispers": (3, 5, 2),
-    "regionsumline modularline betweenline arrow": (3, 5, 2),
-}
-SHAPES = {family: shape for families, shape in SHAPES.items() for family in families.split()}
-OUTSIDE = ("sandwichsum", "xsum", "skyscraper", "littlekillersum")
+SHAPES = """\
+1 cell: even odd minimum maximum
+1 cell value: sandwichsum xsum skyscraper
+1 cell value direction: littlekillersum
+1 givenPencilMarks: givenPencilMarks
+1 cells values: quadruple
+2 cells: difference ratio less
+2 cells value: xv
+23 cells cloneCells: clone
+234 cells value: killercage
+9 cells: extraregion
+345 lines: thermometer slowthermometer palindrome renban whispers regionsumline modularline betweenline
+345 cells lines: arrow"""
+SHAPES = dict(line.split(": ") for line in SHAPES.splitlines())
+SHAPES = {family: shape.split() for shape in SHAPES for family in SHAPES[shape].split()}  # sizes, keys
 
 
 def link_of(text, place="https://sudokupad.app/fpuz"):
@@ -56,21 +59,22 @@ def upper(cells):
     return [f"R{r}C{c}" for r, c in cells]
 
 
-def given(cell, digit):
-    return {cell: {"value": int(digit), "given": True}}
-
-
 def to_fpuzzles(n, parts, **more):
-    """The puzzle as f-puzzles has it; a part is what it adds to a key of the puzzle, or to a cell."""
+    """A part is a name and what is added there: to a cell, the regions of the cells, a clue, a rule."""
     cells = {cell: {} for cell in upper(sb.square(n))}
-    grid = [*cells.values()]
-    data = {"size": n, "grid": [grid[k : k + n] for k in range(0, n * n, n)], **more}
-    for key, value in itertools.chain.from_iterable(map(dict.items, parts)):
-        if key in cells:
-            cells[key] |= value
+    data = {"size": n, **more}
+    for name, item in parts:
+        if name in cells:
+            cells[name] |= item
+        elif name == "region":
+            for cell, region in zip(cells.values(), item, strict=True):
+                cell["region"] = int(region)
+        elif isinstance(item, dict):
+            data[name] = [*data.get(name, []), item]
         else:
-            data[key] = value if value is True else data.get(key, []) + value
-    return data
+            data[name] = item
+    grid = [*cells.values()]
+    return data | {"grid": [grid[k : k + n] for k in range(0, n * n, n)]}
 
 
 def solve(n, parts):
@@ -80,100 +84,75 @@ def solve(n, parts):
     return status, found
 
 
-def draw_grid(n, rules, chance):
-    """Random digits go to random cells where they leave a solution, until it is the only one."""
-    kept = list(rules)
-    for cell in upper(chance.sample(sb.square(n), n * n)):
-        for digit in chance.sample(range(1, n + 1), n):
-            status, found = solve(n, [*kept, given(cell, digit)])
-            if status == "unique":
-                return found[0]
-            if status == "multiple":
-                kept.append(given(cell, digit))
-                break
+def grow(n, parts, candidates):
+    """The parts with the first of each of these lists of options that leaves a solution."""
+    for options in candidates:
+        fits = (part for part in options if solve(n, [*parts, part])[0] != "none")
+        parts = [*parts, *itertools.islice(fits, 1)]
+    return parts
 
 
-def draw_cells(family, n, free, chance):
-    """Free cells of a clue: a line goes on from its end, other shapes grow anywhere. None: no room here."""
-    fewest, most, step = SHAPES[family]
-    cells, size = [chance.choice(sorted(free))], min(n, chance.randint(fewest, most))
-    while len(cells) < size:
-        ends = cells[-1:] if step == 2 else cells
-        near = {x for x in free for end in ends if sb.distance(x, end) <= step} - {*cells}
-        if not near:
-            return None
-        cells.append(chance.choice(sorted(near)))
-    moves = {"quadruple": [(0, 1), (1, 0), (1, 1)], "clone": [(chance.randint(-n, n), chance.randint(-n, n))]}
-    for down, right in moves.get(family, []):  # to the other cells around a corner, to the clone
-        cells += [(r + down, c + right) for r, c in cells[:size]]
-    return cells if {*cells} <= free and len({*cells}) == len(cells) else None
-
-
-def clues_on(cells, family, n, chance):
-    """What a clue of this family on these cells can be: one part for each number that it may have."""
-    [(r, c), *_], names = cells, upper(cells)
+def options_on(walk, family, n, chance):
+    """A clue on these cells, with each number that it may have."""
+    (r, c), names, [_, *keys] = walk[0], upper(walk), SHAPES[family]
+    around = [(r, c), (r, c + 1), (r + 1, c), (r + 1, c + 1)]
     pair = sorted(chance.sample(range(1, n + 1), 2))
-    if family == "givenPencilMarks":
-        return [{names[0]: {family: pair}}]
-    item = {"cells": names} if len(names) > 1 else {"cell": names[0]}
-    if SHAPES[family][2] == 2:
-        item = {"lines": [names]}
-    if family == "arrow":
-        item["cells"] = names[:1]
-    if family == "clone":
-        half = len(names) // 2
-        item = {"cells": names[:half], "cloneCells": names[half:]}
-    if family == "quadruple":
-        item["values"] = pair
-    if family == "littlekillersum":  # towards the middle
-        item["direction"] = "UD"[2 * r <= n] + "LR"[2 * c <= n]
-    numbers = "VX" if family == "xv" else [""]
-    if family in (*OUTSIDE, "killercage"):
-        numbers = range(1, n * (n + 1) // 2 + 1)
-    return [{family: [item | {"value": number}]} for number in numbers]
+    every = {
+        "cell": names[0],
+        "cells": upper(around) if family == "quadruple" else names,
+        "cloneCells": upper((r + n // 2, c + n // 2) for r, c in walk),
+        "lines": [names],
+        "direction": "UD"[r <= n // 2] + "LR"[c <= n // 2],  # towards the middle
+        "values": pair,
+        "givenPencilMarks": pair,
+    }
+    if family == "arrow":  # its circle
+        every["cells"] = names[:1]
+    numbers = chance.sample(range(1, 46), 45) if "value" in keys else [0]
+    if family == "xv":
+        numbers = "VX"
+    name = names[0] if family == "givenPencilMarks" else family
+    return [(name, {key: (every | {"value": number})[key] for key in keys}) for number in numbers]
 
 
-def draw_clues(family, n, count, holds, chance):
-    """Up to `count` clues that hold, each on cells of its own."""
-    found, free = [], {*sb.square(n)}
-    if family in OUTSIDE:
-        free = {(r, c) for k in range(1, n + 1) for r, c in ((0, k), (n + 1, k), (k, 0), (k, n + 1))}
-    for _ in range(200):
-        if not free or len(found) == count:
-            break
-        if cells := draw_cells(family, n, free, chance):
-            fits = [*itertools.islice(filter(holds, clues_on(cells, family, n, chance)), 1)]
-            found += fits
-            free -= {*cells} if fits else set()
+def draw_clues(family, n, count, chance):
+    """Up to `count` lists of options, each on a walk of its own."""
+    sizes, *keys = SHAPES[family]
+    free, found = [*sb.square({"clone": n // 2, "quadruple": n - 1}.get(family, n))], []
+    if keys[:2] == ["cell", "value"]:  # around the grid
+        free = [(r, c) for k in range(1, n + 1) for r, c in ((0, k), (n + 1, k), (k, 0), (k, n + 1))]
+    for _ in range(count):
+        walk, near, size = [], free, min(n, int(chance.choice(sizes)))
+        while near and len(walk) < size:
+            walk.append(chance.choice(near))
+            free.remove(walk[-1])
+            near = [cell for cell in free if sb.distance(cell, walk[-1]) <= 1 + ("lines" in keys)]
+        if len(walk) == size:
+            found.append(options_on(walk, family, n, chance))
     return found
 
 
 def draw(n, families, chance):
     """A puzzle's parts and solution; a family whose clues are not needed is not in it."""
-    cells, layout = upper(sb.square(n)), []
-    if "region" in families:
-        layout = [{cell: {"region": int(k)} for cell, k in zip(cells, REGIONS[n], strict=True)}]
     drawn = [family for family in families if family in SHAPES]
-    rules = [{family: True} for family in families if family not in (*SHAPES, "region", "negative")]
-    solution = draw_grid(n, layout + rules, chance)
-    full = [given(*pair) for pair in zip(cells, solution, strict=True)]
-
-    def holds(clue):
-        return solve(n, [*layout, *full, clue])[0] == "unique"
-
-    if "negative" in families:  # its marks are all there are
-        rules = [{"negative": drawn}]
-        marks = [clues_on(pair, family, n, chance) for family in drawn for pair in sb.pairs_of(n, 1)]
-        clues = [*filter(holds, itertools.chain(*marks))]
+    special = {"region": REGIONS[n], "negative": drawn}
+    rules = [(family, special.get(family, True)) for family in families if family not in SHAPES]
+    digits = [
+        [(cell, {"value": digit, "given": True}) for digit in chance.sample(range(1, n + 1), n)]
+        for cell in upper(chance.sample(sb.square(n), n * n))
+    ]
+    if "negative" in families:  # all edges of the solution that can have a mark have it
+        marks = [options_on(pair, family, n, chance) for family in drawn for pair in sb.pairs_of(n, 1)]
+        parts = grow(n, [], digits + marks) + rules
     else:
-        count = 1 + n // max(1, len(families))
-        clues = [clue for family in drawn for clue in draw_clues(family, n, count, holds, chance)]
-    parts = layout + rules + full + clues
-    for part in chance.sample(full, n * n) + chance.sample(clues + rules, len(clues + rules)):
+        clues = [clue for family in drawn for clue in draw_clues(family, n, n, chance)]
+        parts = grow(n, rules, clues + digits)[::-1]
+    solved = solve(n, parts)
+    for part in parts:  # digits first, rules last
         rest = [other for other in parts if other is not part]
-        if solve(n, rest) == ("unique", [solution]):
+        if solve(n, rest) == solved:
             parts = rest
-    return parts, solution
+    return parts, solved[1][0]
 
 
 def make(n, k):
