@@ -1,8 +1,8 @@
 """Makes assets/mini_48.jsonl: python tests/mini_48.py
 
 A puzzle is a list of parts, each a name and what it adds there to f-puzzles' JSON: to a cell, a clue, a rule
-of the whole grid. Drawn parts are added, clues first, then a digit in every cell, where they leave a solution.
-Then they are taken away, digits first, while that is the only one, so that each that stays is needed. CP-SAT
+of the whole grid. Drawn parts are added where a solution is left, clues first, then a digit in every cell.
+Then they are taken away, digits first, while it is the only one, so that each that stays is needed. CP-SAT
 only says whether there is a solution, or another, so that the file is the same on every machine.
 """
 
@@ -26,7 +26,7 @@ MIXES = """//region/region difference/diagonal+/betweenline/killercage/differenc
 /slowthermometer renban extraregion
 
 ///region/region even/sandwichsum/windoku/difference ratio negative/xv negative
-/antiking arrow/diagonal+ odd/diagonal- windoku/whispers clone/less sandwichsum xsum
+/antiking arrow/diagonal+ odd/diagonal- windoku/whispers clone/less sandwichsum skyscraper
 /diagonal+ thermometer slowthermometer/antiknight whispers modularline/windoku disjointgroups palindrome"""
 MIXES = [mix.split() for mix in MIXES.split("/")]  # 16 each of 4x4, 6x6, 9x9, by f-puzzles' names
 REGIONS = """\
