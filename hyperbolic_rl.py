@@ -96,8 +96,8 @@ class Config(common.Config):
     bins: int = 0  # of a categorical critic (HL-Gauss); 0: a scalar with a clipped squared error
     # learning
     algo: Literal["ppo", "rainbow"] = "ppo"  # on IMPALA's residual stacks; data-efficient Rainbow's encoder
-    steps: int = 40  # PPO: iterations of rollout and update; Rainbow: steps of the environment
-    lr: float = 2.5e-3  # Adam's and Riemannian Adam's, constant
+    steps: int = 37  # PPO: iterations of rollout and update; Rainbow: steps of the environment
+    lr: float = 4e-3  # Adam's and Riemannian Adam's, constant
     adam_eps: float = 1e-5  # epsilon of both
     discount: float = 0.999  # gamma
     max_grad: float = 0.5  # the gradient's norm is clipped to this
@@ -120,8 +120,8 @@ class Config(common.Config):
     correction: float = 0.4  # exponent of the importance weights (beta) at first; 1 at the end
     target_every: int = 2000  # steps between two copies to the target network
     # evaluation
-    eval_every: int = 13  # steps between two evaluations
-    episodes: int = 1000  # an evaluation, on the training and on the test levels
+    eval_every: int = 12  # steps between two evaluations
+    episodes: int = 700  # an evaluation, on the training and on the test levels
     points: int = 300  # features that the relative delta is computed on
 
     def check(self):
@@ -174,6 +174,7 @@ CONFIGS = {
         levels=200,
         channels=(16, 32, 32),
         lr=1e-3,
+        steps=40,
         rollout=256,
         minibatches=8,
     ),
@@ -200,7 +201,7 @@ CONFIGS = {
 CLAIMS = [
     Claim("S-RYM returns more on new levels than a naive hyperbolic layer", "test", "S-RYM", "naive"),
     Claim("... and its gradients are smaller", "gradient", "S-RYM", "naive", "lower"),
-    Claim("S-RYM (32 features) returns more on new levels than Euclid (64)", "test", "S-RYM", "euclidean"),
+    Claim("S-RYM returns more on new levels than the Euclidean agent", "test", "S-RYM", "euclidean"),
     Claim("... and loses less from training levels to new ones", "gap", "S-RYM", "euclidean", "lower"),
     Claim("... and returns more than spectral norm alone", "test", "S-RYM", "euclidean, SN"),
     Claim("Hyper++ returns no less than S-RYM, margin 0.1", "test", "Hyper++", "S-RYM", margin=-0.1),
@@ -969,8 +970,8 @@ def summary(cfg: Config, run: Run) -> dict:
 
 
 def draw(figure, table: dict, run: Run):
-    """Means over seeds: returns, gradient norms over training, delta over return; an episode in the disc: its
-    features' projection on the plane through 0 that holds most of them, a picture of the ball in itself.
+    """Means over seeds: returns, gradient norms over training, delta over return; an episode in the ball,
+    projected on the plane through 0 that shows most of it.
     """
     *axes, disc = figure.subplots(1, 4)
     seeds = range(run.cfg.seed, run.cfg.seed + run.cfg.seeds)
