@@ -28,6 +28,7 @@ Curvature -1: points x, p in the ball |x| < 1, v in R^n; output i has an offset 
 
 How to run
   python hyperbolic_rl.py                                        the claim in miniature: two CPU cores
+  python hyperbolic_rl.py --rows S-RYM --features 2              an episode in the disc itself
   python hyperbolic_rl.py --config full --env procgen:bigfish    the paper's Procgen setting, one of 16 games
   python hyperbolic_rl.py --config atari --env atari:pong        data-efficient Rainbow on Atari 100K
   torchrun --nproc_per_node=8 hyperbolic_rl.py --config full     ranks take other rows and seeds
