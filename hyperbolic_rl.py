@@ -1005,7 +1005,7 @@ def main():
             return dry_run(cfg, run)
         table = run.grid(ROWS, train_ppo if cfg.algo == "ppo" else train_rainbow)
         run.check(CLAIMS, table)
-        if DISC in table:
+        if cfg.algo == "ppo" and DISC in table:
             run.figure(draw, table, run, size=(16, 4))
 
 
