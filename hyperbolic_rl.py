@@ -28,7 +28,6 @@ Curvature -1: points x, p in the ball |x| < 1, v in R^n; output i has an offset 
 
 How to run
   python hyperbolic_rl.py                                        the claim in miniature: two CPU cores
-  python hyperbolic_rl.py --rows S-RYM --features 2              an episode in the disc itself
   python hyperbolic_rl.py --config full --env procgen:bigfish    the paper's Procgen setting, one of 16 games
   python hyperbolic_rl.py --config atari --env atari:pong        data-efficient Rainbow on Atari 100K
   torchrun --nproc_per_node=8 hyperbolic_rl.py --config full     ranks take other rows and seeds
@@ -132,20 +131,22 @@ class Config(common.Config):
         make_envs(self, 1, slice(None), train=True)
 
 
-PLAIN = dict(geometry="flat", spectral=False)
 # a row of the table is the settings that it changes: the difference of two rows is an idea of the paper
 ROWS = {
     "S-RYM": {},
-    "euclidean": PLAIN,
-    "euclidean, SN": PLAIN | dict(spectral=True),
+    "euclidean": dict(geometry="flat", spectral=False),
+    "euclidean, SN": dict(geometry="flat"),
     "naive": dict(spectral=False, rescale=False, relu=True),
     "Hyper++": dict(geometry="hyperboloid", spectral=False, bins=51),
+    "S-RYM, n = 8": dict(features=8),
+    "S-RYM, n = 2": dict(features=2),
+    "S-RYM, one iteration": dict(steps=1),
 }
-DISC = "S-RYM"  # the row that a picture shows
-DEMO = Config(seed=20, seeds=5, ranks=2, log_every=1, save_every=1000)
+DEMO = Config(seed=20, seeds=4, ranks=2, log_every=1)
 FULL = replace(
     DEMO,
-    seed=0,
+    seeds=5,
+    rows=tuple(ROWS)[:5],
     ranks=1,
     env="procgen:starpilot",
     levels=200,
@@ -160,7 +161,6 @@ FULL = replace(
     eval_every=50,
     episodes=10,
     points=1000,
-    save_every=100,
     compile=True,
 )
 CONFIGS = {
@@ -172,12 +172,10 @@ CONFIGS = {
         ranks=8,
         cells=5,
         horizon=64,
-        levels=200,
         channels=(16, 32, 32),
         lr=1e-3,
-        steps=40,
+        steps=30,
         rollout=256,
-        minibatches=8,
     ),
     "full": FULL,
     "atari": replace(
@@ -204,7 +202,10 @@ CLAIMS = [
     Claim("... and its gradients are smaller", "gradient", "S-RYM", "naive", "lower"),
     Claim("S-RYM returns more on new levels than the Euclidean agent", "test", "S-RYM", "euclidean"),
     Claim("... and loses less from training levels to new ones", "gap", "S-RYM", "euclidean", "lower"),
-    Claim("... and returns more than spectral norm alone", "test", "S-RYM", "euclidean, SN"),
+    Claim(
+        "... and keeps it in 8 dimensions of 32, margin 0.09", "test", "S-RYM, n = 8", "S-RYM", margin=-0.09
+    ),
+    Claim("relative delta falls in training", "delta", "S-RYM", "S-RYM, one iteration", "lower"),
     Claim("Hyper++ returns no less than S-RYM, margin 0.1", "test", "Hyper++", "S-RYM", margin=-0.1),
     Claim("... and learns in less time (us a step)", "learn_us", "Hyper++", "S-RYM", "lower"),
 ]
@@ -971,9 +972,7 @@ def summary(cfg: Config, run: Run) -> dict:
 
 
 def draw(figure, table: dict, run: Run):
-    """Means over seeds: returns, gradient norms over training, delta over return; an episode in the ball,
-    projected on the plane through 0 that shows most of it.
-    """
+    """Means over seeds: returns, gradient norms over training, delta over return; an episode in the disc."""
     *axes, disc = figure.subplots(1, 4)
     seeds = range(run.cfg.seed, run.cfg.seed + run.cfg.seeds)
     for row in table:
@@ -983,11 +982,10 @@ def draw(figure, table: dict, run: Run):
             axis.plot(*np.mean(lines, 0).T, label=row)
             axis.set(xlabel=x, ylabel=y)
     axes[0].legend(fontsize="x-small")
-    points = np.load(run.root / common.slug(f"{DISC}-s{run.cfg.seed}") / "points0.npy")
-    plane = np.linalg.svd(points, full_matrices=False)[2][:2]  # its two main directions through 0
-    disc.scatter(*plane @ points.T, c=range(len(points)), s=8)
+    points = np.load(run.root / common.slug(f"S-RYM, n = 2-s{run.cfg.seed}") / "points0.npy")
+    disc.scatter(*points.T, c=range(len(points)), s=8)
     disc.add_patch(Circle((0, 0), 1, fill=False))
-    disc.set(title=DISC, aspect="equal")
+    disc.set(title="S-RYM, n = 2", aspect="equal")
 
 
 def dry_run(cfg: Config, run: Run):
@@ -1005,7 +1003,7 @@ def main():
             return dry_run(cfg, run)
         table = run.grid(ROWS, train_ppo if cfg.algo == "ppo" else train_rainbow)
         run.check(CLAIMS, table)
-        if cfg.algo == "ppo" and DISC in table:
+        if "S-RYM, n = 2" in table:
             run.figure(draw, table, run, size=(16, 4))
 
 
