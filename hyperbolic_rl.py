@@ -135,18 +135,17 @@ class Config(common.Config):
 ROWS = {
     "S-RYM": {},
     "euclidean": dict(geometry="flat", spectral=False),
-    "euclidean, SN": dict(geometry="flat"),
     "naive": dict(spectral=False, rescale=False, relu=True),
     "Hyper++": dict(geometry="hyperboloid", spectral=False, bins=51),
     "S-RYM, n = 8": dict(features=8),
     "S-RYM, n = 2": dict(features=2),
     "S-RYM, one iteration": dict(steps=1),
+    "euclidean, SN": dict(geometry="flat"),
 }
-DEMO = Config(seed=20, seeds=4, ranks=2, log_every=1)
+DEMO = Config(seed=20, seeds=4, ranks=2, rows=tuple(ROWS)[:7], log_every=1)
 FULL = replace(
     DEMO,
     seeds=5,
-    rows=tuple(ROWS)[:5],
     ranks=1,
     env="procgen:starpilot",
     levels=200,
@@ -167,15 +166,7 @@ CONFIGS = {
     "smoke": replace(DEMO, seed=0, ranks=1, seeds=1, envs=8, rollout=8, steps=3, episodes=8, points=32),
     "demo": DEMO,
     "gpu": replace(
-        DEMO,
-        seeds=3,
-        ranks=8,
-        cells=5,
-        horizon=64,
-        channels=(16, 32, 32),
-        lr=1e-3,
-        steps=30,
-        rollout=256,
+        DEMO, seeds=3, ranks=8, cells=5, horizon=64, channels=(16, 32, 32), lr=1e-3, steps=30, rollout=256
     ),
     "full": FULL,
     "atari": replace(
@@ -974,7 +965,8 @@ def summary(cfg: Config, run: Run) -> dict:
 def draw(figure, table: dict, run: Run):
     """Means over seeds: returns, gradient norms over training, delta over return; an episode in the disc."""
     *axes, disc = figure.subplots(1, 4)
-    seeds = range(run.cfg.seed, run.cfg.seed + run.cfg.seeds)
+    cfg = run.cfg
+    seeds = range(cfg.seed, cfg.seed + cfg.seeds)
     for row in table:
         cells = [read_metrics(run.root / common.slug(f"{row}-s{seed}")) for seed in seeds]
         for axis, x, y in zip(axes, ("step", "step", "test"), ("test", "gradient", "delta"), strict=True):
@@ -982,7 +974,7 @@ def draw(figure, table: dict, run: Run):
             axis.plot(*np.mean(lines, 0).T, label=row)
             axis.set(xlabel=x, ylabel=y)
     axes[0].legend(fontsize="x-small")
-    points = np.load(run.root / common.slug(f"S-RYM, n = 2-s{run.cfg.seed}") / "points0.npy")
+    points = np.load(run.root / common.slug(f"S-RYM, n = 2-s{cfg.seed}") / "points0.npy")
     disc.scatter(*points.T, c=range(len(points)), s=8)
     disc.add_patch(Circle((0, 0), 1, fill=False))
     disc.set(title="S-RYM, n = 2", aspect="equal")
