@@ -145,6 +145,7 @@ ROWS = {
 DEMO = Config(seed=20, seeds=4, ranks=2, rows=tuple(ROWS)[:7], log_every=1)
 FULL = replace(
     DEMO,
+    seed=0,
     seeds=5,
     ranks=1,
     env="procgen:starpilot",
