@@ -195,7 +195,7 @@ class Run:
             self.device = torch.device("cuda", local)  # ranks that make other cells may share one
             torch.cuda.set_device(self.device)
         if "RANK" in os.environ:  # Gloo for the CPU and for ranks that share a GPU, which NCCL refuses
-            crowded = gpu and int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count()
+            crowded = gpu and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count()
             dist.init_process_group("gloo" if crowded else None, timeout=datetime.timedelta(days=1))
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.amp = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu)

@@ -278,8 +278,9 @@ def make_envs(cfg: Config, tasks: list[str], count: int):
     """`count` environments of each task, one task after the other."""
     if cfg.env == "point_mass":
         return PointMass(len(tasks) * count, cfg.seed)
-    makers = [partial(make_env, cfg, task) for task in tasks for _ in range(count)]
-    return gymnasium.vector.SyncVectorEnv(makers)
+    return gymnasium.vector.SyncVectorEnv(
+        [partial(make_env, cfg, task) for task in tasks for _ in range(count)]
+    )
 
 
 def roll(envs, policy, seed: int):
@@ -662,7 +663,7 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
             lambda obs: np.random.uniform(-cfg.std, cfg.std, (len(obs), data.a.shape[1])), names, cfg, run
         )
     agent = Agent(cfg, *widths(cfg)).to(run.device)
-    prompt(agent, data, cfg)  # tasks that cannot be coded end here, not after learning
+    prompt(agent, data, cfg)  # tasks without any reward in the data end here, not after learning
     learn(agent, data, cfg, run)
     torch.save(agent.state_dict(), run.folder / "agent.pt")
     z = prompt(agent, data, cfg)
@@ -732,7 +733,7 @@ def answer(cfg: Config, run: Run):
     kind, _, what = cfg.task.partition(":")
     task = names[0] if what else cfg.task.removeprefix(f"{cfg.env}_")
     try:
-        agent.load_state_dict(torch.load(file, map_location=run.device, weights_only=True))
+        agent.load_state_dict(torch.load(file, map_location=run.device))
         if what:
             rows = [what.split(",")] if kind == "goal" else next(common.read_exorl(what))[0][:, :n]
             states = torch.tensor(np.array(rows, np.float32)[None], device=run.device)
@@ -744,7 +745,11 @@ def answer(cfg: Config, run: Run):
             f"--task: {str(e)[:90]!r}; there are {names}, goal: and {n} numbers, demo:FILE.npz, for {file}"
         ) from None
     returns, obs, _ = roll(make_envs(cfg, [task], cfg.episodes), partial(act, agent, z, cfg), cfg.seed)
-    found = f"ends at {obs[-1, :, :n].mean(0).round(2)}" if what else f"return {returns.mean():.2f}"
+    found = (
+        f"ends at {obs[-1, :, :n].mean(0).round(2)}"
+        if what or cfg.env == "point_mass"
+        else f"return {returns.mean():.2f}"
+    )
     run.print(f"{cfg.task}: {found}")
 
 

@@ -128,7 +128,7 @@ class Config(common.Config):
 
 # a row of the table is the settings that it changes
 ROWS = {
-    "NAMM": dict(policy="namm"),
+    "NAMM": dict(policy="namm", scorer="bam"),
     "full cache": dict(policy="full"),
     "MLP scorer": dict(policy="namm", scorer="mlp"),
     "H2O": dict(policy="h2o"),
@@ -853,7 +853,7 @@ def load_memory(file: str | Path, cfg: Config) -> tuple[Tensor, Tensor]:
     ]
     try:
         with torch.serialization.safe_globals(known):
-            state = torch.load(file, map_location="cpu", weights_only=True)["evolution_state"]
+            state = torch.load(file, map_location="cpu")["evolution_state"]
         theta, moments = state["mean"].view(1, n), torch.stack([state[key].view(BINS) for key in MOMENTS])
         if not (theta.isfinite().all() and moments[1].min() > 0):
             raise ValueError("a number is not finite, or a frequency has no variance")

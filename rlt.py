@@ -21,7 +21,7 @@ How to run
   python rlt.py                                     the effect in miniature, with baselines, on two CPU cores
   python rlt.py --config text --teacher M --data F  a real model: hub id, folder, .gguf; F: .jsonl or gym:NAME
   python rlt.py --show                              the best explanation of the trained teacher, by tokens
-  python rlt.py --score F                           rank (question, solution, reasoning_trace) lines
+  python rlt.py --score F                           the same of (question, solution, reasoning_trace) lines
   torchrun --nproc_per_node=8 rlt.py --config full  Qwen2.5-7B on Bespoke-Stratos-17k, the paper's setting
 
 Departures from the paper and its code
@@ -808,8 +808,10 @@ def collect(name: Path, examples: list[Example], prompts, run):
     write_explanations(run.folder / "traces.jsonl", episodes, teacher, prompts, run)
 
 
-def write_explanations(file: Path, episodes: list[Episode], teacher, prompts, run, best_first=False):
-    """A line for each, of all ranks: texts, reward with parts, tokens with d_j (of t) or l_k (of s)."""
+def write_explanations(file: Path, episodes: list[Episode], teacher, prompts, run):
+    """A line for each, of all ranks, the best first: texts, reward with parts, tokens with d_j (of t) or l_k
+    (of s).
+    """
     student, rows = load(run.cfg.student or run.cfg.teacher, run), []
     for e, parts, ell, d in rewards(episodes, teacher, student, prompts, run):
         told = e.example
@@ -818,9 +820,8 @@ def write_explanations(file: Path, episodes: list[Episode], teacher, prompts, ru
             words = prompts.tokenizer.batch_decode([[x] for x, _ in tokens])
             row[key] = list(zip(words, values.tolist(), strict=True))
         rows.append(row)
-    everyone = [*itertools.chain(*run.gather(rows))]
-    if best_first:
-        everyone.sort(key=lambda row: -float(row["reward"]))  # they may be on several GPUs
+    # rewards may be on several GPUs
+    everyone = sorted(itertools.chain(*run.gather(rows)), key=lambda row: -float(row["reward"]))
     if run.rank == 0:
         common.write_atomic(file, "".join(common.to_json(row) + "\n" for row in everyone))
     return everyone
@@ -852,6 +853,7 @@ def hop_model(cfg: Config) -> LogProbLM:
         n_head=4,
         activation_function="gelu_pytorch_tanh",
         tie_word_embeddings=False,
+        bos_token_id=None,
         eos_token_id=None,
     )
     lm = GPT2LMHeadModel(config)
@@ -992,8 +994,9 @@ def explanations(examples: list[Example], prompts, run):
     examples = examples[: cfg.traces]
     folder = run.once(f"traces {kind}", partial(collect, teacher, examples, prompts))
     rows = read_lines(folder / "traces.jsonl")
+    traces = {row["question"]: row["reasoning_trace"] for row in rows}
     numbers = {key: np.mean([row[key] for row in rows]) for key in ("r_ss", "r_kl")}
-    return [replace(e, trace=row["reasoning_trace"]) for e, row in zip(examples, rows, strict=True)], numbers
+    return [replace(e, trace=traces[e.question]) for e in examples], numbers
 
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
@@ -1015,21 +1018,22 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
 
 
 def rank(cfg: Config, run: Run):
-    """Rank (question, solution, reasoning_trace) rows by the trained teacher's reward: --score a file's, or
-    --show those that it wrote. The best is printed token by token.
+    """Rank (question, solution, reasoning_trace) rows by the trained teacher's reward, a closing tag granted:
+    --score; or --show those that it wrote. The best is printed token by token.
     """
     kind = f"lam={cfg.lam}_chains={cfg.chains}-s{cfg.seed}"
     teacher, wrote = run.root / f"teacher_{kind}", run.root / f"traces_{kind}/traces.jsonl"
     if not wrote.exists():
         raise UserError(f"there is no {wrote}: train without --show and --score first")
-    cfg.data = cfg.score = cfg.score or str(wrote)
-    prompts, _, examples = open_task(cfg, run)
-    episodes = [Episode(e, [], 0, e.trace + prompts.teacher.answer[-1]) for e in examples if e.trace]
-    file, episodes = Path(cfg.score).with_suffix(".scored.jsonl"), episodes[run.rank :: run.world_size]
-    rows = write_explanations(file, episodes, load(teacher, run), prompts, run, best_first=True)
+    rows, cfg.data = read_lines(wrote), cfg.score
+    if cfg.score:
+        prompts, _, examples = open_task(cfg, run)
+        episodes = [Episode(e, [], 0, e.trace + prompts.teacher.answer[-1]) for e in examples if e.trace]
+        wrote, episodes = Path(cfg.score).with_suffix(".scored.jsonl"), episodes[run.rank :: run.world_size]
+        rows = write_explanations(wrote, episodes, load(teacher, run), prompts, run)
     for key, value in rows[0].items():
         run.print(f"{key}: {value}")
-    run.print(f"the best of {file}; d: log teacher - log student, l: log-prob of s")
+    run.print(f"the best of {wrote}; d: log teacher - log student, l: log-prob of s")
 
 
 def draw(figure, table: dict):

@@ -336,22 +336,13 @@ def test_two_ranks_deal_the_cells_and_find_what_one_does(run_script, tmp_path):
 
 def test_pixels_run_through_the_same_loop(run_script, tmp_path):
     size = "--steps 6 --random_steps 2 --batch 4 --width 16 --particles 8 --pixels 21 --episodes 2 --seeds 1"
-    words = [
-        "--config",
-        "pixels",
-        "--env",
-        "dm:cartpole_balance",
-        "--rows",
-        "SSPG",
-        "--repeat",
-        "250",
-        *size.split(),
-    ]
-    done = run_script(ROOT / "rmc.py", *words, check=False)
+    words = f"--config pixels --env dm:cartpole_balance --rows SSPG --repeat 250 {size}"
+    done = run_script(ROOT / "rmc.py", *words.split(), check=False)
     if "OpenGL" in done.stderr:
         pytest.skip("no OpenGL here")
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads((tmp_path / "out/rmc-pixels-s0/results.json").read_text())["table"]["SSPG"][0]
+    file = tmp_path / "out/rmc-pixels-s0-dm_cartpole_balance/results.json"  # named by its environment
+    found = json.loads(file.read_text())["table"]["SSPG"][0]
     assert 0 <= found["return"] <= 1000
 
 
