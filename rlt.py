@@ -661,10 +661,9 @@ def vllm_sampler(model: LogProbLM, run: Run):
     vllm, ends = common.need("vllm", "vllm"), common.end_ids(model.lm, model.tokenizer)
     size = model.lm.num_parameters()
     if size not in ENGINES:
-        launcher = "external_launcher" if "RANK" in os.environ else None
         ENGINES[size] = vllm.LLM(
             model.lm.name_or_path,
-            distributed_executor_backend=launcher,
+            distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
             max_model_len=run.cfg.context,
             dtype="bfloat16",
             gpu_memory_utilization=0.4,
@@ -989,14 +988,16 @@ def explanations(examples: list[Example], prompts, run):
     teacher = run.once(f"warm {kind}", warm_up)
     if cfg.source == "teacher":
         kind = f"lam={cfg.lam} {kind}"
-        reinforce = partial(train_grpo, teacher, examples, cfg.updates, True, prompts)
-        teacher = run.once(f"teacher {kind}", reinforce)
+        teacher = run.once(
+            f"teacher {kind}", partial(train_grpo, teacher, examples, cfg.updates, True, prompts)
+        )
     examples = examples[: cfg.traces]
-    folder = run.once(f"traces {kind}", partial(collect, teacher, examples, prompts))
-    rows = read_lines(folder / "traces.jsonl")
-    traces = {row["question"]: row["reasoning_trace"] for row in rows}
+    rows = read_lines(
+        run.once(f"traces {kind}", partial(collect, teacher, examples, prompts)) / "traces.jsonl"
+    )
+    traces = {(row["question"], row["solution"]): row["reasoning_trace"] for row in rows}
     numbers = {key: np.mean([row[key] for row in rows]) for key in ("r_ss", "r_kl")}
-    return [replace(e, trace=traces[e.question]) for e in examples], numbers
+    return [replace(e, trace=traces[e.question, e.solution]) for e in examples], numbers
 
 
 def train(cfg: Config, run: Run) -> dict[str, float]:
@@ -1005,8 +1006,7 @@ def train(cfg: Config, run: Run) -> dict[str, float]:
     numbers, learner = {}, cfg.learner or cfg.teacher
     if cfg.distil:
         traces, numbers = explanations(examples, prompts, run)
-        some = traces[: math.ceil(cfg.distil * len(traces))]
-        texts = [prompts.write(prompts.student, e) for e in some]
+        texts = [prompts.write(prompts.student, e) for e in traces[: math.ceil(cfg.distil * len(traces))]]
         steps = math.ceil(cfg.distil * cfg.distil_steps)
         learner = fine_tune(learner, texts, cfg.distil_batch, steps, run, warmup=0.1, weight_decay=0.0)
     if cfg.solve:

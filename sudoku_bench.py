@@ -799,8 +799,10 @@ def load_puzzles(data: str, limit: int) -> list:
         playable = [p for p in found if p.solution]
         assert playable, f"puzzle has no proof ({found[0].id})"
     except Exception as e:  # so may a set of puzzles
-        why = f"{e!s:.200} (--data takes files, folders, links; the official sets were withdrawn in 2026)"
-        raise UserError(printable(f"{data[:60]}: {why}")) from None
+        raise UserError(
+            printable(f"{data[:60]}: {e!s:.200} (--data takes files, folders, links; ")
+            + "the official sets were withdrawn in 2026)"
+        ) from None
     return playable[: limit or None]
 
 
@@ -1047,7 +1049,7 @@ def simple_player(kind, cfg, run):
     async def ask(messages, game, key):
         p, chance = game.p, random.Random(key)
         if kind == "solver":
-            return say(game, p.solution)
+            return say(game, proof(p))
         if kind == "vanilla":
             return say(game, chance.choice(completions(p, cfg.seed)))
         return say(game, "".join(str(chance.choice(p.digits)) if c == "." else c for c in p.givens))
